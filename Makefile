@@ -1,0 +1,57 @@
+# Every target sets itself up: only git, python3 with venv, make and a C compiler are needed.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+RUN    ?= runs/main
+
+.PHONY: train test test-gpu lint format bench docs clean
+
+# The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
+train: $(VENV)/.train
+	rm -rf $(RUN)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --out $(RUN)
+	$(BIN)/sharded-ema inspect $$($(BIN)/python launch/final_ema.py $(RUN))
+	$(BIN)/sharded-ema consolidate $$($(BIN)/python launch/final_ema.py $(RUN)) $(RUN)/export --like $(RUN)/hf
+	$(BIN)/python launch/check_export.py $(RUN)/export $(RUN)
+
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory lint
+	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.test
+	$(BIN)/python -m pytest tests/gpu -rs
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.train
+	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
+
+docs: $(VENV)/.docs
+	$(BIN)/sphinx-build -W -b html docs build/docs
+
+clean:
+	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: its pinned version is then there when the others ask for a range.
+$(VENV)/.torch: constraints.txt | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+	touch $@
+
+$(VENV)/.%: pyproject.toml constraints.txt $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
+	touch $@
+
+EXTRAS_train := train
+EXTRAS_test  := train,test
+EXTRAS_docs  := docs
+.PRECIOUS: $(VENV)/.torch

@@ -1,0 +1,146 @@
+"""Check an exported average in a fresh process: it loads, and loses what training said it loses.
+
+``python check_export.py EXPORT_DIR RUN_DIR`` recomputes the held-out loss of the exported model on
+the text of the run and compares it with the one in the run's ``summary.json``.
+Exit code: 0 they agree, 1 they do not, 2 wrong use or unreadable input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from corpus import load_corpus
+from evaluation import held_out_loss
+from ranks import Ranks, RunError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+# bfloat16 carries three digits; training then evaluates in it and this program does not.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
+BATCH = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Compare, show a sample, and say where the files lie."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("export", type=Path, help="directory that `sharded-ema consolidate` wrote")
+    parser.add_argument("run", type=Path, help="output directory of the training run")
+    parser.add_argument("--profile", help="which average was exported (default: as its files say)")
+    parser.add_argument("--tolerance", type=float, help="in nats (default: 1e-4; bfloat16 2e-2)")
+    parser.add_argument("--prompt", default="def ", help="of the sample (default: %(default)r)")
+    parser.add_argument("--sample-bytes", type=int, default=200, help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        return check(args)
+    except (RunError, OSError) as error:
+        print(f"check_export.py: error: {error}", file=sys.stderr)
+        return 2
+
+
+def check(args: argparse.Namespace) -> int:
+    """The check itself; its exit code."""
+    summary = read_summary(args.run)
+    evaluation = summary["evaluation"]
+    profile = args.profile or exported_profile(args.export, list(summary["ema_loss"]))
+    expected = summary["ema_loss"].get(profile)
+    if expected is None:
+        known = ", ".join(summary["ema_loss"]) or "none"
+        raise RunError(f"{args.run} reports no loss of an average {profile!r} (it has: {known})")
+
+    corpus = load_corpus(
+        [Path(path) for path in evaluation["data"]], evaluation["data_bytes"], evaluation["context"]
+    )
+    if corpus.digest != evaluation["text"]:
+        raise RunError(f"the text is not the one {args.run} was trained on; it has changed since")
+    windows = corpus.held_out_windows(evaluation["sequences"], evaluation["context"])
+    model = AutoModelForCausalLM.from_pretrained(args.export, local_files_only=True)
+    weights = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
+    alone = Ranks(0, 1, torch.device("cpu"))
+    loss = held_out_loss(model, windows, alone, BATCH, nullcontext())
+
+    lowest = "bfloat16" if {"bfloat16", "float16"} & {*weights, evaluation["dtype"]} else "float32"
+    tolerance = TOLERANCE[lowest] if args.tolerance is None else args.tolerance
+    difference = abs(loss - expected)
+    print(
+        f"export     {args.export}: {type(model).__name__}, "
+        f"{model.num_parameters():,} parameters in {', '.join(sorted(weights))}"
+    )
+    print(f"held out   {len(windows)} sequences of {evaluation['context']} bytes")
+    print(
+        f"loss       exported average {loss:.6f}, training said {expected:.6f} nats per byte "
+        f"for {profile!r} at step {summary['step']} (raw weights {summary['raw_loss']:.6f})"
+    )
+    good = difference <= tolerance
+    print(
+        f"compare    difference {difference:.2e}, tolerance {tolerance:.0e}: "
+        f"{'they agree' if good else 'THEY DIFFER'}"
+    )
+    if not good:
+        print(
+            "           the export is not the average that training evaluated at its last step; "
+            f"export {args.run / summary['ema_checkpoint']}",
+            file=sys.stderr,
+        )
+    print(f"sample     {sample(model, args.prompt, args.sample_bytes, evaluation['seed'])}")
+    print(f"curves     {args.run / 'loss.png'}")
+    print(f"files      {', '.join(sorted(path.name for path in args.export.iterdir()))}")
+    return 0 if good else 1
+
+
+def read_summary(run: Path) -> dict[str, Any]:
+    """What the run wrote at its end."""
+    path = run / "summary.json"
+    if not path.is_file():
+        raise RunError(f"{path} is not there: has the run come to its end?")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def exported_profile(export: Path, known: list[str]) -> str:
+    """Which average an export holds, as the header of its first file of weights says."""
+    files = sorted(export.glob("*.safetensors"))
+    if not files:
+        raise RunError(f"{export} holds no .safetensors file")
+    try:
+        with safe_open(files[0], "pt") as opened:
+            header = opened.metadata() or {}
+    except SafetensorError as error:
+        raise RunError(f"{files[0]} cannot be read: {error}") from None
+    if "profile" in header:
+        return header["profile"]
+    if len(known) != 1:
+        raise RunError(f"{files[0]} does not say which average it is; give --profile")
+    return known[0]
+
+
+@torch.no_grad()
+def sample(model: PreTrainedModel, prompt: str, length: int, seed: int) -> str:
+    """A continuation of the prompt, indented for reading; bytes that are no UTF-8 show as such."""
+    torch.manual_seed(seed)
+    start = torch.tensor([list(prompt.encode())])
+    room = model.config.max_position_embeddings - start.shape[1]
+    generate: Any = model.generate  # typed as a submodule by nn.Module
+    output = generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        max_new_tokens=max(1, min(length, room)),
+        do_sample=True,
+        temperature=0.7,
+        pad_token_id=0,
+    )
+    # A model with a larger vocabulary was never shown the ids that are no byte.
+    text = bytes(token for token in output[0].tolist() if token < 256)
+    return text.decode(errors="replace").replace("\n", "\n           ")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

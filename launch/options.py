@@ -1,0 +1,290 @@
+"""Command line of the training program: flags, their defaults and the checks between them."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharded_ema.errors import ConfigError
+from sharded_ema.schedules import Constant, HalfLife, Schedule, parse_schedule
+
+# Kept apart from the parser so that "was it given?" can be told: --model excludes them.
+SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
+EMA_DECAY = 0.95  # 20 steps: fits the 400 of the default run, not a long one
+
+
+@dataclass(frozen=True)
+class Options:
+    """The parsed command line; every field is the flag of the same name."""
+
+    data: list[Path]
+    data_bytes: int
+    model: Path | None
+    hidden_size: int
+    layers: int
+    heads: int
+    kv_heads: int
+    intermediate_size: int
+    tie_embeddings: bool
+    context: int
+    steps: int
+    batch_size: int
+    accumulation: int
+    lr: float
+    min_lr_ratio: float
+    warmup_steps: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    clip_norm: float
+    seed: int
+    parallel: str
+    dtype: str
+    pure_bf16: bool
+    activation_checkpointing: bool
+    compile: bool
+    profiles: dict[str, Schedule]
+    ema_start_step: int
+    ema_update_every: int
+    eval_every: int
+    eval_sequences: int
+    log_every: int
+    save_every: int
+    keep_last: int
+    out: Path | None
+    resume: str | None
+
+    @property
+    def ema(self) -> bool:
+        """Whether the run keeps an average at all."""
+        return bool(self.profiles)
+
+
+def _number(kind: type, check: Callable[[float], bool], text: str) -> Callable[[str], float]:
+    """An argparse type: ``kind`` within the range that ``check`` accepts and ``text`` names."""
+
+    def convert(value: str) -> float:
+        number = kind(value)
+        if not check(number):
+            raise argparse.ArgumentTypeError(f"must be {text}, got {value}")
+        return number
+
+    convert.__name__ = kind.__name__  # argparse names the type in "invalid int value"
+    return convert
+
+
+POSITIVE = _number(int, lambda v: v >= 1, "at least 1")
+COUNT = _number(int, lambda v: v >= 0, "at least 0")
+RATE = _number(float, lambda v: 0 < v < math.inf, "positive and finite")
+AMOUNT = _number(float, lambda v: 0 <= v < math.inf, "at least 0 and finite")
+FRACTION = _number(float, lambda v: 0 <= v <= 1, "between 0 and 1")
+BETA = _number(float, lambda v: 0 <= v < 1, "at least 0 and below 1")
+
+
+def _profile(text: str) -> tuple[str, Schedule]:
+    """``name=spec`` of --ema-profile."""
+    name, separator, spec = text.partition("=")
+    if not (separator and name and spec):
+        raise argparse.ArgumentTypeError(f"write NAME=SCHEDULE, as in slow=power:0.1, not {text}")
+    try:
+        return name, parse_schedule(spec)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; the defaults make a run of a few minutes on two CPU cores."""
+    parser = argparse.ArgumentParser(
+        description="Train a byte-level causal language model and keep a sharded average of it.",
+        epilog="torchrun --nproc-per-node 8 train.py --ema",
+        allow_abbrev=False,  # --ema-p must not pick a flag by luck
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="PATH",
+        help="files or directories of text (default: Python's standard library)",
+    )
+    data.add_argument(
+        "--data-bytes",
+        type=POSITIVE,
+        default=20_000_000,
+        help="read at most this much (default: %(default)s)",
+    )
+    data.add_argument("--seed", type=COUNT, default=0, help="of the weights and of the batches")
+
+    model = parser.add_argument_group("model")
+    model.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="directory with a Hugging Face config.json; replaces the shape flags",
+    )
+    for name, value in SHAPE_DEFAULTS.items():
+        model.add_argument(f"--{name.replace('_', '-')}", type=POSITIVE, help=f"(default: {value})")
+    model.add_argument(
+        "--intermediate-size", type=POSITIVE, help="(default: 2.75 x the hidden size)"
+    )
+    model.add_argument(
+        "--tie-embeddings",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="one matrix for input and output embeddings (default: yes)",
+    )
+    model.add_argument("--context", type=POSITIVE, default=128, help="bytes per sequence")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=POSITIVE, default=400, help="optimizer steps in all")
+    training.add_argument(
+        "--batch-size",
+        type=POSITIVE,
+        default=16,
+        help="sequences per optimizer step, over all ranks",
+    )
+    training.add_argument(
+        "--accumulation",
+        type=POSITIVE,
+        default=1,
+        help="micro-batches into which each rank cuts its share of a step",
+    )
+    training.add_argument("--lr", type=RATE, default=8e-3, help="peak learning rate")
+    training.add_argument(
+        "--min-lr-ratio",
+        type=FRACTION,
+        default=0.7,
+        help="learning rate at the end of the cosine, as a part of the peak",
+    )
+    training.add_argument("--warmup-steps", type=COUNT, default=20)
+    training.add_argument("--beta1", type=BETA, default=0.9)
+    training.add_argument("--beta2", type=BETA, default=0.95)
+    training.add_argument("--weight-decay", type=AMOUNT, default=0.1)
+    training.add_argument("--clip-norm", type=AMOUNT, default=1.0, help="0 turns clipping off")
+
+    system = parser.add_argument_group("parallelism and precision")
+    system.add_argument(
+        "--parallel",
+        choices=("fsdp2", "ddp", "none"),
+        help="(default: fsdp2 under torchrun with several ranks, else none)",
+    )
+    system.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        help="of the computation; the parameters stay float32",
+    )
+    system.add_argument("--pure-bf16", action="store_true", help="bfloat16 parameters as well")
+    system.add_argument("--activation-checkpointing", action="store_true")
+    system.add_argument("--compile", action="store_true", help="torch.compile each block")
+
+    ema = parser.add_argument_group("average")
+    ema.add_argument("--ema", action="store_true", help="keep an exponential moving average")
+    kind = ema.add_mutually_exclusive_group()
+    kind.add_argument("--ema-decay", type=FRACTION, help=f"per step (default: {EMA_DECAY})")
+    kind.add_argument(
+        "--ema-half-life",
+        type=RATE,
+        metavar="STEPS",
+        help="steps after which a weight counts half; instead of a decay",
+    )
+    kind.add_argument(
+        "--ema-profile",
+        type=_profile,
+        action="append",
+        metavar="NAME=SCHEDULE",
+        help="repeatable, e.g. slow=half_life:200 or wide=power:0.1",
+    )
+    ema.add_argument("--ema-start-step", type=COUNT, help="step at which the average begins")
+    ema.add_argument("--ema-update-every", type=POSITIVE, help="optimizer steps per update")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="(default: runs/<date and time>)")
+    run.add_argument(
+        "--resume",
+        metavar="auto|PATH",
+        help="auto: the last checkpoint of --out, or from scratch; PATH: a run or "
+        "one step directory of it",
+    )
+    run.add_argument("--eval-every", type=POSITIVE, default=20)
+    run.add_argument("--eval-sequences", type=POSITIVE, default=128)
+    run.add_argument("--log-every", type=POSITIVE, default=5)
+    run.add_argument("--save-every", type=POSITIVE, default=100)
+    run.add_argument("--keep-last", type=POSITIVE, default=2, help="checkpoints kept")
+    return parser
+
+
+def parse_options(argv: Sequence[str] | None = None) -> Options:
+    """Parse and cross-check the command line; wrong use ends the process with code 2."""
+    parser = build_parser()
+    values = vars(parser.parse_args(argv))
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    _check_model(parser, values)
+    _check_system(parser, values, ranks)
+    values["profiles"] = _profiles(parser, values)
+    values["ema_start_step"] = values["ema_start_step"] or 0
+    values["ema_update_every"] = values["ema_update_every"] or 1
+    for name in ("ema", "ema_decay", "ema_half_life", "ema_profile"):
+        del values[name]
+    if values["batch_size"] < ranks * values["accumulation"]:
+        parser.error(
+            f"--batch-size {values['batch_size']} is less than one sequence for each of "
+            f"{ranks} ranks x {values['accumulation']} micro-batches"
+        )
+    if values["resume"] == "auto" and values["out"] is None:
+        parser.error("--resume auto looks in --out, which is not given")
+    return Options(**values)
+
+
+def _check_model(parser: argparse.ArgumentParser, values: dict) -> None:
+    shape = [*SHAPE_DEFAULTS, "intermediate_size", "tie_embeddings"]
+    if values["model"] is not None:
+        for name in shape:
+            if values[name] is not None:
+                parser.error(f"--{name.replace('_', '-')} does not go with --model, which has it")
+    for name, value in SHAPE_DEFAULTS.items():
+        values[name] = values[name] or value
+    if values["tie_embeddings"] is None:
+        values["tie_embeddings"] = True
+    values["intermediate_size"] = values["intermediate_size"] or values["hidden_size"] * 11 // 4
+    if values["hidden_size"] % (2 * values["heads"]):
+        parser.error("--hidden-size must be a multiple of twice --heads (rotary pairs)")
+    if values["heads"] % values["kv_heads"]:
+        parser.error("--heads must be a multiple of --kv-heads")
+
+
+def _check_system(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+    if values["parallel"] is None:
+        values["parallel"] = "fsdp2" if ranks > 1 else "none"
+    if values["parallel"] == "none" and ranks > 1:
+        parser.error(f"--parallel none runs in one process, but torchrun started {ranks}")
+    if values["parallel"] != "none" and "RANK" not in os.environ:
+        parser.error(f"--parallel {values['parallel']} needs torchrun to start it")
+    if values["pure_bf16"] and values["dtype"] == "float32":
+        parser.error("--pure-bf16 contradicts --dtype float32")
+    values["dtype"] = values["dtype"] or ("bfloat16" if values["pure_bf16"] else "float32")
+
+
+def _profiles(parser: argparse.ArgumentParser, values: dict) -> dict[str, Schedule]:
+    """The averages asked for, by name; the single one is called ``ema``."""
+    given = [name for name in values if name.startswith("ema_") and values[name] is not None]
+    if not values["ema"]:
+        if given:
+            parser.error(f"--{given[0].replace('_', '-')} needs --ema")
+        return {}
+    start = values["ema_start_step"] or 0
+    if start >= values["steps"]:
+        parser.error(f"--ema-start-step {start} is not before the last of {values['steps']} steps")
+    if values["ema_half_life"] is not None:
+        return {"ema": HalfLife(values["ema_half_life"])}
+    if values["ema_profile"] is None:
+        decay = EMA_DECAY if values["ema_decay"] is None else values["ema_decay"]
+        return {"ema": Constant(decay)}
+    profiles = dict(values["ema_profile"])
+    if len(profiles) < len(values["ema_profile"]):
+        parser.error("--ema-profile: each name once")
+    return profiles

@@ -1,0 +1,41 @@
+"""The picture of a run: held-out loss of the raw and of the averaged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # a node without a display
+from matplotlib import pyplot
+from recording import Row, series
+
+COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182")
+
+
+def plot_losses(rows: Sequence[Row], profiles: Sequence[str], title: str, path: Path) -> None:
+    """Draw loss over optimizer steps from the recorded rows into ``path``."""
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    axes.plot(*series(rows, "train_loss"), color="0.8", linewidth=1, label="training batches")
+    steps, raw = series(rows, "raw_loss")
+    axes.plot(steps, raw, color="0.2", linewidth=1.6, label="held out, raw weights")
+    shown = list(raw)
+    for name, colour in zip(profiles, COLOURS * len(profiles), strict=False):
+        steps, losses = series(rows, f"ema_loss/{name}")
+        axes.plot(steps, losses, color=colour, linewidth=1.6, label=f"held out, average {name!r}")
+        shown += losses
+    if shown:
+        # The first evaluations are far above the rest and would flatten what is to be compared.
+        ordered = sorted(shown)
+        top = ordered[int(0.85 * (len(ordered) - 1))]
+        margin = 0.1 * (top - ordered[0]) + 0.02
+        axes.set_ylim(ordered[0] - margin, top + 4 * margin)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per byte)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

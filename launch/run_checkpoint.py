@@ -1,0 +1,250 @@
+"""Checkpoints of a run: what is in one, when one counts, and how a run takes it up again.
+
+``OUT/checkpoints/step_000100`` holds ``train/`` (model and optimizer, stock DCP), ``ema/`` (the
+library's own format) and ``trainer.json``. The file ``OUT/checkpoints/latest`` names the last
+complete one; a directory beyond it was never finished.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from options import Options
+from ranks import Ranks, RunError
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from sharded_ema import ShardedEMA
+
+_PREFIX = "step_"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint found on disk."""
+
+    path: Path
+    step: int
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def has_average(self) -> bool:
+        """Whether the run that wrote it kept an average."""
+        return (self.path / "ema").is_dir()
+
+
+class Checkpoints:
+    """The checkpoints below one output directory."""
+
+    def __init__(self, out: Path, keep_last: int, ranks: Ranks) -> None:
+        self.root = out / "checkpoints"
+        self._keep_last = keep_last
+        self._ranks = ranks
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` lies."""
+        return self.root / f"{_PREFIX}{step:06d}"
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: Optimizer,
+        ema: ShardedEMA | None,
+        settings: dict[str, Any],
+        results: dict[str, Any],
+    ) -> Path:
+        """Write one checkpoint with all ranks, then let ``latest`` name it and drop old ones."""
+        target = self.path(step)
+        self._ranks.on_first(lambda: self._prepare(target))
+        with _quiet_alone() as alone:
+            dcp.save(_train_state(model, optimizer), checkpoint_id=target / "train", no_dist=alone)
+        if ema is not None:
+            ema.save(target / "ema", step=step)
+        record = {"step": step, "settings": settings, "results": results}
+        self._ranks.on_first(lambda: self._commit(target, record))
+        return target
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go on from ``checkpoint``: what this run holds beyond it no longer counts."""
+        if checkpoint.path.parent.resolve() == self.root.resolve():
+            _replace(self.root / "latest", checkpoint.path.name + "\n")
+
+    def _prepare(self, target: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        last = _latest(self.root)
+        for path in self.root.iterdir():
+            step = _step_of(path)
+            unfinished = step is not None and (last is None or step > (_step_of(last) or 0))
+            if unfinished or path.name.endswith(".removing"):
+                shutil.rmtree(path)
+        if target.exists():
+            raise RunError(f"{target} is complete already; not writing over it")
+        target.mkdir()
+
+    def _commit(self, target: Path, record: dict[str, Any]) -> None:
+        _replace(target / "trainer.json", json.dumps(record, indent=1) + "\n")
+        _sync_directory(self.root)
+        _replace(self.root / "latest", target.name + "\n")
+        complete = sorted(p for p in self.root.iterdir() if _step_of(p) is not None)
+        for old in complete[: -self._keep_last]:
+            # Renamed first: half a checkpoint must never carry the name of a whole one.
+            removing = old.with_name(old.name + ".removing")
+            old.rename(removing)
+            shutil.rmtree(removing)
+
+
+def find_checkpoint(path: Path) -> Checkpoint | None:
+    """The checkpoint that ``path`` means: a step directory, or the last one of a run.
+
+    Returns:
+        None if there is no finished checkpoint.
+    """
+    for root in (path, path / "checkpoints"):
+        found = path if (path / "trainer.json").is_file() else _latest(root)
+        if found is not None:
+            return _read_checkpoint(found)
+    return None
+
+
+def run_directory(path: Path) -> Path:
+    """The output directory of the run to which a ``--resume`` path belongs."""
+    for root in (path, path.parent):
+        if root.name == "checkpoints":
+            return root.parent
+    return path
+
+
+def _read_checkpoint(path: Path) -> Checkpoint:
+    record = path / "trainer.json"
+    try:
+        data = json.loads(record.read_text())
+        return Checkpoint(path, data["step"], data["settings"], data["results"])
+    except (ValueError, KeyError) as error:
+        raise RunError(f"{record} cannot be read: {error!r}") from None
+
+
+def load_train_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
+    """Restore model and optimizer, on whatever number of ranks.
+
+    Before the average is attached: giving a fresh optimizer its state takes a step of no effect,
+    which the average must not count.
+    """
+    state = _train_state(model, optimizer)
+    try:
+        with _quiet_alone() as alone:
+            dcp.load(state, checkpoint_id=checkpoint.path / "train", no_dist=alone)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise RunError(f"{checkpoint.path / 'train'} cannot be loaded: {first!r}") from None
+    set_state_dict(
+        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+    )
+
+
+def run_settings(options: Options, config: dict[str, Any], digest: str) -> dict[str, Any]:
+    """What a checkpoint records of its run, in two parts.
+
+    ``fixed`` cannot change without making it another run; ``free`` may, and the user is told.
+    """
+    fixed = {f"model.{key}": value for key, value in config.items() if key not in _VOLATILE}
+    fixed |= {
+        "parameters": "bfloat16" if options.pure_bf16 else "float32",
+        "context": options.context,
+        "batch_size": options.batch_size,
+        "seed": options.seed,
+        "text": digest,
+    }
+    return {"fixed": fixed, "free": {name: getattr(options, name) for name in _FREE}}
+
+
+_FREE = (
+    *("dtype", "lr", "min_lr_ratio", "warmup_steps", "steps", "beta1", "beta2"),
+    *("weight_decay", "clip_norm", "eval_sequences"),
+)
+# These entries of a model configuration say nothing of the model.
+_VOLATILE = {"transformers_version", "_name_or_path", "architectures", "dtype"}
+
+
+def check_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str]:
+    """Compare the settings of a run with those of the checkpoint it resumes.
+
+    Returns:
+        One text for each harmless difference.
+
+    Raises:
+        RunError: the data, the seed or the model differ.
+    """
+    # Through JSON, as the recorded ones went: it makes lists of tuples and strings of keys.
+    settings = json.loads(json.dumps(settings))
+    fatal = _differences(checkpoint.settings["fixed"], settings["fixed"])
+    if fatal:
+        raise RunError(
+            f"cannot resume {checkpoint.path}: it belongs to another run: {'; '.join(fatal)}. "
+            f"Give the same flags as then, or start afresh in another --out"
+        )
+    return _differences(checkpoint.settings["free"], settings["free"])
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    names = dict.fromkeys([*old, *new])
+    return [
+        f"{name} was {old.get(name)!r} and is now {new.get(name)!r}"
+        for name in names
+        if old.get(name) != new.get(name)
+    ]
+
+
+def _train_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[bool]:
+    """Whether this is a run of one process; DCP warns of that even where it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield not dist.is_initialized()
+
+
+def _latest(root: Path) -> Path | None:
+    name = root / "latest"
+    return root / name.read_text().strip() if name.is_file() else None
+
+
+def _step_of(path: Path) -> int | None:
+    digits = path.name.removeprefix(_PREFIX)
+    return int(digits) if path.name.startswith(_PREFIX) and digits.isdigit() else None
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a file so that a reader finds the old or the new text, also after a power cut."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(path)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,339 @@
+"""Train a byte-level causal language model with a sharded average of its weights.
+
+``torchrun --nproc-per-node 8 train.py --ema``, or ``python train.py`` in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from averaging import build_average, describe
+from corpus import Corpus, load_corpus
+from evaluation import held_out_loss, token_losses
+from language_model import (
+    build_config,
+    build_model,
+    build_optimizer,
+    gradient_sync,
+    learning_rate,
+    parallelize,
+    precision,
+    save_description,
+)
+from options import Options, parse_options
+from plotting import plot_losses
+from ranks import Ranks, RunError, start_ranks
+from recording import Recorder
+from run_checkpoint import (
+    Checkpoint,
+    Checkpoints,
+    check_settings,
+    find_checkpoint,
+    load_train_state,
+    run_directory,
+    run_settings,
+)
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
+from sharded_ema import ShardedEMA
+
+
+@dataclass
+class Run:
+    """Everything a training step, an evaluation and a checkpoint need."""
+
+    options: Options
+    ranks: Ranks
+    corpus: Corpus
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    ema: ShardedEMA | None
+    checkpoints: Checkpoints
+    settings: dict[str, Any]
+    out: Path
+    step: int = 0
+    results: dict[str, float] | None = None  # of the last evaluation
+
+    def say(self, text: str) -> None:
+        """Print a line once, without tearing the progress bar."""
+        if self.ranks.first:
+            tqdm.write(text)
+
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One optimizer step; this rank's part of the mean loss, and the norm of the gradient."""
+        options, ranks = self.options, self.ranks
+        self.step += 1
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.step, options)
+        size, context = options.batch_size, options.context
+        mine = range(size * ranks.rank // ranks.size, size * (ranks.rank + 1) // ranks.size)
+        batch = self.corpus.batch(options.seed, self.step, mine, context).to(ranks.device)
+        parts = batch.tensor_split(options.accumulation)
+        loss = torch.zeros((), device=ranks.device)
+        for number, part in enumerate(parts, start=1):
+            with gradient_sync(self.model, last=number == len(parts)):
+                with precision(options, ranks.device):
+                    # Divided by the whole batch, not by this part: shares need not be equal.
+                    share = token_losses(self.model, part).sum() / (size * context)
+                # Gradients are averaged over the ranks; this makes it a sum.
+                (share * ranks.size).backward()
+            loss += share.detach()
+        norm = None
+        if options.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss, norm
+
+    def evaluate(self) -> dict[str, float]:
+        """Held-out loss of the raw weights and of each average; all ranks take part."""
+        results = {"raw_loss": self._held_out_loss()}
+        if self.ema is not None:
+            for name in self.options.profiles:
+                with self.ema.swap(name):
+                    results[f"ema_loss/{name}"] = self._held_out_loss()
+        self.results = results
+        return results
+
+    def _held_out_loss(self) -> float:
+        options, ranks = self.options, self.ranks
+        windows = self.corpus.held_out_windows(options.eval_sequences, options.context)
+        context = precision(options, ranks.device)
+        return held_out_loss(self.model, windows, ranks, options.batch_size, context)
+
+    def save(self) -> Path:
+        """Write a checkpoint of the present step."""
+        return self.checkpoints.save(
+            self.step, self.model, self.optimizer, self.ema, self.settings, self.results or {}
+        )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the training program; 0 if all went well, 2 if it could not run as asked."""
+    options = parse_options(argv)
+    with start_ranks(distributed=options.parallel != "none") as ranks:
+        try:
+            train(options, ranks)
+        except RunError as error:
+            # On all ranks alike, so the ends of a good run and of a refused one are the same.
+            if ranks.first:
+                print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+            return 2
+    return 0
+
+
+def train(options: Options, ranks: Ranks) -> None:
+    """Set the run up or take it up again, train to the last step, and write the results."""
+    started = time.monotonic()
+    out, found = ranks.on_first(lambda: place(options))
+    corpus = ranks.everywhere(
+        lambda: load_corpus(options.data, options.data_bytes, options.context)
+    )
+    digest = corpus.digest
+    if len(set(ranks.gather(digest))) > 1:
+        raise RunError("the ranks read different text; is --data the same on all machines?")
+    config = ranks.everywhere(lambda: build_config(options))
+    settings = run_settings(options, config.to_dict(), digest)
+    changes = check_settings(found, settings) if found else []
+
+    bare = build_model(config, options, ranks.device)
+    ranks.on_first(lambda: save_description(bare, out / "hf"))
+    model = parallelize(bare, options, ranks)
+    optimizer = build_optimizer(model, options)
+    if found:
+        load_train_state(found, model, optimizer)
+    ema = ranks.everywhere(lambda: take_up_average(model, optimizer, options, found))
+    checkpoints = Checkpoints(out, options.keep_last, ranks)
+    run = Run(options, ranks, corpus, model, optimizer, ema, checkpoints, settings, out)
+    for line in introduction(run, found, changes):
+        run.say(line)
+    if found:
+        run.step, run.results = found.step, found.results
+        ranks.on_first(lambda: checkpoints.rewind(found))
+    recorder = Recorder(out, run.step) if ranks.first else None
+    saved = train_steps(run, recorder, found.path if found else None)
+    finish(run, recorder, saved, time.monotonic() - started)
+    if ema is not None:
+        ema.close()
+
+
+def place(options: Options) -> tuple[Path, Checkpoint | None]:
+    """Where the run writes, and the checkpoint it starts from. On rank 0.
+
+    Raises:
+        RunError: nothing to resume at the path given, or another run is in the way.
+    """
+    found = None
+    if options.resume not in (None, "auto"):
+        path = Path(options.resume)
+        found = find_checkpoint(path)
+        if found is None:
+            raise RunError(f"--resume {path}: no complete checkpoint there")
+        home = run_directory(found.path)
+        out = options.out or home
+        taken = out.resolve() != home.resolve() and find_checkpoint(out) is not None
+    else:
+        out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        found = find_checkpoint(out)
+        taken = found is not None and options.resume is None
+    if taken:
+        raise RunError(
+            f"{out} holds a run with checkpoints; go on with --resume auto, or choose another --out"
+        )
+    if found and found.step > options.steps:
+        raise RunError(f"{found.path} is beyond --steps {options.steps}")
+    out.mkdir(parents=True, exist_ok=True)
+    return out, found
+
+
+def take_up_average(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    options: Options,
+    found: Checkpoint | None,
+) -> ShardedEMA | None:
+    """Build the average, tie it to the optimizer, and load it if the checkpoint has it."""
+    ema = build_average(model, options)
+    if ema is None:
+        return None
+    ema.attach(optimizer)
+    if found and found.has_average:
+        step = ema.load(found.path / "ema")
+        if step != found.step:
+            raise RunError(f"{found.path}: the average is of step {step}, the rest of {found.step}")
+    return ema
+
+
+def introduction(run: Run, found: Checkpoint | None, changes: list[str]) -> Iterator[str]:
+    """The first lines of a run: what is trained, how, on what, and what is averaged."""
+    options, ranks = run.options, run.ranks
+    numbers = sum(p.numel() for p in run.model.parameters())
+    stored = "bfloat16" if options.pure_bf16 else "float32"
+    kind = run.settings["fixed"]["model.model_type"]
+    yield f"model      {kind}, {numbers:,} parameters in {stored}"
+    yield (
+        f"parallel   {options.parallel}, world size {ranks.size}, on {ranks.device.type} "
+        f"({torch.get_num_threads()} threads each), computing in {options.dtype}"
+    )
+    corpus = run.corpus
+    yield (
+        f"text       {corpus.source}: {corpus.files} files, {len(corpus.train):,} bytes to train "
+        f"on, {len(corpus.held_out):,} held out"
+    )
+    yield (
+        f"steps      {options.steps} of {options.batch_size} x {options.context} bytes, "
+        f"writing to {run.out}"
+    )
+    yield from describe(run.ema, run.model, options, ranks)
+    if found is None:
+        if options.resume == "auto":
+            yield f"resume     no complete checkpoint in {run.out}: starting from scratch"
+        return
+    yield f"resume     from {found.path} at step {found.step}"
+    for change in changes:
+        yield f"  changed  {change}"
+    if run.ema is not None and not found.has_average:
+        yield "warning    the checkpoint has no average: a new one starts from its weights"
+    if run.ema is None and found.has_average:
+        yield "resume     the checkpoint's average is left aside, as --ema is not given"
+
+
+def train_steps(run: Run, recorder: Recorder | None, saved: Path | None) -> Path:
+    """All steps from the present one to the last; the path of the last checkpoint."""
+    options, ranks = run.options, run.ranks
+    bar = tqdm(
+        total=options.steps, initial=run.step, unit="step", disable=not ranks.first, mininterval=1.0
+    )
+    losses: list[torch.Tensor] = []
+    clock, last_step = time.monotonic(), run.step
+    while run.step < options.steps:
+        loss, norm = run.train_step()
+        losses.append(loss)
+        bar.update()
+        last = run.step == options.steps
+        evaluates = run.step % options.eval_every == 0 or last
+        if run.step % options.log_every == 0 or evaluates:
+            # One exchange for all steps since the last row, none for the others.
+            row = {"step": run.step, "train_loss": float(ranks.sum(torch.stack(losses).mean()))}
+            if not math.isfinite(row["train_loss"]):
+                raise RunError(f"the training loss is {row['train_loss']} at step {run.step}")
+            now = time.monotonic()
+            done = (run.step - last_step) * options.batch_size * options.context
+            row["lr"] = learning_rate(run.step, options)
+            row["bytes_per_second"] = done / (now - clock)
+            if norm is not None:
+                row["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+            if evaluates:
+                results = run.evaluate()
+                row |= results
+                report = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+                run.say(f"step {run.step:>6}  {report}")
+            if run.ema is not None:
+                row |= {f"ema/{k}": v for k, v in run.ema.metrics(distance=evaluates).items()}
+            if recorder is not None:
+                recorder.add(row)
+            bar.set_postfix(loss=f"{row['train_loss']:.3f}")
+            losses.clear()
+            clock, last_step = time.monotonic(), run.step
+        if run.step % options.save_every == 0 or last:
+            before = time.monotonic()
+            saved = run.save()
+            clock += time.monotonic() - before  # the rate is that of training
+    bar.close()
+    assert saved is not None  # the last step saves, and a run resumed at its end has its source
+    return saved
+
+
+def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> None:
+    """Write summary.json and loss.png on rank 0 and say where everything lies."""
+    if recorder is None:
+        return
+    recorder.close()
+    options, results = run.options, run.results or {}
+    losses = {name: results.get(f"ema_loss/{name}") for name in options.profiles}
+    average = saved / "ema" if (saved / "ema").is_dir() and options.ema else None
+    summary = {
+        "step": run.step,
+        "raw_loss": results.get("raw_loss"),
+        "ema_loss": losses,
+        "ema_checkpoint": os.path.relpath(average, run.out) if average else None,
+        "evaluation": {
+            "data": [str(path.resolve()) for path in options.data],
+            "data_bytes": options.data_bytes,
+            "text": run.settings["fixed"]["text"],
+            "context": options.context,
+            "sequences": options.eval_sequences,
+            "seed": options.seed,
+            "dtype": options.dtype,
+            "pure_bf16": options.pure_bf16,
+        },
+        "seconds": round(seconds, 1),
+    }
+    (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    picture = run.out / "loss.png"
+    title = f"Held-out loss, {options.parallel} on {run.ranks.size} ranks"
+    plot_losses(recorder.rows, list(options.profiles), title, picture)
+    run.say(f"done       {run.step} steps in {seconds:.0f} s")
+    run.say(f"curves     {picture}")
+    run.say(f"checkpoint {saved}")
+    if average:
+        run.say(
+            f"export     sharded-ema consolidate {average} {run.out / 'export'} "
+            f"--like {run.out / 'hf'}"
+        )
+        run.say(f"check      check_export.py {run.out / 'export'} {run.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

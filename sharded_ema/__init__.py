@@ -1,0 +1,65 @@
+"""Exponential moving averages of model weights, sharded like the training that makes them.
+
+Names are imported on first use, so that the command-line tools start without PyTorch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from sharded_ema.version import __version__
+
+if TYPE_CHECKING:
+    from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+    from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
+    from sharded_ema.ema import SaveHandle, ShardedEMA
+    from sharded_ema.errors import EMAError, EMAWarning
+    from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
+    from sharded_ema.tools.consolidate import consolidate
+    from sharded_ema.tools.summary import inspect
+
+__all__ = [
+    "Constant",
+    "EMAError",
+    "EMAWarning",
+    "HalfLife",
+    "HalfLifeFraction",
+    "Power",
+    "SafetensorsStorageReader",
+    "SafetensorsStorageWriter",
+    "SaveHandle",
+    "Schedule",
+    "ShardedEMA",
+    "Warmup",
+    "__version__",
+    "consolidate",
+    "inspect",
+]
+
+_HOME = {
+    "SafetensorsStorageReader": "checkpoint.reader",
+    "SafetensorsStorageWriter": "checkpoint.writer",
+    "SaveHandle": "ema",
+    "ShardedEMA": "ema",
+    "EMAError": "errors",
+    "EMAWarning": "errors",
+    "Constant": "schedules",
+    "HalfLife": "schedules",
+    "HalfLifeFraction": "schedules",
+    "Power": "schedules",
+    "Schedule": "schedules",
+    "Warmup": "schedules",
+    "consolidate": "tools.consolidate",
+    "inspect": "tools.summary",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

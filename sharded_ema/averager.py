@@ -1,0 +1,319 @@
+"""The running part of an average: it follows the optimizer and stands in for the parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sharded_ema.agreement import Ranks
+from sharded_ema.config import Settings, as_patterns, as_profiles
+from sharded_ema.errors import (
+    BindError,
+    ConfigError,
+    EMAError,
+    NonFiniteError,
+    StateError,
+    SwapError,
+)
+from sharded_ema.health import Health
+from sharded_ema.hooks import OptimizerHooks
+from sharded_ema.kernels import choose_impl
+from sharded_ema.schedules import Schedule
+from sharded_ema.sources import make_source
+from sharded_ema.state import Action, Clock, Shadow
+
+
+class Averager:
+    """What :class:`~sharded_ema.ShardedEMA` is without checkpoints and metrics; see there."""
+
+    def __init__(
+        self,
+        target: nn.Module,
+        schedule: float | str | Schedule | Mapping[str, float | str | Schedule] = 0.9999,
+        *,
+        update_every: int = 1,
+        start_step: int = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "copy",
+        frozen: str = "save",
+        shadow_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        shard_replicas: bool = True,
+        nonfinite: str = "skip",
+        impl: str | None = None,
+        total_steps: int | None = None,
+        force_dtype: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        self._settings = Settings(
+            profiles=as_profiles(schedule),
+            update_every=update_every,
+            start_step=start_step,
+            buffers=buffers,
+            frozen=frozen,
+            nonfinite=nonfinite,
+            total_steps=total_steps,
+        )
+        _check_shadow_dtype(shadow_dtype, force=force_dtype)
+        self._source = make_source(
+            target,
+            include=as_patterns(include),
+            exclude=as_patterns(exclude),
+            buffers=buffers,
+            shard_replicas=shard_replicas,
+        )
+        self._names = [shard.name.fqn for shard in self._source.shards]
+        self._ranks = Ranks(self._source.ranks, timeout)
+        self._clock = Clock(update_every=update_every, start_step=start_step)
+        live = self._source.live()
+        self._shadow = Shadow(
+            self._settings.profiles,
+            live,
+            dtype=shadow_dtype,
+            device=torch.device(device) if device is not None else None,
+            guard=nonfinite == "skip",
+            impl=choose_impl(impl),
+        )
+        self._health = Health()
+        self._hooks: OptimizerHooks | None = None
+        self._agreed = False
+        self._swapped: str | None = None
+        self._backup_bytes = 0
+        self._unusable: str | None = None
+        self._seed()
+        if start_step == 0:
+            self._clock.reseed()
+        self._health.check_horizon(self._settings.profiles, total_steps, start_step)
+
+    # ------------------------------------------------------------------ following the optimizer
+
+    def attach(self, *optimizers: Any) -> OptimizerHooks:
+        """Update after every step that the optimizers apply; all of them in one call.
+
+        The ranks check here once that they hold the same replicated parameters.
+
+        Args:
+            optimizers: every optimizer that trains the model; with several, one update follows
+                the last of them.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+
+        Raises:
+            OptimizerError: no optimizer given, or one that owns no averaged parameter.
+            StateError: already attached.
+        """
+        self._require_usable()
+        if self._hooks is not None:
+            raise StateError("already attached; call remove() on the first handle before")
+        parameters = {
+            id(s.name.tensor): s.name.fqn
+            for s in self._source.shards
+            if isinstance(s.name.tensor, nn.Parameter)
+        }
+        self._hooks = OptimizerHooks(
+            optimizers,
+            parameters,
+            before_step=lambda: self._refuse_in_swap("an optimizer step"),
+            applied=self._applied_step,
+            removed=self._detached,
+        )
+        try:
+            self._agree_once()
+        except EMAError:
+            self._hooks.remove()
+            raise
+        return self._hooks
+
+    def _detached(self) -> None:
+        self._hooks = None
+
+    def update(self) -> None:
+        """One optimizer step was applied: advance the average. Not needed once attached.
+
+        Raises:
+            SwapError: inside :meth:`swap`.
+            NonFiniteError: with ``nonfinite="raise"``; the shadow is untouched.
+        """
+        if self._hooks is not None:
+            self._health.warn_once(
+                "double",
+                "update() was called although an optimizer is attached, which updates the average "
+                "already; every step counts twice now. Remove the call or the attachment",
+            )
+        self._applied_step()
+
+    def _applied_step(self) -> None:
+        self._refuse_in_swap("update()")
+        self._require_usable()
+        self._shadow.follow(self._source.live(), self._names)
+        if self._settings.nonfinite == "raise":
+            bad = [self._names[i] for i in self._shadow.nonfinite()]
+            if bad:
+                raise NonFiniteError(
+                    f"{len(bad)} parameters hold NaN or Inf on this rank after step "
+                    f"{self._clock.applied_steps + 1}, among them {bad[:3]}; the average is as "
+                    "it was before this step"
+                )
+        action = self._clock.tick()
+        if action is Action.SEED:
+            self._seed()
+        elif action is Action.LERP:
+            self._shadow.lerp(self._clock)
+
+    def _seed(self) -> None:
+        live = self._source.live()
+        self._shadow.follow(live, self._names)
+        bad = self._shadow.seed(keep_nonfinite=self._settings.nonfinite == "allow")
+        if bad:
+            names = [self._names[i] for i in bad]
+            self._health.warn_once(
+                "nonfinite seed",
+                f"{len(names)} parameters hold NaN or Inf as their average starts, among them "
+                f"{names[:3]}; initialise or load the weights before making the average",
+            )
+        self._health.begin(live)
+
+    # ------------------------------------------------------------------ using the average
+
+    @contextmanager
+    def swap(self, profile: str | None = None) -> Iterator[None]:
+        """Let the average stand in for the parameters, and restore them exactly afterwards.
+
+        Do not enter between a forward and its backward. Under DDP with sharded replicas entering
+        is collective: every rank must come. Leaving never communicates, so an exception on one
+        rank alone is safe.
+
+        Args:
+            profile: which average; may be left out if there is only one.
+
+        Raises:
+            SwapError: a swap is active already.
+            AbsentRankError: collective entry and a rank did not come.
+        """
+        name = self._profile_name(profile)
+        self._refuse_in_swap("a second swap()")
+        live = self._prepare("ema.swap()")
+        self._health.check_moving(self._clock, self._shadow, live)
+        targets = self._source.swap_targets()
+        backup = [target.detach().clone() for target in targets]
+        self._backup_bytes = sum(t.numel() * t.element_size() for t in backup)
+        self._swapped = name
+        try:
+            self._source.swap_in(self._shadow.views[name])
+            _wait(targets)
+            yield
+        finally:
+            self._source.settle()
+            targets = self._source.swap_targets()
+            with torch.no_grad():
+                for target, original in zip(targets, backup, strict=True):
+                    target.copy_(original)
+            _wait(targets)
+            self._swapped = None
+            self._backup_bytes = 0
+
+    def copy_to(self, profile: str | None = None) -> None:
+        """Overwrite the parameters with the average for good. Collective where swap is."""
+        name = self._profile_name(profile)
+        self._refuse_in_swap("copy_to()")
+        self._prepare("ema.copy_to()")
+        self._source.swap_in(self._shadow.views[name])
+        _wait(self._source.swap_targets())
+
+    # ------------------------------------------------------------------ common ground
+
+    def _prepare(self, collective: str | None, *, usable: bool = True) -> list[Tensor]:
+        """Bring model and shadow into step before anything reads them; returns the live tensors."""
+        if usable:
+            self._require_usable()
+        elif self._unusable == "closed":
+            self._require_usable()
+        if self._hooks is not None and self._swapped is None:
+            self._hooks.flush()
+        self._source.settle()
+        if collective is not None:
+            self._agree_once()
+        if collective is not None and self._source.swap_is_collective:
+            self._ranks.barrier(collective)
+        self._source.check_current()
+        live = self._source.live()
+        self._shadow.follow(live, self._names)
+        if self._clock.seed_step is None and self._swapped is None:
+            self._shadow.seed(keep_nonfinite=True)
+        return live
+
+    def _agree_once(self) -> None:
+        """Refuse, on all ranks, replicated parameters that differ between ranks."""
+        if self._agreed or self._ranks.size == 1:
+            return
+        records = self._ranks.gather(self._source.agreement_record(), "the ranks' first agreement")
+        for rank, record in enumerate(records):
+            for name, digest in record.items():
+                if records[0].get(name) != digest:
+                    raise BindError(
+                        f"parameter {name} is not sharded but differs between rank 0 and rank "
+                        f"{rank}; a checkpoint would keep one of the two. Wrap the model in "
+                        "DistributedDataParallel or fully_shard, or broadcast its parameters"
+                    )
+        self._agreed = True
+
+    def _check_health(self, live: Sequence[Tensor]) -> None:
+        if self._swapped is None:
+            self._health.check_moving(self._clock, self._shadow, live)
+        self._health.check_finite(self._shadow.collect_skipped())
+
+    def _profile_name(self, profile: str | None) -> str:
+        known = list(self._settings.profiles)
+        if profile is None and len(known) == 1:
+            return known[0]
+        if profile not in known:
+            raise ConfigError(f"profile {profile!r} is not one of {known}")
+        return profile
+
+    def _refuse_in_swap(self, what: str) -> None:
+        if self._swapped is not None:
+            raise SwapError(
+                f"{what} is not allowed while the average {self._swapped!r} stands in for the "
+                "parameters; leave the swap() block first"
+            )
+
+    def _require_usable(self) -> None:
+        if self._unusable is not None:
+            raise StateError(f"this average cannot be used: {self._unusable}")
+
+    def close(self) -> None:
+        """Detach, give last warnings and release the process group. Call it before
+        ``torch.distributed.destroy_process_group()``; the object cannot be used afterwards.
+        """
+        if self._unusable == "closed":
+            return
+        self._refuse_in_swap("close()")
+        if self._hooks is not None:
+            self._hooks.remove()
+        if self._unusable is None:
+            self._check_health(self._source.live())
+            self._health.check_forgotten(self._clock, self._shadow)
+        self._ranks.close()
+        self._unusable = "closed"
+
+
+def _check_shadow_dtype(dtype: torch.dtype, *, force: bool) -> None:
+    if not dtype.is_floating_point:
+        raise ConfigError(f"shadow_dtype must be a floating dtype, got {dtype}")
+    if dtype.itemsize < 4 and not force:
+        raise ConfigError(
+            f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its rounding "
+            "error. Keep float32, or pass force_dtype=True"
+        )
+
+
+def _wait(tensors: Sequence[Tensor]) -> None:
+    """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
+    for device in {t.device for t in tensors if t.is_cuda}:
+        torch.cuda.synchronize(device)

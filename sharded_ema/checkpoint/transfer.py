@@ -1,0 +1,107 @@
+"""Save and load a state dict through DCP, with every failure turned into one error on all ranks.
+
+DCP reports failures as ``CheckpointException``, which is a ``BaseException``: it must not leave the
+library. What it says is kept, rank by rank.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+
+from sharded_ema.agreement import Ranks, raise_joint_failure
+from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+from sharded_ema.checkpoint.writer import SafetensorsStorageWriter, StockStorageWriter
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointWriteError,
+    ConfigError,
+    EMAError,
+)
+
+WRITERS = {"safetensors": SafetensorsStorageWriter, "dcp": StockStorageWriter}
+
+
+def check_target(path: Path, *, format: str, replace: bool) -> None:
+    """Refuse a save that cannot work before anything is written.
+
+    Raises:
+        ConfigError: unknown format.
+        CheckpointExistsError: the target is taken.
+    """
+    if format not in WRITERS:
+        raise ConfigError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
+    commit.refuse_existing(path, replace=replace)
+
+
+def save_state(
+    state: dict[str, Tensor], path: Path, *, format: str, replace: bool, ranks: Ranks
+) -> None:
+    """Write ``state`` as a committed checkpoint at ``path``; all ranks call it.
+
+    Raises:
+        CheckpointWriteError: a rank could not write, or was lost; nothing was committed.
+        CheckpointExistsError: something came to ``path`` meanwhile.
+    """
+    writer = WRITERS[format](path, replace=replace)
+    try:
+        with _quiet():
+            dcp.save(
+                state,
+                storage_writer=writer,
+                process_group=ranks.group,
+                no_dist=ranks.size == 1,
+            )
+    except CheckpointException as error:
+        writer.abandon()
+        _raise_failures(error, CheckpointWriteError)
+    except RuntimeError as error:
+        # DCP wraps what happens on a rank; what gets here is a collective that broke.
+        writer.abandon()
+        raise CheckpointWriteError(
+            f"the ranks lost contact while writing {path}; nothing was committed: {error}"
+        ) from error
+
+
+def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ranks: Ranks) -> None:
+    """Fill the tensors of ``state`` in place; all ranks call it.
+
+    Raises:
+        CheckpointError: on every rank, if any rank could not read. ``state`` may then be
+            half-filled.
+    """
+    try:
+        dcp.load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+    except CheckpointException as error:
+        _raise_failures(error, CheckpointCorruptError)
+    except RuntimeError as error:
+        raise CheckpointError(f"the ranks lost contact while reading: {error}") from error
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without DCP's remark that a single process is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield
+
+
+def _raise_failures(error: CheckpointException, unknown: type[EMAError]) -> NoReturn:
+    verdicts: dict[int, tuple[str, str]] = {}
+    for rank, (failure, _trace) in error.failures.items():
+        own: Any = failure
+        if isinstance(own, EMAError):
+            verdicts[rank] = (type(own).__name__, str(own))
+        else:
+            verdicts[rank] = (unknown.__name__, f"{type(own).__name__}: {own}")
+    raise_joint_failure(verdicts, cause=error)
+    raise unknown(str(error)) from error

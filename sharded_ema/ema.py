@@ -1,0 +1,281 @@
+"""``ShardedEMA``: the averages of a sharded model, with their checkpoints and metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sharded_ema import snapshot
+from sharded_ema.averager import Averager
+from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
+from sharded_ema.config import check_schedules
+from sharded_ema.errors import EMAError
+from sharded_ema.health import squared_distance
+from sharded_ema.schedules import horizon
+
+
+@dataclass(frozen=True, slots=True)
+class SaveHandle:
+    """A save under way or done.
+
+    Attributes:
+        path: directory of the checkpoint.
+        step: the step it was saved under.
+    """
+
+    path: Path
+    step: int
+
+    def staged(self) -> None:
+        """Return once the average may be updated again without touching what is saved."""
+
+    def result(self) -> Path:
+        """Return the path once the checkpoint is durable and committed."""
+        return self.path
+
+
+class ShardedEMA(Averager):
+    """Exponential moving averages of a model's weights, each rank keeping its own shard.
+
+    Every profile keeps ``shadow = decay * shadow + (1 - decay) * parameter`` in fp32 for this
+    rank's part of each trainable parameter, updated in place after every applied optimizer step
+    without communication, host synchronisation or full-size temporaries. Exponential averaging of
+    iterates: Polyak and Juditsky (1992); Tarvainen and Valpola (2017), equation 1.
+
+    Args:
+        target: a plain module, a DistributedDataParallel module, or one that ``fully_shard`` was
+            applied to; wrap and materialise it first.
+        schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
+            (``"half_life:2000"``), or a dict of several by profile name.
+        update_every: applied optimizer steps between updates; the decays of the steps between are
+            multiplied, so that the average does not depend on it but for what it did not see.
+        start_step: applied optimizer step at which the shadow becomes the parameters and averaging
+            starts. Before it, the average is the parameters.
+        include, exclude: shell-style patterns over parameter names.
+        buffers: ``"copy"`` stores buffers as they are, ``"average"`` averages floating ones,
+            ``"ignore"`` leaves them out. Integer buffers are never averaged.
+        frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not.
+        shadow_dtype: dtype of the shadow; below fp32 it must be forced with ``force_dtype``.
+        device: where the shadow lies; default each parameter's own device. Elsewhere, an update
+            copies between devices and waits for it.
+        shard_replicas: under DDP keep 1/R of the shadow on each of R replicas.
+        nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
+            before the shadow is touched (reads the parameters twice and waits for the device), or
+            ``"allow"``.
+        impl: ``"foreach"`` or ``"reference"``.
+        total_steps: planned optimizer steps of the run; only used for warnings.
+        force_dtype: accept a shadow below fp32, which rounds small updates away.
+        timeout: seconds after which a rank that does not come to a swap or save counts as absent.
+
+    Raises:
+        ConfigError: a setting is out of range.
+        BindError: nothing to average, or a meta or size-0 parameter.
+        UnsupportedLayoutError: a parameter is sharded in an unsupported way.
+    """
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that ``torch.distributed.checkpoint`` saves and loads in place; no collective.
+
+        Keys are ``<profile>.<name>``, ``_frozen.<name>``, ``_buffers.<name>`` and ``_meta`` (uint8,
+        canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
+        save but never overwritten by a load.
+        """
+        self._prepare(None)
+        return snapshot.make_state(
+            self._source,
+            self._shadow,
+            snapshot.make_meta(self._settings, self._clock, self._shadow, self._source),
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take over a state: tensors loaded in place by DCP, or full tensors by the same keys.
+
+        Args:
+            strict: refuse missing or unknown names and a changed schedule.
+
+        Raises:
+            CheckpointMismatchError: names, shapes or schedules do not fit.
+        """
+        self._refuse_in_swap("load_state_dict()")
+        self._prepare(None, usable=False)
+        own = snapshot.make_averages(self._source, self._shadow)
+        try:
+            meta = snapshot.read_meta(state)
+            if strict:
+                check_schedules(meta, self._settings.profiles)
+            snapshot.check_names(own, state, meta, strict=strict)
+            snapshot.copy_state(own, state)
+        except EMAError:
+            # DCP has loaded in place before we are asked, so the shadow may be the stranger's.
+            self._unusable = "a state was loaded into it that does not fit"
+            raise
+        self._take_meta(meta)
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        step: int,
+        format: str = "safetensors",
+        replace: bool = False,
+    ) -> SaveHandle:
+        """Write a committed, durable checkpoint; all ranks call it. Also inside a swap.
+
+        Args:
+            path: directory that the checkpoint will be.
+            step: training step to record.
+            format: ``"safetensors"``, or ``"dcp"`` for PyTorch's own distributed format.
+            replace: replace a checkpoint that is at ``path``.
+
+        Raises:
+            CheckpointExistsError: ``path`` is taken; nothing was written.
+            CheckpointWriteError: a rank could not write; nothing was committed.
+        """
+        target = Path(path)
+        live = self._prepare(None)
+        self._agree_once()
+        self._ranks.agree(
+            lambda: check_target(target, format=format, replace=replace), f"ema.save({target})"
+        )
+        partial = {
+            name: squared_distance(views, live, sampled=True)
+            for name, views in self._shadow.views.items()
+            if self._swapped is None
+        }
+        gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
+        meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
+        meta["step"] = step
+        meta["nonfinite_elements"] = sum(skipped for skipped, _ in gathered)
+        meta["sampled_distance"] = {
+            name: _relative([parts[name] for _, parts in gathered]) for name in partial
+        }
+        state = snapshot.make_state(self._source, self._shadow, meta)
+        save_state(state, target, format=format, replace=replace, ranks=self._ranks)
+        self._check_health(live)
+        return SaveHandle(target, step)
+
+    def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
+        """Load a checkpoint of any sharding; all ranks call it.
+
+        Args:
+            path: directory of a committed checkpoint, ours or one of DCP with an average in it.
+            strict: refuse missing or unknown names and a changed schedule; else keep what the
+                checkpoint lacks and go on with this object's schedule.
+            verify: check every chunk's digest before copying it.
+
+        Returns:
+            The step it was saved under.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError,
+            CheckpointMismatchError: on all ranks together. If data could not be read midway the
+            average refuses use until a load succeeds.
+        """
+        self._refuse_in_swap("load()")
+        self._prepare(None, usable=False)
+        self._agree_once()
+        own = snapshot.make_averages(self._source, self._shadow)
+        reader = SafetensorsStorageReader(path, verify=verify)
+        profiles = self._settings.profiles if strict else None
+        (plan, *_) = self._ranks.agree(
+            lambda: snapshot.plan_load(reader.catalog, own, profiles, strict=strict),
+            f"ema.load({path})",
+        )
+        self._unusable = f"loading {path} failed midway"
+        load_state({plan.prefix + key: own[key] for key in plan.keys}, reader, ranks=self._ranks)
+        self._take_meta(plan.meta)
+        return int(plan.meta["step"])
+
+    def _take_meta(self, meta: Mapping[str, Any]) -> None:
+        self._clock.applied_steps = meta["applied_steps"]
+        self._clock.seed_step = meta["seed_step"]
+        self._clock.last_lerp_step = meta["last_lerp_step"]
+        for name in self._settings.profiles:
+            if name in meta["profiles"]:
+                self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
+        self._unusable = None
+        self._health.begin(self._source.live())
+
+    # ------------------------------------------------------------------ looking at it
+
+    @property
+    def num_updates(self) -> int:
+        """Applied optimizer steps since the seed, the ``n`` of ``schedule.decay(n)``."""
+        return self._clock.num_updates
+
+    @property
+    def decay(self) -> dict[str, float]:
+        """Decay per optimizer step in force, by profile."""
+        n = max(1, self.num_updates)
+        return {name: s.decay(n) for name, s in self._settings.profiles.items()}
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank.
+
+        ``shadow``: allocated for the averages; ``ideal``: elements owned times their size;
+        ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active.
+        """
+        allocated = self._shadow.num_bytes
+        views = [v for views in self._shadow.views.values() for v in views]
+        return {
+            "shadow": sum(allocated.values()),
+            "ideal": sum(v.numel() * v.element_size() for v in views),
+            "host": sum(n for device, n in allocated.items() if device.type == "cpu"),
+            "swap_backup": self._backup_bytes,
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
+        return list(self._names)
+
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Numbers to log; waits for the device.
+
+        ``num_updates``, ``applied_steps``, ``skipped_steps`` (seen by the hooks),
+        ``nonfinite_elements`` (on this rank) and for each profile ``decay/<p>``,
+        ``horizon_steps/<p>`` (``1 / (1 - decay)``) and ``seed_weight/<p>`` (share of the average
+        that is still the initial weights).
+
+        Args:
+            distance: add ``distance/<p>``, the norm of average minus parameters over that of the
+                parameters, exact over all ranks; every rank must then call.
+        """
+        live = self._prepare(None)
+        self._check_health(live)
+        found: dict[str, float] = {
+            "num_updates": self.num_updates,
+            "applied_steps": self._clock.applied_steps,
+            "skipped_steps": self._hooks.skipped_steps if self._hooks else 0,
+            "nonfinite_elements": self._shadow.collect_skipped(),
+        }
+        for name, decay in self.decay.items():
+            found[f"decay/{name}"] = decay
+            found[f"horizon_steps/{name}"] = horizon(decay)
+            found[f"seed_weight/{name}"] = self._shadow.seed_weight[name]
+        if distance:
+            self._refuse_in_swap("metrics(distance=True)")
+            partial = {
+                name: squared_distance(views, live, sampled=False)
+                for name, views in self._shadow.views.items()
+            }
+            gathered = self._ranks.gather(partial, "ema.metrics(distance=True)")
+            for name in partial:
+                found[f"distance/{name}"] = _relative([parts[name] for parts in gathered])
+        return {name: float(value) for name, value in found.items()}
+
+
+def _relative(parts: Sequence[tuple[float, float]]) -> float:
+    """Relative distance from the ranks' partial sums."""
+    apart, norm = sum(a for a, _ in parts), sum(n for _, n in parts)
+    return math.sqrt(apart / norm) if norm else 0.0

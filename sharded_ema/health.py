@@ -1,0 +1,144 @@
+"""Signs that an average is useless: it does not move, cannot forget its start, or met NaN.
+
+Each warning is given once, with the remedy. Nothing here runs in ``update()``: the checks read small
+samples when the user saves, swaps, asks for metrics or closes.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from sharded_ema.errors import EMAWarning
+from sharded_ema.schedules import Schedule, horizon
+from sharded_ema.state import Clock, Shadow
+
+# Elements of a rank that a sampled distance looks at.
+SAMPLE_NUMEL = 1 << 20
+# A sample for the question whether anything moved: a few elements of a few tensors.
+_PROBE_TENSORS = 32
+_PROBE_ELEMENTS = 64
+# Before the average has taken in this share of the weights seen, fp32 may rightly stand still.
+_EXPECTED_MOVE = 1e-2
+
+
+class Health:
+    """Remembers how the weights looked when averaging began, and what was warned of."""
+
+    def __init__(self) -> None:
+        self._warned: set[str] = set()
+        self._start: Tensor | None = None
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn with :class:`EMAWarning`, once per topic."""
+        if topic not in self._warned:
+            self._warned.add(topic)
+            warnings.warn(message, EMAWarning, stacklevel=4)
+
+    def begin(self, live: Sequence[Tensor]) -> None:
+        """Averaging starts from these weights."""
+        self._start = _probe(live)
+
+    def check_moving(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
+        """Warn if the weights have moved and an average has not. Waits for the device."""
+        if self._start is None or clock.num_updates < 10:
+            return
+        if torch.equal(_probe(live), self._start):
+            return
+        for name, views in shadow.views.items():
+            share = 1.0 - shadow.seed_weight[name]
+            if 0.0 < share < _EXPECTED_MOVE or not torch.equal(_probe(views), self._start):
+                continue
+            reason = (
+                "its decay is 1, so it never will"
+                if share == 0.0
+                else f"its dtype {views[0].dtype} rounds every update away; use a float32 shadow"
+                if views[0].dtype != torch.float32
+                else "check that the optimizer you attached is the one that trains this model"
+            )
+            self.warn_once(
+                f"still {name}",
+                f"after {clock.num_updates} updates the average {name!r} is still the initial "
+                f"weights although the weights have moved: {reason}",
+            )
+
+    def check_horizon(
+        self, profiles: Mapping[str, Schedule], total_steps: int | None, start_step: int
+    ) -> None:
+        """Warn if at the end of the planned run the initial weights would still count most."""
+        if total_steps is None:
+            return
+        for name, schedule in profiles.items():
+            left = math.prod(schedule.decay(n) for n in range(1, total_steps - start_step + 1))
+            if left > 0.5:
+                decay = schedule.decay(max(1, total_steps - start_step))
+                self.warn_once(
+                    f"horizon {name}",
+                    f"average {name!r} spans {horizon(decay):,.0f} steps but the run has "
+                    f"{total_steps - start_step:,} after start_step: at its end {left:.0%} of the "
+                    "average would be the initial weights. Use a lower decay, HalfLifeFraction, "
+                    "Warmup or Power",
+                )
+
+    def check_forgotten(self, clock: Clock, shadow: Shadow) -> None:
+        """Warn at the end of a run if most of an average is still its seed."""
+        for name, left in shadow.seed_weight.items():
+            if clock.num_updates and left > 0.5:
+                self.warn_once(
+                    f"horizon {name}",
+                    f"after {clock.num_updates} steps {left:.0%} of the average {name!r} is still "
+                    "the weights it was seeded with; use a lower decay, HalfLifeFraction, Warmup "
+                    "or Power, or a later start_step",
+                )
+
+    def check_finite(self, skipped_elements: int) -> None:
+        """Warn if non-finite parameters were kept out of the average."""
+        if skipped_elements:
+            self.warn_once(
+                "nonfinite",
+                f"{skipped_elements} times a NaN or Inf in the parameters was kept out of the "
+                "average on this rank; look at the loss and the gradient norm, or pass "
+                'nonfinite="raise" to stop at once',
+            )
+
+
+@torch.no_grad()
+def squared_distance(
+    views: Sequence[Tensor], live: Sequence[Tensor], *, sampled: bool
+) -> tuple[float, float]:
+    """``(sum (shadow - live)**2, sum live**2)`` over this rank's elements, in float64.
+
+    Args:
+        sampled: look at no more than about 2**20 elements, at a fixed stride.
+    """
+    total = sum(t.numel() for t in live)
+    stride = max(1, math.ceil(total / SAMPLE_NUMEL)) if sampled else 1
+    apart = norm = 0.0
+    for view, parameter in zip(views, live, strict=True):
+        if parameter.numel():
+            a = view.reshape(-1)[::stride].double()
+            b = parameter.detach().reshape(-1)[::stride].to(a.device).double()
+            apart += float((a - b).square().sum())
+            norm += float(b.square().sum())
+    return apart, norm
+
+
+@torch.no_grad()
+def _probe(tensors: Sequence[Tensor]) -> Tensor:
+    """A few elements of a few tensors, fp32 on the CPU."""
+    filled = [t for t in tensors if t.numel()]
+    chosen = filled[:: max(1, len(filled) // _PROBE_TENSORS)]
+    parts = []
+    for tensor in chosen:
+        flat = (
+            tensor.detach().reshape(-1)
+            if tensor.is_contiguous()
+            else tensor.detach()[:1].reshape(-1)
+        )
+        step = max(1, flat.numel() // _PROBE_ELEMENTS)
+        parts.append(flat[::step][:_PROBE_ELEMENTS].float().cpu())
+    return torch.cat(parts) if parts else torch.empty(0)

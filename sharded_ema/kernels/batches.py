@@ -1,0 +1,133 @@
+"""Cuts the tensors of an update into batches: whole lists where that is fastest, else blocks.
+
+Parameters that have the shadow's dtype and device go to the fused foreach kernel as they are. All
+others pass through a small stage buffer that stays in cache, so that no conversion ever needs a
+temporary of the size of a parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Elements of the stage buffer (4 MiB of fp32): fits the second-level caches of today's CPUs and
+# GPUs, and is large enough for the cost of a kernel launch to vanish.
+STAGE_NUMEL = 1 << 20
+# A guarded batch is read twice, the second time from cache: smaller on a CPU.
+GUARD_NUMEL = 1 << 19
+# Below this size the cost of a call per tensor exceeds that of a copy into the stage.
+TINY_NUMEL = 1 << 12
+
+
+@dataclass(slots=True)
+class Batch:
+    """Tensors that one pass updates together; all of one source dtype and one device each.
+
+    Attributes:
+        live: blocks of the parameters.
+        shadows: for each profile the blocks of the shadow, shaped like ``live``.
+        stage: blocks of the stage buffer, or ``None`` where ``live`` can be used directly.
+        buffer: the part of the stage buffer that ``stage`` fills, 1-D.
+    """
+
+    live: list[Tensor]
+    shadows: list[list[Tensor]]
+    stage: list[Tensor] | None = None
+    buffer: Tensor | None = None
+
+
+@torch.no_grad()
+def make_batches(
+    shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor], *, guard: bool
+) -> list[Batch]:
+    """Batches that together cover every element once.
+
+    Args:
+        shadows: for each profile one tensor per parameter.
+        live: the parameters; empty ones are dropped.
+        guard: whether non-finite elements will be looked for.
+    """
+    direct: dict[torch.device, list[int]] = {}
+    staged: dict[tuple[torch.device, torch.device, torch.dtype], list[int]] = {}
+    for i, parameter in enumerate(live):
+        shadow = shadows[0][i]
+        if not parameter.numel():
+            continue
+        same = parameter.dtype == shadow.dtype and parameter.device == shadow.device
+        # A GPU cannot branch on what it finds without a host sync, so it always masks in the
+        # stage; a CPU looks first and stages only what is too small to be looked at alone.
+        if same and not (guard and (parameter.is_cuda or parameter.numel() < TINY_NUMEL)):
+            direct.setdefault(shadow.device, []).append(i)
+        else:
+            key = (shadow.device, parameter.device, parameter.dtype)
+            staged.setdefault(key, []).append(i)
+    batches: list[Batch] = []
+    for indices in direct.values():
+        if not guard:
+            batches.append(
+                Batch([live[i] for i in indices], [[s[i] for i in indices] for s in shadows])
+            )
+        else:
+            batches += [Batch(b, s) for b, s in _blocks(shadows, live, indices, GUARD_NUMEL)]
+    buffers: dict[torch.device, Tensor] = {}
+    for (device, _, _), indices in staged.items():
+        for block, targets in _blocks(shadows, live, indices, STAGE_NUMEL):
+            if device not in buffers:
+                dtype = shadows[0][indices[0]].dtype
+                buffers[device] = torch.empty(STAGE_NUMEL, dtype=dtype, device=device)
+            views, position = [], 0
+            for tensor in block:
+                view = buffers[device][position : position + tensor.numel()]
+                views.append(view.as_strided(tensor.shape, _dense_strides(tensor)))
+                position += tensor.numel()
+            batches.append(Batch(block, targets, views, buffers[device][:position]))
+    return batches
+
+
+def _blocks(
+    shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor], indices: list[int], limit: int
+) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
+    """Group blocks of at most ``limit`` elements into batches of at most ``limit`` elements."""
+    block: list[Tensor] = []
+    targets: list[list[Tensor]] = [[] for _ in shadows]
+    filled = 0
+    for i in indices:
+        for pieces in _split([live[i], *(s[i] for s in shadows)], limit):
+            if filled + pieces[0].numel() > limit:
+                yield block, targets
+                block, targets, filled = [], [[] for _ in shadows], 0
+            block.append(pieces[0])
+            for target, piece in zip(targets, pieces[1:], strict=True):
+                target.append(piece)
+            filled += pieces[0].numel()
+    if block:
+        yield block, targets
+
+
+def _split(tensors: list[Tensor], limit: int) -> Iterator[list[Tensor]]:
+    """Cut equally shaped tensors in step into views of at most ``limit`` elements."""
+    first = tensors[0]
+    if first.numel() <= limit:
+        yield tensors
+    elif all(t.is_contiguous() for t in tensors):
+        flat = [t.view(-1) for t in tensors]
+        for start in range(0, first.numel(), limit):
+            yield [t[start : start + limit] for t in flat]
+    else:
+        dim = max(range(first.dim()), key=lambda d: first.shape[d])
+        half = first.shape[dim] // 2
+        yield from _split([t.narrow(dim, 0, half) for t in tensors], limit)
+        yield from _split([t.narrow(dim, half, first.shape[dim] - half) for t in tensors], limit)
+
+
+def _dense_strides(tensor: Tensor) -> tuple[int, ...]:
+    """Strides of a gapless tensor whose dimensions lie in memory in the order of ``tensor``'s."""
+    strides = [0] * tensor.dim()
+    step = 1
+    for dim in sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), -d)):
+        strides[dim] = step
+        step *= tensor.shape[dim]
+    return tuple(strides)

@@ -1,0 +1,38 @@
+"""The update as one reads it in a paper: a plain loop that the fast paths are tested against."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def lerp_reference(
+    shadows: Sequence[Sequence[Tensor]],
+    live: Sequence[Tensor],
+    weights: Sequence[float],
+    *,
+    guard: bool = False,
+) -> Tensor:
+    """``shadow <- shadow + weight * (live - shadow)``, in place, tensor by tensor.
+
+    Args:
+        shadows: for each profile one tensor per parameter, fp32, shaped like ``live``.
+        live: the parameters, any floating dtype.
+        weights: for each profile ``1 - decay``.
+        guard: leave elements alone whose parameter is NaN or Inf.
+
+    Returns:
+        Number of guarded elements, int64 of shape ``()``.
+    """
+    skipped = torch.zeros((), dtype=torch.int64)
+    for i, parameter in enumerate(live):
+        value = parameter.detach().to(shadows[0][i].device, shadows[0][i].dtype)
+        finite = torch.isfinite(value)
+        skipped += (~finite).sum().cpu()
+        for shadow, weight in zip(shadows, weights, strict=True):
+            target = torch.where(finite, value, shadow[i]) if guard else value
+            shadow[i].lerp_(target, weight)
+    return skipped

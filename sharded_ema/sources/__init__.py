@@ -1,0 +1,60 @@
+"""Finds out how a target is sharded and makes the source that reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_ema.errors import BindError, UnsupportedLayoutError
+from sharded_ema.sources.base import (
+    Inventory,
+    Named,
+    Shard,
+    ShardSource,
+    split_buffers,
+    take_inventory,
+)
+from sharded_ema.sources.ddp import DDPSource
+from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
+from sharded_ema.sources.plain import PlainSource
+
+__all__ = ["Inventory", "Named", "Shard", "ShardSource", "make_source"]
+
+
+def make_source(
+    target: nn.Module,
+    *,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    buffers: str,
+    shard_replicas: bool,
+) -> ShardSource:
+    """Detect the layout of ``target``.
+
+    Raises:
+        BindError: the target is no module, or a parameter cannot be averaged.
+        UnsupportedLayoutError: its layout is not supported; the message names it.
+    """
+    if any(cls.__name__ == "DeepSpeedEngine" for cls in type(target).__mro__):
+        raise UnsupportedLayoutError("DeepSpeed engines are not supported by this version")
+    if not isinstance(target, nn.Module):
+        raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
+    modules = list(target.modules())
+    if any(isinstance(m, FullyShardedDataParallel) for m in modules):
+        raise UnsupportedLayoutError(
+            "FullyShardedDataParallel (FSDP1) is not supported by this version; use fully_shard"
+        )
+    if any(isinstance(m, FSDPModule) for m in modules):
+        reshard(target)
+    inventory = take_inventory(target, include, exclude)
+    split_buffers(inventory, buffers)
+    if any(isinstance(n.tensor, DTensor) for n in (*inventory.averaged, *inventory.frozen)):
+        return FSDP2Source(target, inventory)
+    for module in modules:
+        if isinstance(module, DistributedDataParallel):
+            return DDPSource(module, inventory, shard_replicas=shard_replicas)
+    return PlainSource(target, inventory)

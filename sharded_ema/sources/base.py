@@ -1,0 +1,271 @@
+"""What a framework must tell: which tensors exist, and which part of each this rank owns.
+
+A source reads a model; it never computes an average and keeps no copy of anything. Adding a
+framework means one subclass of :class:`ShardSource` in a file of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+import torch
+import torch.distributed as dist
+import xxhash
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from sharded_ema.errors import BindError, ConfigError
+from sharded_ema.layout import Box, FlatRange, Shape
+
+# Attributes through which wrappers hold the module they wrap. They are no part of the name that
+# the bare model's state_dict() gives a parameter.
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Named:
+    """One tensor of the model under its unwrapped name.
+
+    Attributes:
+        fqn: fully qualified name in ``state_dict()`` of the bare model.
+        owner: module that holds the tensor, as it is registered now.
+        attribute: its name there.
+        tensor: the parameter or buffer; parameters are held, buffers read anew at each use.
+        aliases: other names of the same tensor (tied weights).
+    """
+
+    fqn: str
+    owner: nn.Module
+    attribute: str
+    tensor: Tensor
+    aliases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Shard:
+    """What this rank owns of one averaged tensor: a flat range inside a box.
+
+    Attributes:
+        name: the tensor and its name.
+        shape: global shape.
+        box: this rank's block of the global tensor.
+        range: elements of the box that this rank averages, or ``None`` for all of them.
+        writes: whether this rank writes the piece into checkpoints; of equal copies one does.
+    """
+
+    name: Named
+    shape: Shape
+    box: Box
+    range: FlatRange | None = None
+    writes: bool = True
+
+    @property
+    def numel(self) -> int:
+        """Elements of the shadow on this rank."""
+        return self.box.numel if self.range is None else self.range.numel
+
+
+@dataclass(slots=True)
+class Inventory:
+    """The tensors of a model, sorted by what happens to them.
+
+    Attributes:
+        averaged: trainable parameters that the patterns select.
+        frozen: parameters with ``requires_grad=False``.
+        excluded: trainable parameters that the patterns leave out.
+        buffers: persistent buffers.
+    """
+
+    averaged: list[Named] = field(default_factory=list)
+    frozen: list[Named] = field(default_factory=list)
+    excluded: list[Named] = field(default_factory=list)
+    buffers: list[Named] = field(default_factory=list)
+
+
+def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """All modules with the prefix their tensors have in the bare model's ``state_dict()``.
+
+    A shared module is met once under each of its names, as in ``state_dict()``.
+    """
+    yield prefix, module
+    is_ddp = isinstance(module, DistributedDataParallel)
+    for name, child in module._modules.items():
+        if child is not None:
+            wrapped = name in _WRAPPED or (is_ddp and name == "module")
+            yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
+
+
+def take_inventory(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> Inventory:
+    """List and sort the tensors of ``model``.
+
+    Args:
+        include: shell-style patterns over names; a parameter must match one. ``None``: all.
+        exclude: patterns of which it must match none.
+
+    Raises:
+        BindError: a parameter is on the meta device or has no elements, or none is left.
+        ConfigError: a pattern matches no parameter at all.
+    """
+    found = Inventory()
+    parameters: dict[int, Named] = {}
+    for prefix, module in walk(model):
+        for attribute, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            fqn = prefix + attribute
+            known = parameters.get(id(parameter))
+            parameters[id(parameter)] = (
+                replace(known, aliases=(*known.aliases, fqn))
+                if known
+                else Named(fqn, module, attribute, parameter)
+            )
+        for attribute, buffer in module._buffers.items():
+            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+                found.buffers.append(Named(prefix + attribute, module, attribute, buffer))
+    for named in parameters.values():
+        _refuse_unusable(named)
+        if not named.tensor.requires_grad:
+            found.frozen.append(named)
+        elif selected(named.fqn, include, exclude):
+            found.averaged.append(named)
+        else:
+            found.excluded.append(named)
+    every = [n.fqn for n in (*parameters.values(), *found.buffers)]
+    for pattern in (*(include or ()), *(exclude or ())):
+        if not any(fnmatchcase(fqn, pattern) for fqn in every):
+            raise ConfigError(
+                f"pattern {pattern!r} matches no parameter; names look like {every[:3]}"
+            )
+    if not found.averaged:
+        raise BindError(
+            "no parameter to average: the model has "
+            f"{len(parameters)} parameters, {len(found.frozen)} of them frozen "
+            f"(requires_grad=False) and {len(found.excluded)} left out by include={include} "
+            f"exclude={exclude}"
+        )
+    return found
+
+
+def selected(fqn: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    """Whether the patterns select a name."""
+    wanted = include is None or any(fnmatchcase(fqn, p) for p in include)
+    return wanted and not any(fnmatchcase(fqn, p) for p in exclude or ())
+
+
+def _refuse_unusable(named: Named) -> None:
+    if named.tensor.is_meta:
+        raise BindError(
+            f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "
+            "initialise, or load a checkpoint) before making its average"
+        )
+    if not named.tensor.numel():
+        raise BindError(
+            f"parameter {named.fqn} has shape {tuple(named.tensor.shape)}, that is 0 elements; "
+            "under ZeRO-3 (zero.Init) parameters look like this: pass the DeepSpeed engine instead"
+        )
+
+
+class ShardSource(ABC):
+    """A model whose shards can be read, stored and, for a swap, overwritten.
+
+    Attributes:
+        kind: name of the layout, for messages.
+        ranks: global ranks that share the model, in order; empty without a process group.
+        inventory: the tensors of the model.
+        shards: what this rank owns, one entry per averaged tensor on every rank.
+    """
+
+    kind: str
+    ranks: list[int]
+    inventory: Inventory
+    shards: list[Shard]
+
+    @property
+    def is_first_rank(self) -> bool:
+        """Whether this rank writes what all ranks hold alike."""
+        return not self.ranks or dist.get_rank() == self.ranks[0]
+
+    @abstractmethod
+    def live(self) -> list[Tensor]:
+        """This rank's part of every averaged tensor, without copies, in the order of shards."""
+
+    @abstractmethod
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """``tensors`` (shadows, in the order of shards) as what the checkpoint planner takes."""
+
+    @abstractmethod
+    def extra_value(self, named: Named) -> Tensor:
+        """A frozen parameter or a buffer as a value that is saved, but not loaded into."""
+
+    @abstractmethod
+    def swap_targets(self) -> list[Tensor]:
+        """The local tensors that a swap overwrites."""
+
+    @abstractmethod
+    def swap_in(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the swap targets with the average, of which this rank holds ``tensors``."""
+
+    #: Whether entering a swap needs every rank, so that an absent one must be named.
+    swap_is_collective: bool = False
+
+    def settle(self) -> None:
+        """Bring the registered parameters into their sharded form, if the framework has one."""
+
+    def check_current(self) -> None:
+        """Refuse if a parameter of the model is no longer the object that is being averaged.
+
+        Raises:
+            BindError: for example after ``load_state_dict(assign=True)``.
+        """
+        for named in (*self.inventory.averaged, *self.inventory.frozen):
+            registered = named.owner._parameters.get(named.attribute)
+            if isinstance(named.tensor, nn.Parameter) and registered is not named.tensor:
+                raise BindError(
+                    f"parameter {named.fqn} was replaced after the average was made (load_state_dict"
+                    "(assign=True), resizing, re-wrapping); make the ShardedEMA after such changes"
+                )
+
+    def agreement_record(self) -> dict[str, str]:
+        """What must be equal on all ranks, by parameter name; empty if nothing can differ."""
+        return {}
+
+
+def read_buffer(named: Named) -> Tensor:
+    """The buffer as registered now: modules replace their buffers freely."""
+    buffer = named.owner._buffers.get(named.attribute)
+    if buffer is None:
+        raise BindError(f"buffer {named.fqn} has been removed from the model")
+    return buffer.detach()
+
+
+def read(named: Named) -> Tensor:
+    """The tensor now: a parameter is held, a buffer looked up."""
+    return named.tensor.detach() if isinstance(named.tensor, nn.Parameter) else read_buffer(named)
+
+
+def split_buffers(inventory: Inventory, policy: str) -> None:
+    """Move floating-point buffers to the averaged tensors if ``policy`` is ``"average"``."""
+    if policy == "average":
+        floating = [b for b in inventory.buffers if b.tensor.is_floating_point()]
+        inventory.averaged += floating
+        inventory.buffers = [b for b in inventory.buffers if not b.tensor.is_floating_point()]
+    elif policy == "ignore":
+        inventory.buffers = []
+
+
+@torch.no_grad()
+def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy tensor by tensor, converting dtype and device."""
+    for target, source in zip(targets, sources, strict=True):
+        target.copy_(source)
+
+
+def digest(tensor: Tensor) -> str:
+    """xxh3-128 of a tensor's elements in C order, as hex digits. Copies GPU tensors to the host."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy())

@@ -1,0 +1,71 @@
+"""An unsharded module: one process, or equal copies that the user keeps equal himself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_ema.layout import Box
+from sharded_ema.sources.base import (
+    Inventory,
+    Named,
+    Shard,
+    ShardSource,
+    copy_into,
+    digest,
+    read,
+)
+from sharded_ema.values import FlatShard
+
+
+class PlainSource(ShardSource):
+    """Every rank averages the whole model; rank 0 writes it.
+
+    Where a process group exists its ranks must hold the same parameters, which is checked when
+    the ranks first agree: values that differ would otherwise be lost but for one rank's.
+    """
+
+    kind = "plain"
+
+    def __init__(self, model: nn.Module, inventory: Inventory) -> None:
+        distributed = dist.is_available() and dist.is_initialized()
+        self.ranks = list(range(dist.get_world_size())) if distributed else []
+        self.inventory = inventory
+        self.shards = [
+            Shard(n, tuple(n.tensor.shape), Box.whole(n.tensor.shape), writes=self.is_first_rank)
+            for n in inventory.averaged
+        ]
+
+    def live(self) -> list[Tensor]:
+        return [read(shard.name) for shard in self.shards]
+
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        if not self.ranks:
+            return list(tensors)
+        return [
+            FlatShard(s.shape, [(s.box, t)], dtype=t.dtype, device=t.device, writes=s.writes)
+            for s, t in zip(self.shards, tensors, strict=True)
+        ]
+
+    def extra_value(self, named: Named) -> Tensor:
+        tensor = read(named)
+        return FlatShard(
+            tensor.shape,
+            [(Box.whole(tensor.shape), tensor)],
+            dtype=tensor.dtype,
+            device=tensor.device,
+            writes=self.is_first_rank,
+            reads=False,
+        )
+
+    def swap_targets(self) -> list[Tensor]:
+        return self.live()
+
+    def swap_in(self, tensors: Sequence[Tensor]) -> None:
+        copy_into(self.swap_targets(), tensors)
+
+    def agreement_record(self) -> dict[str, str]:
+        named = (*self.inventory.averaged, *self.inventory.frozen)
+        return {n.fqn: digest(n.tensor) for n in named if isinstance(n.tensor, nn.Parameter)}

@@ -1,0 +1,156 @@
+"""Pieces of a global tensor in the form that torch.distributed.checkpoint plans with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+
+from sharded_ema.layout import Box, FlatRange
+
+Piece = tuple[Box, Tensor]
+
+
+class FlatShard(Tensor):
+    """Local blocks of a global tensor; to anyone else a tensor of the global shape without data.
+
+    It implements DCP's checkpointable protocol (``__create_write_items__`` and its two
+    siblings), so that ``dcp.save``, ``dcp.async_save`` and ``dcp.load`` treat every block as a
+    chunk of one N-D tensor and reshard it like a DTensor's. No operation but those that stagers
+    need is supported.
+
+    Args:
+        shape: global shape.
+        pieces: blocks of this rank, each a view of memory that a load may write to.
+        writes: whether a save writes the pieces from this rank.
+        reads: whether a load fills them.
+        dtype, device: of the pieces; needed because there may be none.
+    """
+
+    _pieces: list[Piece]
+    _writes: bool
+    _reads: bool
+
+    @staticmethod
+    def __new__(
+        cls,
+        shape: Sequence[int],
+        pieces: Sequence[Piece],
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+        writes: bool = True,
+        reads: bool = True,
+    ) -> FlatShard:
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, torch.Size(shape), dtype=dtype, device=device, requires_grad=False
+        )
+        self._pieces = list(pieces)
+        self._writes = writes
+        self._reads = reads
+        return self
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The local blocks with their position in the global tensor."""
+        return self._pieces
+
+    def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, torch.Size(box.offsets)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(box),
+                    properties=TensorProperties.create_from_tensor(piece),
+                    size=self.size(),
+                ),
+            )
+            for box, piece in (self._pieces if self._writes else [])
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        return [_chunk(box) for box, _ in (self._pieces if self._reads else [])]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        wanted = tuple(index.offset or (0,) * self.dim())
+        for box, piece in self._pieces:
+            if box.offsets == wanted:
+                return piece
+        raise KeyError(f"{index.fqn} has no piece at {wanted} on this rank")
+
+    @classmethod
+    def __torch_dispatch__(
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        operation = _STAGING.get(func.name())
+        if operation is None:
+            raise TypeError(f"{func.name()} is not defined on the pieces of a sharded tensor")
+        return operation(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        boxes = [box for box, _ in self._pieces]
+        return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, pieces={boxes})"
+
+
+def _map(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatShard:
+    """Apply an operation that yields a tensor like its input to every piece."""
+    source = args[0]
+    pieces = [(box, func(piece, *args[1:], **kwargs)) for box, piece in source._pieces]
+    example = func(torch.empty(0, dtype=source.dtype, device=source.device), *args[1:], **kwargs)
+    return FlatShard(
+        source.shape,
+        pieces,
+        dtype=example.dtype,
+        device=example.device,
+        writes=source._writes,
+        reads=source._reads,
+    )
+
+
+def _new_empty(
+    func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> FlatShard:
+    """``new_empty`` of the global shape, which stagers call to make a like-shaped buffer."""
+    return _map(torch.empty_like, args[:1], {k: v for k, v in kwargs.items() if v is not None})
+
+
+def _copy(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatShard:
+    target, source = args[0], args[1]
+    for (_, into), (_, piece) in zip(target._pieces, source._pieces, strict=True):
+        into.copy_(piece, *args[2:], **kwargs)
+    return target
+
+
+_STAGING: dict[str, Callable[..., FlatShard]] = {
+    "aten::detach": _map,
+    "aten::alias": _map,
+    "aten::clone": _map,
+    "aten::empty_like": _map,
+    "aten::_to_copy": _map,
+    "aten::new_empty": _new_empty,
+    "aten::copy_": _copy,
+}
+
+
+def _chunk(box: Box) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
+
+
+def range_pieces(shape: Sequence[int], span: FlatRange, flat: Tensor) -> list[Piece]:
+    """A 1-D tensor that holds elements ``span`` of a tensor of ``shape``, as blocks (views)."""
+    return [
+        (box, flat[start : start + box.numel].view(box.sizes)) for start, box in span.boxes(shape)
+    ]
