@@ -147,5 +147,6 @@ def save_description(model: PreTrainedModel, path: Path) -> None:
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__]
     config.dtype = None  # the file of weights says it; a stale value here would win on loading
+    path.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(path)
     (model.generation_config or GenerationConfig.from_model_config(config)).save_pretrained(path)

@@ -156,9 +156,10 @@ def load_train_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimi
 
 
 def run_settings(options: Options, config: dict[str, Any], digest: str) -> dict[str, Any]:
-    """What a checkpoint records of its run, in two parts.
+    """What a checkpoint records of its run.
 
     ``fixed`` cannot change without making it another run; ``free`` may, and the user is told.
+    The averages of both must have the same names, if both have any.
     """
     fixed = {f"model.{key}": value for key, value in config.items() if key not in _VOLATILE}
     fixed |= {
@@ -168,7 +169,8 @@ def run_settings(options: Options, config: dict[str, Any], digest: str) -> dict[
         "seed": options.seed,
         "text": digest,
     }
-    return {"fixed": fixed, "free": {name: getattr(options, name) for name in _FREE}}
+    free = {name: getattr(options, name) for name in _FREE}
+    return {"fixed": fixed, "free": free, "averages": sorted(options.profiles)}
 
 
 _FREE = (
@@ -191,6 +193,9 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str
     # Through JSON, as the recorded ones went: it makes lists of tuples and strings of keys.
     settings = json.loads(json.dumps(settings))
     fatal = _differences(checkpoint.settings["fixed"], settings["fixed"])
+    old, new = checkpoint.settings["averages"], settings["averages"]
+    if old and new and old != new:
+        fatal.append(f"its averages are named {', '.join(old)}, those asked for {', '.join(new)}")
     if fatal:
         raise RunError(
             f"cannot resume {checkpoint.path}: it belongs to another run: {'; '.join(fatal)}. "

@@ -193,7 +193,6 @@ def place(options: Options) -> tuple[Path, Checkpoint | None]:
         )
     if found and found.step > options.steps:
         raise RunError(f"{found.path} is beyond --steps {options.steps}")
-    out.mkdir(parents=True, exist_ok=True)
     return out, found
 
 

@@ -12,7 +12,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Shard as ShardPlacement
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.utils.dlpack import from_dlpack
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
@@ -72,7 +74,7 @@ class FSDP2Source(ShardSource):
                 # Without shape and stride an uneven shard would be taken for an even one.
                 out.append(
                     DTensor.from_local(
-                        tensor,
+                        _own_storage(tensor),
                         parameter.device_mesh,
                         parameter.placements,
                         run_check=False,
@@ -131,6 +133,15 @@ def local(named: Named) -> Tensor:
     """This rank's tensor. ``to_local()`` would cost a dispatch and a view per parameter."""
     parameter = named.tensor
     return parameter._local_tensor if isinstance(parameter, DTensor) else read(named)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """The same memory as a tensor that begins at the start of its storage.
+
+    PyTorch's asynchronous stager takes a DTensor for one with data of its own if the local tensor
+    has a storage offset, as views of a flat buffer have, and fails (seen in 2.13).
+    """
+    return from_dlpack(tensor) if tensor.storage_offset() and tensor.numel() else tensor
 
 
 def _is_dtensor(named: Named) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 # A rank that has not answered by then hangs. Twenty times what the slowest test needs.
-TIMEOUT = 240.0
+TIMEOUT = 120.0
 
 
 class WorkerPool:

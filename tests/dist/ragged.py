@@ -52,9 +52,13 @@ class Ragged(nn.Module):
         h = self.inp(x) + self.tied(x)
         for block in self.blocks:
             h = block(h)
-        h = self.out(h) * self.one + self.scalar + h[:, :5] @ self.transposed.t()
-        image = x[:, :3, None, None].expand(-1, 3, 3, 3)
-        return h + self.conv(image).mean((2, 3)) + self.frozen.sum() / 10
+        # Mixed precision converts what it shards; what it ignores stays as it is.
+        scalar, skew = self.scalar.to(h.dtype), self.transposed.t().to(h.dtype)
+        kernel, bias = self.conv.weight.to(h.dtype), self.conv.bias.to(h.dtype)
+        h = self.out(h) * self.one + scalar + h[:, :5] @ skew
+        image = x[:, :3, None, None].expand(-1, 3, 3, 3).to(h.dtype)
+        h = h + nn.functional.conv2d(image, kernel, bias).mean((2, 3))
+        return h + self.frozen.sum() / 10
 
 
 @dataclass

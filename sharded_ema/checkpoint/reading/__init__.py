@@ -1,0 +1,1 @@
+"""Reading checkpoints without PyTorch: manifest, chunk table, safetensors headers, DCP files."""

@@ -1,219 +1,300 @@
-"""Opens a checkpoint of any kind and says what is in it; reads no tensor data."""
+"""Opening a checkpoint: which tensors it holds and where their bytes are, checked before use."""
 
 from __future__ import annotations
 
-import math
 import os
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.chunks import Chunk, ChunkTable
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME, StockCheckpoint
+from sharded_ema.checkpoint.reading.chunks import Chunk, ChunkTable, tiles
+from sharded_ema.checkpoint.reading.dcp import METADATA_NAME, DcpIndex
 from sharded_ema.checkpoint.reading.manifest import (
     CHUNKS_NAME,
     MANIFEST_NAME,
+    FileRecord,
     Manifest,
+    check_meta,
     decode_meta,
     parse_manifest,
 )
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, read_header
-from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES, blocks
-from sharded_ema.config import META_BYTES, META_KEY
+from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor, verify_file
+from sharded_ema.config import META_KEY
 from sharded_ema.errors import (
     CheckpointCorruptError,
+    CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
 )
-from sharded_ema.layout import Box, Shape
+from sharded_ema.layout import Shape
+
+_TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
+_PART = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Name, global shape and safetensors dtype of a stored tensor."""
+    """A tensor of a checkpoint: key, global shape, and safetensors name of its dtype."""
 
     key: str
     shape: Shape
     dtype: str
 
+    @property
+    def num_bytes(self) -> int:
+        numel = 1
+        for extent in self.shape:
+            numel *= extent
+        return numel * ITEMSIZE[self.dtype]
 
+
+@dataclass(frozen=True)
 class Catalog:
-    """An open checkpoint.
+    """The contents of one committed checkpoint.
 
     Attributes:
         path: its directory.
-        format: ``"safetensors"``, or ``"dcp"``.
-        manifest: ``None`` for a checkpoint that other software wrote.
+        format: ``"safetensors"``, or ``"dcp"`` for torch's own.
+        manifest: ``None`` for a DCP checkpoint that this library did not write.
         tensors: by key.
+        unsupported: torch dtype by key of stored tensors that this library does not read.
     """
 
-    def __init__(self, path: Path, manifest: Manifest | None) -> None:
-        self.path = path
-        self.manifest = manifest
-        self.format = manifest.format if manifest else "dcp"
-        self._stock: StockCheckpoint | None = None
-        self._table: ChunkTable | None = None
-        if self.format == "safetensors":
-            assert manifest is not None
-            names = [file.name for file in manifest.files]
-            self._table = ChunkTable(path / CHUNKS_NAME, manifest.uuid, names)
-            self._rows = {t.key: (t.first_chunk, t.num_chunks) for t in manifest.tensors}
-            self.tensors = {t.key: StoredTensor(t.key, t.shape, t.dtype) for t in manifest.tensors}
-        else:
-            self._stock = StockCheckpoint(path)
-            self.tensors = {
-                key: StoredTensor(key, shape, dtype)
-                for key, (shape, dtype) in self._stock.tensors.items()
-            }
-        self._sizes: dict[str, int] = {}
+    path: Path
+    format: str
+    manifest: Manifest | None
+    tensors: dict[str, StoredTensor]
+    unsupported: dict[str, str]
+    _locate: Callable[[str], list[Chunk]]
 
     @property
     def verified_metadata(self) -> bool:
-        """Whether names, shapes and places are under a digest, too."""
+        """Whether a digest covers what is said of the tensors, not only their data."""
         return self.manifest is not None
 
+    @property
+    def world_size(self) -> int | None:
+        """Number of ranks that saved, if the checkpoint says so."""
+        return self.manifest.world_size if self.manifest else None
+
     def chunks(self, key: str) -> list[Chunk]:
-        """The blocks of a tensor, checked to lie in files and to cover it exactly once.
+        """Where a tensor's data lies: blocks that fill it with neither hole nor overlap.
 
         Raises:
-            CheckpointCorruptError: they do not.
+            CheckpointCorruptError: the blocks do not fit the tensor or the files.
         """
         tensor = self.tensors[key]
-        if self._table is not None:
-            found = self._table.rows(*self._rows[key], len(tensor.shape))
-        else:
-            assert self._stock is not None
-            found = self._stock.chunks(key)
-        itemsize = ITEMSIZE[tensor.dtype]
-        for chunk in found:
-            size = self._file_size(chunk.file)
-            if (
-                not chunk.box.fits(tensor.shape)
-                or not 0 <= chunk.byte_offset <= chunk.byte_offset + chunk.num_bytes <= size
-                or (chunk.strides is None and chunk.num_bytes != chunk.box.numel * itemsize)
-            ):
+        chunks = self._locate(key)
+        for chunk in chunks:
+            if not chunk.box.fits(tensor.shape) or not chunk.box.numel:
                 raise CheckpointCorruptError(
-                    f"{key}: {chunk.box} in bytes {chunk.byte_offset}+{chunk.num_bytes} of "
-                    f"{chunk.file} ({size} bytes) does not fit a tensor of {tensor.shape}"
+                    f"{self.path}: {key} has shape {tensor.shape} and a chunk at "
+                    f"{chunk.box.offsets} of size {chunk.box.sizes}"
                 )
-        _check_cover(key, tensor.shape, [chunk.box for chunk in found])
-        return found
+            size = chunk.box.numel * ITEMSIZE[tensor.dtype]
+            if chunk.num_bytes != size:
+                raise CheckpointCorruptError(
+                    f"{self.path}: {key} has a chunk of {chunk.num_bytes} bytes, {tensor.dtype} of "
+                    f"shape {chunk.box.sizes} takes {size}"
+                )
+        if not tiles((chunk.box for chunk in chunks), tensor.shape):
+            stored = sum(chunk.num_bytes for chunk in chunks)
+            raise CheckpointCorruptError(
+                f"{self.path}: the chunks of {key} leave holes or overlap: they hold {stored} of "
+                f"{tensor.num_bytes} bytes"
+            )
+        return chunks
 
-    def _file_size(self, name: str) -> int:
-        if name not in self._sizes:
-            self._sizes[name] = regular_file_size(self.path, name)
-        return self._sizes[name]
+    def read_bytes(self, key: str) -> bytes:
+        """All bytes of a small tensor in C order, checked.
+
+        Raises:
+            CheckpointCorruptError: they are not what was written.
+        """
+        tensor, chunks = self.tensors[key], self.chunks(key)
+        with SourceFiles(self.path) as files:
+            blocks = stream_tensor(files, key, tensor.shape, ITEMSIZE[tensor.dtype], chunks)
+            return b"".join(block.tobytes() for block in blocks)
 
     def prefixes(self) -> list[str]:
-        """Key prefixes under which an average of this library lies; ``""`` if not nested."""
-        return sorted(k.removesuffix(META_KEY) for k in self.tensors if is_meta(k))
+        """The key prefixes under which averages of this library are stored, such as ``"ema."``."""
+        if self.manifest is not None:
+            return sorted(self.manifest.emas)
+        return sorted(
+            key.removesuffix(META_KEY)
+            for key, tensor in self.tensors.items()
+            if key.rpartition(".")[2] == META_KEY and tensor.dtype == "U8"
+        )
 
     def meta(self, prefix: str = "") -> dict[str, Any]:
         """What the average under ``prefix`` says of itself.
 
         Raises:
-            CheckpointCorruptError: unreadable.
+            CheckpointMismatchError: there is no average under it.
+            CheckpointCorruptError: its description is damaged.
         """
-        key = prefix + META_KEY
-        (chunk,) = self.chunks(key)
-        if chunk.num_bytes > META_BYTES:
-            raise CheckpointCorruptError(f"{key} is {chunk.num_bytes} bytes, more than {META_BYTES}")
-        return decode_meta(b"".join(bytes(b) for b in blocks(self.path, chunk)), key)
-
-
-def is_meta(key: str) -> bool:
-    """Whether a key is that of an average's description."""
-    return key == META_KEY or key.endswith(f".{META_KEY}")
+        where = f"{prefix}{META_KEY} in {self.path}"
+        if prefix not in self.prefixes():
+            known = ", ".join(repr(p) for p in self.prefixes()) or "none"
+            raise CheckpointMismatchError(
+                f"{self.path} holds no average under the prefix {prefix!r}; it has: {known}"
+            )
+        if self.manifest is None:
+            return decode_meta(self.read_bytes(prefix + META_KEY), where)
+        meta = self.manifest.emas[prefix]
+        check_meta(meta, where)
+        return meta
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
-    """Open a committed checkpoint.
+    """Open a committed checkpoint of this library, or one of torch.distributed.checkpoint.
+
+    Everything but the tensors' data is checked here: the manifest's digest, presence and size of
+    every file, the chunk table, the headers of the shards.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
-        CheckpointUncommittedError: a save was begun and never finished.
-        CheckpointCorruptError: files are missing, changed, too many, or not what they claim.
+        CheckpointUncommittedError: a save that did not finish.
+        CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
+        CheckpointMismatchError: written by a later version of this library.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise CheckpointNotFoundError(f"there is no checkpoint at {folder}")
-    names = {entry.name for entry in os.scandir(folder)}
-    if ".tmp-" in folder.name:
-        raise CheckpointUncommittedError(f"{folder} is a save that never finished; do not use it")
-    if MANIFEST_NAME in names:
-        if regular_file_size(folder, MANIFEST_NAME) > 1 << 30:
-            raise CheckpointCorruptError(f"{folder / MANIFEST_NAME} is larger than 1 GiB")
-        where = str(folder / MANIFEST_NAME)
-        manifest = parse_manifest((folder / MANIFEST_NAME).read_bytes(), where)
-        _check_files(folder, manifest, names)
-        return Catalog(folder, manifest)
-    if METADATA_NAME in names:
-        regular_file_size(folder, METADATA_NAME)
-        return Catalog(folder, None)
-    if any(name.endswith((".safetensors", ".distcp")) for name in names):
+    path = Path(path)
+    if not path.is_dir():
+        path = _interrupted_replacement(path)
+    if _TEMPORARY.search(path.name):
         raise CheckpointUncommittedError(
-            f"{folder} holds shards but neither {MANIFEST_NAME} nor {METADATA_NAME}: it was never "
-            "committed, or is no sharded checkpoint"
+            f"{path} is the temporary directory of a save that did not finish; use an earlier "
+            "checkpoint"
         )
-    raise CheckpointNotFoundError(f"{folder} holds no checkpoint")
+    names = {entry.name for entry in os.scandir(path)}
+    if MANIFEST_NAME in names:
+        return _open_own(path, names)
+    if METADATA_NAME in names:
+        return _open_dcp(path, None)
+    if any(_PART.fullmatch(name) for name in names):
+        raise CheckpointUncommittedError(
+            f"{path} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, or "
+            "the manifest was not copied; use an earlier checkpoint"
+        )
+    raise CheckpointNotFoundError(f"{path} holds no checkpoint: no {MANIFEST_NAME}, no .metadata")
 
 
-def regular_file_size(folder: Path, name: str) -> int:
-    """Size of a file of the directory.
+def _interrupted_replacement(path: Path) -> Path:
+    """The checkpoint that a save with ``replace=True`` had set aside when its process died."""
+    siblings = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
+    aside = [p for p in siblings if p.name.startswith(f"{path.name}.old-") and p.is_dir()]
+    if os.path.lexists(path) or not aside:
+        unfinished = [p.name for p in siblings if p.name.startswith(f"{path.name}.tmp-")]
+        raise CheckpointNotFoundError(
+            f"{path} is not a directory with a checkpoint"
+            + (f"; {unfinished[0]} beside it is a save that did not finish" if unfinished else "")
+        )
+    return aside[-1]
+
+
+def _open_own(path: Path, names: set[str]) -> Catalog:
+    manifest_path = inside(path, MANIFEST_NAME)
+    manifest = parse_manifest(manifest_path.read_bytes(), str(manifest_path))
+    listed = {file.name for file in manifest.files}
+    unlisted = names - listed - {MANIFEST_NAME}
+    if unlisted:
+        raise CheckpointCorruptError(
+            f"{path} has {len(unlisted)} files that its manifest does not list, such as "
+            f"{min(unlisted)!r}; move them elsewhere"
+        )
+    for record in manifest.files:
+        _check_file(path, record, manifest.uuid)
+    if manifest.format == "dcp":
+        return _open_dcp(path, manifest)
+    return _open_safetensors(path, manifest)
+
+
+def _check_file(path: Path, record: FileRecord, uuid: str) -> None:
+    file = inside(path, record.name)
+    if not file.is_file():
+        raise CheckpointCorruptError(f"{file} is missing")
+    size = file.stat().st_size
+    if size != record.num_bytes:
+        raise CheckpointCorruptError(
+            f"{file} has {size} bytes, {record.num_bytes} were written: it is truncated or replaced"
+        )
+    if record.name in (CHUNKS_NAME, METADATA_NAME):
+        verify_file(file, record.digest)
+    if record.header_bytes:
+        with open(file, "rb") as opened:
+            header = opened.read(record.header_bytes)
+        if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
+            raise CheckpointCorruptError(f"the header of {file} is damaged, or of another save")
+        _, metadata, start = read_header(file)
+        if metadata.get("uuid") != uuid or start != record.header_bytes:
+            raise CheckpointCorruptError(f"{file} belongs to another save")
+
+
+def _open_safetensors(path: Path, manifest: Manifest) -> Catalog:
+    files = {file.name: file for file in manifest.files}
+    if CHUNKS_NAME not in files:
+        raise CheckpointCorruptError(f"the manifest of {path} lists no {CHUNKS_NAME}")
+    table = ChunkTable(path / CHUNKS_NAME, list(files))
+    rows = sum(t.num_chunks for t in manifest.tensors)
+    if table.uuid != manifest.uuid or table.num_rows != rows:
+        raise CheckpointCorruptError(f"{path / CHUNKS_NAME} belongs to another save")
+    records = {record.key: (number, record) for number, record in enumerate(manifest.tensors)}
+
+    def chunks_of(key: str) -> list[Chunk]:
+        number, record = records[key]
+        chunks = table.rows(
+            record.first_chunk, record.num_chunks, tensor=number, ndim=len(record.shape)
+        )
+        for chunk in chunks:
+            file = files[chunk.file]
+            stop = chunk.byte_offset + chunk.num_bytes
+            if not file.header_bytes or not file.header_bytes <= chunk.byte_offset <= stop <= (
+                file.num_bytes
+            ):
+                raise CheckpointCorruptError(
+                    f"{path}: {key} should lie in bytes {chunk.byte_offset} to {stop} of "
+                    f"{chunk.file}, which has {file.num_bytes}"
+                )
+        return chunks
+
+    tensors = {t.key: StoredTensor(t.key, t.shape, t.dtype) for t in manifest.tensors}
+    return Catalog(path, "safetensors", manifest, tensors, {}, chunks_of)
+
+
+def _open_dcp(path: Path, manifest: Manifest | None) -> Catalog:
+    inside(path, METADATA_NAME)
+    index = DcpIndex(path)
+    tensors = {
+        key: StoredTensor(key, shape, dtype) for key, (shape, dtype) in index.tensors.items()
+    }
+    listed = None if manifest is None else {file.name for file in manifest.files}
+    if manifest is not None:
+        promised = {t.key: StoredTensor(t.key, t.shape, t.dtype) for t in manifest.tensors}
+        if promised != tensors:
+            raise CheckpointCorruptError(f"{path}: manifest and .metadata list different tensors")
+
+    def chunks_of(key: str) -> list[Chunk]:
+        for name in index.files(key):
+            inside(path, name)
+            if listed is not None and name not in listed:
+                raise CheckpointCorruptError(f"{path}: {key} lies in {name}, which is not listed")
+        return index.chunks(key)
+
+    return Catalog(path, "dcp", manifest, tensors, index.unsupported, chunks_of)
+
+
+def inside(root: Path, name: str) -> Path:
+    """The path of a file of the checkpoint.
 
     Raises:
-        CheckpointCorruptError: it is missing, is a link or lies elsewhere.
+        CheckpointCorruptError: the name, or a link that has it, leads out of the directory.
     """
-    path = folder / name
-    if Path(name).name != name or path.is_symlink() or not path.is_file():
-        raise CheckpointCorruptError(f"{path} is missing, or not a regular file of the checkpoint")
-    return path.stat().st_size
-
-
-def _check_files(folder: Path, manifest: Manifest, names: set[str]) -> None:
-    listed = {record.name for record in manifest.files}
-    strange = sorted(names - listed - {MANIFEST_NAME})
-    if strange or len(listed) != len(manifest.files):
-        raise CheckpointCorruptError(f"{folder} holds files that its manifest does not list: {strange}")
-    for record in manifest.files:
-        size = regular_file_size(folder, record.name)
-        if size != record.num_bytes or record.header_bytes > size:
-            raise CheckpointCorruptError(
-                f"{folder / record.name} has {size} bytes, {record.num_bytes} were written"
-            )
-        if record.name in (CHUNKS_NAME, METADATA_NAME):
-            _check_digest(folder / record.name, size, record.digest)
-        elif record.header_bytes:
-            _check_digest(folder / record.name, record.header_bytes, record.header_digest)
-            _, metadata, start = read_header(folder / record.name)
-            if metadata.get("uuid") != manifest.uuid or start != record.header_bytes:
-                raise CheckpointCorruptError(f"{folder / record.name} belongs to another save")
-
-
-def _check_digest(path: Path, num_bytes: int, expected: str) -> None:
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while num_bytes and (block := file.read(min(num_bytes, BLOCK_BYTES))):
-            digest.update(block)
-            num_bytes -= len(block)
-    if digest.hexdigest() != expected:
-        raise CheckpointCorruptError(f"{path} is not what was written (checksum mismatch)")
-
-
-def _check_cover(key: str, shape: Shape, boxes: list[Box]) -> None:
-    """Equal volume and pairwise disjoint; a sweep along one dimension keeps that cheap."""
-    volume = sum(box.numel for box in boxes)
-    if volume != math.prod(shape):
-        raise CheckpointCorruptError(f"{key}: its blocks hold {volume} of {math.prod(shape)} elements")
-    if not shape:
-        return
-    dim = max(range(len(shape)), key=lambda d: len({box.offsets[d] for box in boxes}))
-    open_boxes: list[Box] = []
-    for box in sorted(boxes, key=lambda b: b.offsets[dim]):
-        open_boxes = [b for b in open_boxes if b.offsets[dim] + b.sizes[dim] > box.offsets[dim]]
-        clash = next((b for b in open_boxes if b.overlaps(box)), None)
-        if clash is not None:
-            raise CheckpointCorruptError(f"{key}: the blocks {clash} and {box} overlap")
-        open_boxes.append(box)
+    path = root / name
+    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
+        raise CheckpointCorruptError(f"{root}: the file name {name!r} leads out of the directory")
+    return path

@@ -1,23 +1,28 @@
-"""The chunk table: where each block of each tensor lies, as columns in a safetensors file.
+"""The chunk table: which block of which tensor lies where, as columns of a safetensors file.
 
-Columns rather than JSON, so that the table of a thousand ranks is read by slices and never parsed.
+A manifest with a JSON object per chunk would take hundreds of megabytes to parse at a thousand
+ranks; columns are read a few rows at a time.
 """
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
-import numpy
+import numpy as np
+from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.reading.safetensors_file import build_header, read_header
+from sharded_ema.checkpoint.reading.safetensors_file import Entry, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Box, Shape
 
-_COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes")
+DIGEST_BYTES = 16
+_COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,19 +30,20 @@ class Chunk:
     """A stored block of a tensor.
 
     Attributes:
-        box: the block in the global tensor.
-        file: name of the file.
-        byte_offset, num_bytes: where in the file.
-        digest: xxh3-128 of the bytes, if known.
-        crc32: CRC-32 of the bytes, if known (foreign checkpoints).
-        strides: in elements, if the block is not stored in C order (foreign checkpoints).
+        box: which elements of the global tensor.
+        file: name of the file inside the checkpoint's directory.
+        byte_offset: position of the first byte in the file.
+        num_bytes: length of the data.
+        digest: xxh3-128 of the data, ``None`` in DCP files.
+        crc32: CRC32 of the data in DCP files, if they have one.
+        strides: in elements, if the block is not stored in C order.
     """
 
     box: Box
     file: str
     byte_offset: int
     num_bytes: int
-    digest: bytes | None = None
+    digest: bytes | None
     crc32: int | None = None
     strides: Shape | None = None
 
@@ -45,85 +51,139 @@ class Chunk:
 def write_chunk_table(
     rows: Sequence[tuple[int, Chunk]], file_ids: dict[str, int], uuid: str
 ) -> bytes:
-    """The table as a whole file.
+    """The bytes of ``chunks.safetensors``.
 
     Args:
-        rows: tensor id and chunk, sorted by tensor id and offsets.
+        rows: ``(tensor id, chunk)``, sorted by tensor id, then by the offsets of the box.
         file_ids: position of each file in the manifest.
+        uuid: of the save.
     """
-    depth = max([1, *(len(chunk.box.sizes) for _, chunk in rows)])
-
-    def padded(values: Shape, fill: int) -> list[int]:
-        return [*values, *[fill] * (depth - len(values))]
-
-    columns = {
-        "tensor": [t for t, _ in rows],
-        "offsets": [padded(c.box.offsets, 0) for _, c in rows],
-        "sizes": [padded(c.box.sizes, 1) for _, c in rows],
-        "file": [file_ids[c.file] for _, c in rows],
-        "byte_offset": [c.byte_offset for _, c in rows],
-        "num_bytes": [c.num_bytes for _, c in rows],
+    count = len(rows)
+    width = max([1, *(len(chunk.box.sizes) for _, chunk in rows)])
+    columns: dict[str, NDArray[np.int64] | NDArray[np.uint8]] = {
+        "tensor": np.fromiter((tensor for tensor, _ in rows), np.int64, count),
+        "offsets": np.zeros((count, width), np.int64),
+        "sizes": np.ones((count, width), np.int64),
+        "file": np.fromiter((file_ids[c.file] for _, c in rows), np.int64, count),
+        "byte_offset": np.fromiter((c.byte_offset for _, c in rows), np.int64, count),
+        "num_bytes": np.fromiter((c.num_bytes for _, c in rows), np.int64, count),
+        "digest": np.zeros((count, DIGEST_BYTES), np.uint8),
     }
-    wide = {"offsets": (len(rows), depth), "sizes": (len(rows), depth)}
-    arrays = {
-        name: numpy.array(values, dtype="<i8").reshape(wide.get(name, (len(rows),)))
-        for name, values in columns.items()
-    }
-    digests = b"".join(chunk.digest or bytes(16) for _, chunk in rows)
-    described = [(name, "I64", tuple(array.shape)) for name, array in arrays.items()]
-    header, _ = build_header([*described, ("digest", "U8", (len(rows), 16))], {"uuid": uuid})
-    return header + b"".join(a.tobytes() for a in arrays.values()) + digests
+    for row, (_, chunk) in enumerate(rows):
+        ndim = len(chunk.box.sizes)
+        columns["offsets"][row, :ndim] = chunk.box.offsets
+        columns["sizes"][row, :ndim] = chunk.box.sizes
+        assert chunk.digest is not None, "every chunk of this format has a digest"
+        columns["digest"][row] = np.frombuffer(chunk.digest, np.uint8)
+    tensors = [
+        (name, "U8" if name == "digest" else "I64", columns[name].shape) for name in _COLUMNS
+    ]
+    header, _ = build_header(tensors, {"format": "pt", "uuid": uuid}, align=8)
+    return header + b"".join(columns[name].tobytes() for name in _COLUMNS)
 
 
 class ChunkTable:
-    """An open chunk table.
+    """``chunks.safetensors``, of which only the rows asked for are read.
 
     Args:
-        path: the file.
-        uuid: that it must carry.
+        path: the file; its digest has been checked by the caller.
         files: names by file id.
 
+    Attributes:
+        uuid: of the save that wrote it.
+        num_rows: number of chunks.
+
     Raises:
-        CheckpointCorruptError: columns are missing or of another kind, or the uuid differs.
+        CheckpointCorruptError: it has not the columns that it should have.
     """
 
-    def __init__(self, path: Path, uuid: str, files: Sequence[str]) -> None:
-        self._path, self._files = path, files
-        self._entries, metadata, self._start = read_header(path)
-        missing = {*_COLUMNS, "digest"} - self._entries.keys()
-        if missing or metadata.get("uuid") != uuid:
-            raise CheckpointCorruptError(f"{path} belongs to another save, or lacks {missing}")
-        self.num_rows = self._entries["tensor"].shape[0]
+    def __init__(self, path: Path, files: Sequence[str]) -> None:
+        self._path = path
+        self._files = files
+        self._entries, metadata, self._data_start = read_header(path)
+        self.uuid = metadata.get("uuid", "")
+        entry = self._entries.get("offsets", Entry("", "", (), 0, 0))
+        if len(entry.shape) != 2 or entry.shape[1] < 1:
+            raise CheckpointCorruptError(f"{path} has no column of offsets")
+        self.num_rows, self._width = entry.shape
+        shapes: dict[str, Shape] = dict.fromkeys(_COLUMNS, (self.num_rows,))
+        shapes |= {"offsets": entry.shape, "sizes": entry.shape}
+        shapes["digest"] = (self.num_rows, DIGEST_BYTES)
+        for name, shape in shapes.items():
+            found = self._entries.get(name)
+            dtype = "U8" if name == "digest" else "I64"
+            if found is None or found.shape != shape or found.dtype != dtype:
+                raise CheckpointCorruptError(f"{path} has no column {name!r} of shape {shape}")
 
-    def rows(self, first: int, count: int, ndim: int) -> list[Chunk]:
-        """Chunks ``first`` to ``first + count``, of a tensor of ``ndim`` dimensions."""
-        if not 0 <= first <= first + count <= self.num_rows:
-            raise CheckpointCorruptError(f"{self._path}: no rows {first}:{first + count}")
-        with open(self._path, "rb") as file:
-            descriptor = file.fileno()
-            column = {name: self._column(descriptor, name, first, count) for name in _COLUMNS}
-            digests = self._column(descriptor, "digest", first, count)
-        chunks = []
-        for i in range(count):
-            offsets = tuple(int(n) for n in column["offsets"][i][:ndim])
-            sizes = tuple(int(n) for n in column["sizes"][i][:ndim])
-            file_id = int(column["file"][i])
-            if min((*offsets, *sizes, file_id), default=0) < 0 or file_id >= len(self._files):
-                raise CheckpointCorruptError(f"{self._path}: row {first + i} is out of range")
-            chunks.append(
-                Chunk(
-                    Box(offsets, sizes),
-                    self._files[file_id],
-                    int(column["byte_offset"][i]),
-                    int(column["num_bytes"][i]),
-                    digests[i].tobytes(),
-                )
+    def rows(self, first: int, count: int, *, tensor: int, ndim: int) -> list[Chunk]:
+        """The chunks of one tensor.
+
+        Args:
+            first, count: rows, as the manifest gives them.
+            tensor: id that these rows must carry.
+            ndim: number of dimensions of the tensor.
+
+        Raises:
+            CheckpointCorruptError: rows that are not there, or of another tensor, or impossible.
+        """
+        if first + count > self.num_rows or ndim > self._width:
+            raise CheckpointCorruptError(
+                f"{self._path} has {self.num_rows} rows of {self._width} dimensions, the manifest "
+                f"asks for rows {first} to {first + count} of {ndim}"
             )
-        return chunks
+        with open(self._path, "rb") as file:
+            columns = {name: self._read(file.fileno(), name, first, count) for name in _COLUMNS}
+        padding = (columns["offsets"][:, ndim:] != 0) | (columns["sizes"][:, ndim:] != 1)
+        integers = [columns[name] for name in _COLUMNS if name != "digest"]
+        if padding.any() or any((column < 0).any() for column in integers):
+            raise CheckpointCorruptError(f"{self._path}: rows {first} and on are malformed")
+        if (columns["tensor"] != tensor).any() or (columns["file"] >= len(self._files)).any():
+            raise CheckpointCorruptError(
+                f"{self._path}: rows {first} and on name another tensor or an unknown file"
+            )
+        digests = columns["digest"].tobytes()
+        lists = {name: columns[name].tolist() for name in _COLUMNS if name != "digest"}
+        return [
+            Chunk(
+                box=Box(tuple(lists["offsets"][i][:ndim]), tuple(lists["sizes"][i][:ndim])),
+                file=self._files[lists["file"][i]],
+                byte_offset=lists["byte_offset"][i],
+                num_bytes=lists["num_bytes"][i],
+                digest=digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES],
+            )
+            for i in range(count)
+        ]
 
-    def _column(self, descriptor: int, name: str, first: int, count: int) -> numpy.ndarray:
+    def _read(
+        self, descriptor: int, name: str, first: int, count: int
+    ) -> NDArray[np.int64] | NDArray[np.uint8]:
         entry = self._entries[name]
-        dtype = numpy.dtype("u1" if entry.dtype == "U8" else "<i8")
-        row = math.prod(entry.shape[1:]) * dtype.itemsize
-        data = os.pread(descriptor, count * row, self._start + entry.start + first * row)
-        return numpy.frombuffer(data, dtype).reshape(count, *entry.shape[1:])
+        row_shape = entry.shape[1:]
+        dtype: type[np.uint8] | type[np.int64] = np.uint8 if entry.dtype == "U8" else np.int64
+        row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
+        position = self._data_start + entry.start + first * row_bytes
+        data = os.pread(descriptor, count * row_bytes, position)
+        if len(data) != count * row_bytes:
+            raise CheckpointCorruptError(f"{self._path} ends early, in column {name!r}")
+        return np.frombuffer(data, np.dtype(dtype).newbyteorder("<")).reshape(count, *row_shape)
+
+
+def tiles(boxes: Iterable[Box], shape: Sequence[int]) -> bool:
+    """Whether boxes fill a tensor of ``shape`` with neither hole nor overlap.
+
+    Summing a box's corners with alternating signs is the mixed difference of its indicator
+    function. The boxes' indicators add up to that of the whole tensor exactly when their signed
+    corners do. This takes ``2 ** ndim`` steps per box, where comparing pairs is quadratic.
+    """
+    boxes = [box for box in boxes if box.numel]
+    whole = Box.whole(shape)
+    # Dimensions in which nothing is cut say nothing and would double the corners.
+    cut = [
+        dim for dim, extent in enumerate(shape) if any(box.sizes[dim] != extent for box in boxes)
+    ]
+    signed: Counter[Shape] = Counter()
+    for sign, box in [*((1, box) for box in boxes), *([(-1, whole)] if whole.numel else [])]:
+        ends = [((box.offsets[d], 1), (box.offsets[d] + box.sizes[d], -1)) for d in cut]
+        for corner in product(*ends):
+            signed[tuple(at for at, _ in corner)] += sign * math.prod(s for _, s in corner)
+    return not any(signed.values())

@@ -1,25 +1,46 @@
-"""``manifest.json``: what a checkpoint consists of. Its last field is the digest of its own bytes."""
+"""``manifest.json``: what a committed checkpoint consists of, under a digest of its own bytes.
+
+The bytes are canonical JSON (sorted keys, no spaces, ASCII) except that the field ``digest`` comes
+last: the xxh3-128 of all bytes with its own 32 characters set to zero. A reader can so check the
+digest before it trusts any other field.
+"""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
-from sharded_ema.errors import CheckpointCorruptError
+from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, is_sizes, load_json
+from sharded_ema.config import META_VERSION
+from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.layout import Shape
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 CHUNKS_NAME = "chunks.safetensors"
-_DIGITS = 32
+FORMATS = ("safetensors", "dcp")
+
+_DIGEST_FIELD = b',"digest":"'
+_ZEROS = b"0" * 32
+_TAIL_BYTES = len(_DIGEST_FIELD) + len(_ZEROS) + len(b'"}')
 
 
 @dataclass(frozen=True, slots=True)
 class TensorRecord:
-    """One tensor; its chunks are rows ``first_chunk`` on of the chunk table."""
+    """One stored tensor.
+
+    Attributes:
+        key: name in the state dict that was saved.
+        shape: global shape in elements.
+        dtype: safetensors name.
+        first_chunk: its first row in the chunk table.
+        num_chunks: number of rows; 0 in the format ``"dcp"``, which has no chunk table.
+    """
 
     key: str
     shape: Shape
@@ -30,7 +51,15 @@ class TensorRecord:
 
 @dataclass(frozen=True, slots=True)
 class FileRecord:
-    """One file: size, xxh3-128 of all of it, and of the ``header_bytes`` before its data."""
+    """One file of the checkpoint, the manifest itself excepted.
+
+    Attributes:
+        name: plain file name inside the directory.
+        num_bytes: size of the file.
+        digest: xxh3-128 of the whole file in hex.
+        header_bytes: where the data begins in a safetensors shard; 0 in other files.
+        header_digest: xxh3-128 of those first bytes in hex; empty in other files.
+    """
 
     name: str
     num_bytes: int
@@ -41,15 +70,15 @@ class FileRecord:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything but the chunk table.
+    """A committed checkpoint.
 
     Attributes:
         format: ``"safetensors"`` or ``"dcp"``.
-        uuid: of the save; every shard repeats it.
-        emas: what each average in the checkpoint says of itself, by key prefix.
-        tensors: sorted by key.
-        files: all files but the manifest.
-        world_size: ranks that wrote.
+        uuid: of this save; every shard and the chunk table repeat it.
+        emas: per key prefix (``""`` unless nested) what that average says of itself.
+        tensors: sorted by key; the position is the tensor id in the chunk table.
+        files: all files but the manifest; the position is the file id in the chunk table.
+        world_size: number of ranks that saved.
         libraries: versions by name.
     """
 
@@ -62,92 +91,185 @@ class Manifest:
     libraries: dict[str, str]
 
 
-def dump_manifest(manifest: Manifest) -> bytes:
-    """Canonical JSON, digest last."""
-    fields = {
-        "format_version": FORMAT_VERSION,
-        "kind": "ema",
-        "format": manifest.format,
-        "uuid": manifest.uuid,
-        "emas": manifest.emas,
-        "tensors": [
-            {"key": t.key, "shape": list(t.shape), "dtype": t.dtype,
-             "chunks": [t.first_chunk, t.num_chunks]}
-            for t in manifest.tensors
-        ],
-        "files": [
-            {"name": f.name, "bytes": f.num_bytes, "digest": f.digest,
-             "header_bytes": f.header_bytes, "header_digest": f.header_digest}
-            for f in manifest.files
-        ],
-        "world_size": manifest.world_size,
-        "libraries": manifest.libraries,
-    }  # fmt: skip
-    body = _canonical(fields)
-    blank = body[:-1] + b',"digest":"' + b"0" * _DIGITS + b'"}'
-    return blank[: -_DIGITS - 2] + _digest(blank) + b'"}'
+def dump_manifest(m: Manifest) -> bytes:
+    """The bytes of ``manifest.json``."""
+    body = _canonical(
+        {
+            "format_version": FORMAT_VERSION,
+            "kind": "ema",
+            "format": m.format,
+            "uuid": m.uuid,
+            "emas": m.emas,
+            "tensors": [
+                {
+                    "key": t.key,
+                    "shape": t.shape,
+                    "dtype": t.dtype,
+                    "chunks": [t.first_chunk, t.num_chunks],
+                }
+                for t in m.tensors
+            ],
+            "files": [
+                {
+                    "name": f.name,
+                    "bytes": f.num_bytes,
+                    "digest": f.digest,
+                    "header_bytes": f.header_bytes,
+                    "header_digest": f.header_digest,
+                }
+                for f in m.files
+            ],
+            "world_size": m.world_size,
+            "libraries": m.libraries,
+        }
+    )
+    head = body[:-1] + _DIGEST_FIELD
+    digest = xxhash.xxh3_128_hexdigest(head + _ZEROS + b'"}')
+    return head + digest.encode() + b'"}'
 
 
 def parse_manifest(data: bytes, where: str) -> Manifest:
-    """Check the digest, then read.
+    """Check the digest, then every field.
+
+    Args:
+        data: the bytes of the file.
+        where: its path, for messages.
 
     Raises:
-        CheckpointCorruptError: the bytes are not those that were written, or not understood.
+        CheckpointCorruptError: not the bytes that were written, or fields that cannot be.
+        CheckpointMismatchError: whole, but of a later format version.
     """
-    tail = b'"}'
-    found = data[-_DIGITS - 2 : -2]
-    blank = data[: -_DIGITS - 2] + b"0" * _DIGITS + tail
-    if not data.endswith(tail) or not blank[:-_DIGITS - 2].endswith(b',"digest":"') or _digest(blank) != found:
-        raise CheckpointCorruptError(f"{where}: the manifest does not match its own digest")
-    try:
-        fields = json.loads(data)
-        if fields["format_version"] != FORMAT_VERSION or fields["kind"] != "ema":
-            raise CheckpointCorruptError(
-                f"{where}: format version {fields['format_version']} of kind {fields['kind']!r}; "
-                f"this library reads version {FORMAT_VERSION}"
-            )
-        return Manifest(
-            format=fields["format"],
-            uuid=fields["uuid"],
-            emas=fields["emas"],
-            tensors=tuple(
-                TensorRecord(t["key"], tuple(t["shape"]), t["dtype"], *t["chunks"])
-                for t in fields["tensors"]
-            ),
-            files=tuple(
-                FileRecord(f["name"], f["bytes"], f["digest"], f["header_bytes"], f["header_digest"])
-                for f in fields["files"]
-            ),
-            world_size=fields["world_size"],
-            libraries=fields["libraries"],
+    head, tail = data[:-_TAIL_BYTES], data[-_TAIL_BYTES:]
+    digest = xxhash.xxh3_128_hexdigest(head + _DIGEST_FIELD + _ZEROS + b'"}')
+    if tail != _DIGEST_FIELD + digest.encode() + b'"}':
+        raise CheckpointCorruptError(f"{where} is damaged: its digest does not fit its bytes")
+    fields = _Fields(load_json(data, where), where)
+    version = fields.get("format_version", _is_count)
+    if version != FORMAT_VERSION:
+        raise CheckpointMismatchError(
+            f"{where} has format version {version}, this version of sharded_ema reads "
+            f"{FORMAT_VERSION}; update it"
         )
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointCorruptError(f"{where}: unreadable manifest: {error!r}") from error
+    fields.get("kind", lambda v: v == "ema")
+    manifest = Manifest(
+        format=fields.get("format", lambda v: v in FORMATS),
+        uuid=fields.get("uuid", _is_text),
+        emas=fields.get("emas", lambda v: _is_table(v, dict)),
+        tensors=tuple(_tensor(fields.inner(t)) for t in fields.get("tensors", _is_list)),
+        files=tuple(_file(fields.inner(f)) for f in fields.get("files", _is_list)),
+        world_size=fields.get("world_size", _is_count),
+        libraries=fields.get("libraries", lambda v: _is_table(v, str)),
+    )
+    for kind, names in (
+        ("tensor", [t.key for t in manifest.tensors]),
+        ("file", [f.name for f in manifest.files]),
+    ):
+        if len(set(names)) != len(names):
+            raise CheckpointCorruptError(f"{where} lists a {kind} twice")
+    return manifest
 
 
 def encode_meta(meta: dict[str, Any]) -> bytes:
-    """The description of an average as canonical JSON."""
+    """Canonical JSON of what an average says of itself, without padding."""
     return _canonical(meta)
 
 
 def decode_meta(data: bytes, where: str) -> dict[str, Any]:
-    """Read a description, zero-padded or not.
+    """Read a ``_meta`` tensor's bytes; the zero padding at the end is dropped.
 
     Raises:
-        CheckpointCorruptError: it is none.
+        CheckpointCorruptError: no JSON object.
+        CheckpointMismatchError: not of an average, or of a later version.
     """
-    try:
-        meta = json.loads(data.rstrip(b"\0"))
-        if meta["kind"] != "ema" or meta["version"] != 1:
-            raise CheckpointCorruptError(f"{where}: version {meta['version']} is not understood")
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointCorruptError(f"{where}: no description of an average: {error!r}") from error
-    return dict(meta)
+    meta = load_json(data.rstrip(b"\0"), where)
+    check_meta(meta, where)
+    return meta
 
 
-def _canonical(fields: dict[str, Any]) -> bytes:
-    return json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+def check_meta(meta: dict[str, Any], where: str) -> None:
+    """Whether this version of the library can read a description.
+
+    Raises:
+        CheckpointMismatchError: not of an average, or of a later version.
+    """
+    version, kind = meta.get("version"), meta.get("kind")
+    if kind != "ema" or type(version) is not int:
+        raise CheckpointMismatchError(f"{where} does not describe a ShardedEMA (kind {kind!r})")
+    if version > META_VERSION:
+        raise CheckpointMismatchError(
+            f"{where} has version {version}, this version of sharded_ema reads up to "
+            f"{META_VERSION}; update it"
+        )
+    if not _is_table(meta.get("profiles"), dict):
+        raise CheckpointMismatchError(f"{where} names no profiles")
 
 
-def _digest(data: bytes) -> bytes:
-    return str(xxhash.xxh3_128_hexdigest(data)).encode()
+def is_plain_name(name: object) -> bool:
+    """Whether a file name stays inside the directory it is joined to."""
+    return (
+        isinstance(name, str) and bool(re.fullmatch(r"[^/\\\0]+", name)) and name not in (".", "..")
+    )
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(
+        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+    ).encode()
+
+
+class _Fields:
+    """A JSON object whose fields are checked as they are taken."""
+
+    def __init__(self, values: Any, where: str) -> None:
+        if not isinstance(values, dict):
+            raise CheckpointCorruptError(f"{where} is malformed: {values!r:.80} is no object")
+        self._values = values
+        self._where = where
+
+    def get(self, name: str, check: Callable[[Any], bool]) -> Any:
+        value = self._values.get(name)
+        if not check(value):
+            raise CheckpointCorruptError(
+                f"{self._where} is malformed: {name!r} cannot be {value!r:.80}"
+            )
+        return value
+
+    def inner(self, values: Any) -> _Fields:
+        return _Fields(values, self._where)
+
+
+def _tensor(fields: _Fields) -> TensorRecord:
+    first, count = fields.get("chunks", lambda v: is_sizes(v) and len(v) == 2)
+    return TensorRecord(
+        key=fields.get("key", _is_text),
+        shape=tuple(fields.get("shape", is_sizes)),
+        dtype=fields.get("dtype", lambda v: isinstance(v, str) and v in ITEMSIZE),
+        first_chunk=first,
+        num_chunks=count,
+    )
+
+
+def _file(fields: _Fields) -> FileRecord:
+    return FileRecord(
+        name=fields.get("name", lambda v: is_plain_name(v) and v != MANIFEST_NAME),
+        num_bytes=fields.get("bytes", _is_count),
+        digest=fields.get("digest", _is_text),
+        header_bytes=fields.get("header_bytes", _is_count),
+        header_digest=fields.get("header_digest", lambda v: isinstance(v, str)),
+    )
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+def _is_table(value: Any, of: type) -> bool:
+    return isinstance(value, dict) and all(isinstance(v, of) for v in value.values())

@@ -1,7 +1,7 @@
-"""The safetensors file format: header in, header out; no tensor data (numpy-free, torch-free).
+"""Headers of safetensors files: written with aligned data, read with every number checked.
 
-A file is an 8-byte little-endian header length, a JSON header padded with spaces, and the data.
-Ours pad the header so that data starts at a multiple of 4096, which lets readers map it.
+The format: 8 bytes little-endian length of the header, the header as JSON, then the tensors, which
+must lie back to back. https://huggingface.co/docs/safetensors describes it.
 """
 
 from __future__ import annotations
@@ -15,20 +15,43 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
+from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
+#: Bytes per element of the dtypes that this library stores, by their safetensors names.
 ITEMSIZE: dict[str, int] = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-#: Longest header that is read; the safetensors library has the same limit.
-MAX_HEADER_BYTES = 100_000_000
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "I64": 8,
+    "I32": 4,
+    "I16": 2,
+    "I8": 1,
+    "U64": 8,
+    "U32": 4,
+    "U16": 2,
+    "U8": 1,
+    "BOOL": 1,
+}
+
+# The limit of the reference implementation; a length beyond it is damage, not a header.
+_MAX_HEADER_BYTES = 100_000_000
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One tensor of a file; ``start`` and ``stop`` are bytes relative to the data section."""
+    """One tensor of a safetensors file.
+
+    Attributes:
+        key: name in the header.
+        dtype: safetensors name, a key of :data:`ITEMSIZE`.
+        shape: extent per dimension in elements.
+        start: first byte, counted from where the data begins.
+        stop: byte after the last one.
+    """
 
     key: str
     dtype: str
@@ -37,71 +60,121 @@ class Entry:
     stop: int
 
 
+def num_bytes(dtype: str, shape: Sequence[int]) -> int:
+    """Bytes that a tensor of ``shape`` takes."""
+    return math.prod(shape) * ITEMSIZE[dtype]
+
+
 def build_header(
     tensors: Sequence[tuple[str, str, Shape]], metadata: dict[str, str], align: int = 4096
 ) -> tuple[bytes, list[Entry]]:
-    """Header of a file that holds ``tensors`` (key, dtype, shape) back to back, in this order.
+    """The first bytes of a safetensors file, up to where its data begins.
+
+    Args:
+        tensors: ``(key, dtype, shape)`` in the order in which the data will follow.
+        metadata: texts for ``__metadata__``.
+        align: the data begins at a multiple of this many bytes.
 
     Returns:
-        All bytes before the data, and where each tensor goes.
+        The bytes, and where each tensor's data goes.
     """
     entries: list[Entry] = []
+    header: dict[str, Any] = {"__metadata__": metadata}
     position = 0
     for key, dtype, shape in tensors:
-        stop = position + math.prod(shape) * ITEMSIZE[dtype]
+        stop = position + num_bytes(dtype, shape)
+        if key in header:
+            raise ValueError(f"{key!r} would be in the header twice")
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, stop]}
         entries.append(Entry(key, dtype, tuple(shape), position, stop))
         position = stop
-    described: dict[str, Any] = {"__metadata__": metadata}
-    for e in entries:
-        described[e.key] = {
-            "dtype": e.dtype, "shape": list(e.shape), "data_offsets": [e.start, e.stop]
-        }  # fmt: skip
-    text = json.dumps(described, separators=(",", ":")).encode()
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # Spaces after the JSON are the padding that the format allows.
     text += b" " * (-(len(text) + 8) % align)
     return struct.pack("<Q", len(text)) + text, entries
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str], int]:
-    """Entries by key, ``__metadata__`` and the position where data starts.
+def read_header(
+    path: str | os.PathLike[str],
+) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """Read and check the header of a safetensors file.
+
+    Returns:
+        The tensors by key, the texts of ``__metadata__``, and the byte where the data begins.
 
     Raises:
-        CheckpointNotFoundError: there is no such file.
-        CheckpointCorruptError: it is no safetensors file, or its parts do not add up.
+        CheckpointCorruptError: the file is not valid safetensors; holes, overlaps, unknown dtypes
+            and a size that differs from what the header says included.
     """
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = struct.unpack("<Q", file.read(8))[0] if size >= 8 else 0
-            if not 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                raise CheckpointCorruptError(f"{path}: the header claims {length} of {size} bytes")
-            text = file.read(length)
-    except FileNotFoundError as error:
-        raise CheckpointNotFoundError(f"{path} does not exist") from error
-    try:
-        described = json.loads(text)
-        metadata = described.pop("__metadata__", {})
-        entries = {key: _entry(key, value) for key, value in described.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointCorruptError(f"{path}: unreadable header: {error!r}") from error
+    path = Path(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > min(size - 8, _MAX_HEADER_BYTES):
+            raise CheckpointCorruptError(
+                f"{path}: the header should take {length} bytes and the file has {size}; it is "
+                "truncated or no safetensors file"
+            )
+        text = file.read(length)
+    header = load_json(text, str(path))
+    metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointCorruptError(f"{path}: __metadata__ must map names to texts")
+    entries = {key: _entry(key, value, path) for key, value in header.items()}
     position = 0
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
-        expected = math.prod(entry.shape) * ITEMSIZE[entry.dtype]
-        if entry.start != position or entry.stop - entry.start != expected:
+        if entry.start != position:
             raise CheckpointCorruptError(
-                f"{path}: {entry.key} lies at {entry.start}:{entry.stop}, expected "
-                f"{expected} bytes from {position}"
+                f"{path}: {entry.key} begins at data byte {entry.start}, not at {position} where "
+                "the tensor before it ends"
             )
         position = entry.stop
-    if position != size - 8 - length:
+    if 8 + length + position != size:
         raise CheckpointCorruptError(
-            f"{path}: holds {size - 8 - length} bytes of data, its header describes {position}"
+            f"{path}: the header describes {8 + length + position} bytes, the file has {size}"
         )
     return entries, metadata, 8 + length
 
 
-def _entry(key: str, value: dict[str, Any]) -> Entry:
-    shape = tuple(value["shape"])
-    start, stop = value["data_offsets"]
-    if value["dtype"] not in ITEMSIZE or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"{key}: dtype {value['dtype']!r}, shape {shape}")
-    return Entry(key, value["dtype"], shape, int(start), int(stop))
+def _entry(key: str, value: Any, path: Path) -> Entry:
+    fields = value if isinstance(value, dict) else {}
+    dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise CheckpointCorruptError(f"{path}: {key} has the unknown dtype {dtype!r}")
+    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointCorruptError(f"{path}: the header entry of {key} is malformed")
+    start, stop = offsets
+    if stop - start != num_bytes(dtype, shape):
+        raise CheckpointCorruptError(
+            f"{path}: {key} has {stop - start} bytes, {dtype} of shape {tuple(shape)} takes "
+            f"{num_bytes(dtype, shape)}"
+        )
+    return Entry(key, dtype, tuple(shape), start, stop)
+
+
+def is_sizes(value: Any) -> bool:
+    """Whether a JSON value is a list of integers, none of them negative."""
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def load_json(data: bytes, where: str) -> dict[str, Any]:
+    """Parse a JSON object; a key that stands twice is refused, since readers differ on it.
+
+    Raises:
+        CheckpointCorruptError: not UTF-8, not JSON, not an object, or a repeated key.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    try:
+        value = json.loads(data.decode(), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointCorruptError(f"{where} cannot be read as JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointCorruptError(f"{where} holds no JSON object")
+    return value

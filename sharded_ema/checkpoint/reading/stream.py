@@ -1,85 +1,290 @@
-"""Reads stored bytes in bounded blocks and checks them as they pass."""
+"""Reading the bytes of tensors through a bounded buffer, each chunk checked on the way.
+
+Memory stays at a few blocks whatever the size of a tensor. The exception is a chunk whose first
+dimension is not its outermost in storage (a transposed matrix in a foreign DCP checkpoint): it is
+held whole while its tensor is read.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import zlib
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
 
+import numpy as np
 import xxhash
+from numpy.lib.stride_tricks import as_strided
+from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.errors import CheckpointCorruptError
+from sharded_ema.layout import Shape
 
+#: Bytes read, hashed and handed on at a time; a multiple of every item size.
 BLOCK_BYTES = 1 << 22
+_MAX_OPEN_FILES = 32
+
+Bytes = NDArray[np.uint8]
 
 
-class ChunkCheck:
-    """The running checksum of one chunk.
+class SourceFiles:
+    """The files of a checkpoint, opened as they are needed; a context manager.
 
     Args:
-        chunk: what its bytes should be.
-        key: of the tensor, for the message.
+        root: directory of the checkpoint.
     """
 
-    def __init__(self, chunk: Chunk, key: str) -> None:
-        self._chunk, self._key = chunk, key
-        self._crc = 0
-        self._xxh = xxhash.xxh3_128() if chunk.digest is not None else None
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._open: OrderedDict[str, int] = OrderedDict()
 
-    def update(self, data: memoryview) -> None:
-        """Take in the next bytes."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+    def read_into(self, name: str, buffer: Bytes, position: int) -> None:
+        """Fill ``buffer`` with a file's bytes from ``position`` on.
+
+        Raises:
+            CheckpointCorruptError: the file is not there or too short.
+        """
+        descriptor = self._descriptor(name)
+        view = memoryview(buffer)
+        while view.nbytes:
+            count = os.preadv(descriptor, [view], position)
+            if not count:
+                raise CheckpointCorruptError(
+                    f"{self._root / name} ends at byte {position}, {view.nbytes} bytes are missing"
+                )
+            view = view[count:]
+            position += count
+
+    def _descriptor(self, name: str) -> int:
+        if name not in self._open:
+            if len(self._open) >= _MAX_OPEN_FILES:
+                os.close(self._open.popitem(last=False)[1])
+            try:
+                self._open[name] = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
+            except FileNotFoundError:
+                raise CheckpointCorruptError(f"{self._root / name} is missing") from None
+        self._open.move_to_end(name)
+        return self._open[name]
+
+
+class _Check:
+    """The checksum of one chunk, fed in order of its bytes."""
+
+    def __init__(self, chunk: Chunk, key: str) -> None:
+        self._chunk = chunk
+        self._key = key
+        self._left = chunk.num_bytes
+        self._xxh = xxhash.xxh3_128() if chunk.digest is not None else None
+        self._crc = 0
+
+    def update(self, data: Bytes) -> None:
+        """Take the next bytes; after the last ones, compare."""
         if self._xxh is not None:
             self._xxh.update(data)
         elif self._chunk.crc32 is not None:
             self._crc = zlib.crc32(data, self._crc)
+        self._left -= data.nbytes
+        if not self._left:
+            self._compare()
 
-    def finish(self) -> None:
-        """All bytes have passed.
-
-        Raises:
-            CheckpointCorruptError: they are not those that were written.
-        """
-        c = self._chunk
-        wrong = self._xxh is not None and self._xxh.digest() != c.digest
-        if wrong or (c.crc32 is not None and self._crc != c.crc32):
+    def _compare(self) -> None:
+        chunk = self._chunk
+        if self._xxh is not None:
+            good = self._xxh.digest() == chunk.digest
+        else:
+            good = chunk.crc32 in (None, self._crc)
+        if not good:
             raise CheckpointCorruptError(
-                f"{self._key}: the bytes {c.byte_offset} to {c.byte_offset + c.num_bytes} of "
-                f"{c.file} are not those that were written (checksum mismatch)"
+                f"{self._key}: the chunk at {chunk.box.offsets} of size {chunk.box.sizes} is "
+                f"damaged ({chunk.file}, bytes {chunk.byte_offset} to "
+                f"{chunk.byte_offset + chunk.num_bytes}); restore the file from a copy"
             )
 
 
-def read_exactly(descriptor: int, into: memoryview, position: int, where: str) -> None:
-    """Fill a buffer from a file.
+def verify_chunk(root: Path, chunk: Chunk, key: str) -> None:
+    """Read one chunk and compare its checksum.
 
     Raises:
-        CheckpointCorruptError: the file ends before.
+        CheckpointCorruptError: it is not what was written.
     """
-    while into.nbytes:
-        count = os.preadv(descriptor, [into], position)
-        if not count:
-            raise CheckpointCorruptError(f"{where} ends at byte {position}, data is missing")
-        into, position = into[count:], position + count
+    with SourceFiles(root) as files:
+        for _ in _read_run(files, chunk, key):
+            pass
 
 
-def blocks(path: Path, chunk: Chunk) -> Iterator[memoryview]:
-    """The bytes of a chunk through one reused buffer."""
-    buffer = memoryview(bytearray(min(BLOCK_BYTES, chunk.num_bytes)))
-    with open(path / chunk.file, "rb") as file:
-        for start in range(0, chunk.num_bytes, BLOCK_BYTES):
-            block = buffer[: min(BLOCK_BYTES, chunk.num_bytes - start)]
-            read_exactly(file.fileno(), block, chunk.byte_offset + start, str(path / chunk.file))
-            yield block
-
-
-def verify_chunk(path: Path, chunk: Chunk, key: str) -> None:
-    """Read a chunk and check it.
+def verify_file(path: Path, digest: str) -> None:
+    """Compare the xxh3-128 of a whole file with its hex ``digest``.
 
     Raises:
-        CheckpointCorruptError: its bytes are not those that were written.
+        CheckpointCorruptError: it is not what was written.
     """
-    check = ChunkCheck(chunk, key)
-    for block in blocks(path, chunk):
+    found = xxhash.xxh3_128()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK_BYTES):
+            found.update(block)
+    if found.hexdigest() != digest:
+        raise CheckpointCorruptError(
+            f"{path} is damaged: its digest is not the one in the manifest"
+        )
+
+
+def stream_tensor(
+    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+) -> Iterator[Bytes]:
+    """The bytes of a tensor in C order, block by block.
+
+    Args:
+        shape: global shape in elements.
+        itemsize: bytes per element.
+        chunks: of this tensor, known to fill it without overlap.
+
+    Yields:
+        Arrays of uint8, whole elements each, valid until the next one is asked for.
+
+    Raises:
+        CheckpointCorruptError: a chunk is damaged. Blocks before it may have been yielded.
+    """
+    runs = []
+    for chunk in chunks:
+        run = chunk.box.flat_run(shape) if chunk.strides is None else None
+        if run is None:
+            yield from _stream_bands(files, key, shape, itemsize, chunks)
+            return
+        runs.append((run[0], chunk))
+    for _, chunk in sorted(runs, key=lambda pair: pair[0]):
+        yield from _read_run(files, chunk, key)
+
+
+def _read_run(files: SourceFiles, chunk: Chunk, key: str) -> Iterator[Bytes]:
+    check = _Check(chunk, key)
+    buffer = np.empty(min(BLOCK_BYTES, chunk.num_bytes), np.uint8)
+    for start in range(0, chunk.num_bytes, BLOCK_BYTES):
+        block = buffer[: chunk.num_bytes - start]
+        files.read_into(chunk.file, block, chunk.byte_offset + start)
         check.update(block)
-    check.finish()
+        yield block
+
+
+def _stream_bands(
+    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+) -> Iterator[Bytes]:
+    """Assemble bands: ranges of one dimension in which all inner dimensions are whole.
+
+    The bands of a tensor follow each other in C order, and the part of a chunk in each band is one
+    run of the chunk's bytes, so a chunk is still read from its first byte to its last.
+    """
+    dim = 0
+    while math.prod(shape[dim + 1 :]) * itemsize > BLOCK_BYTES:
+        dim += 1
+    row_bytes = math.prod(shape[dim + 1 :]) * itemsize
+    rows = min(shape[dim], max(1, BLOCK_BYTES // row_bytes))
+    element = np.dtype(f"V{itemsize}")
+    buffer = np.empty(rows * row_bytes, np.uint8)
+    # The band's part of any chunk is no larger than the band.
+    scratch = np.empty(rows * row_bytes, np.uint8)
+    pending = [
+        _BandSource(files, chunk, key, dim, itemsize)
+        for chunk in sorted(chunks, key=lambda c: c.box.offsets)
+    ]
+    for index in np.ndindex(*shape[:dim]):
+        for start in range(0, shape[dim], rows):
+            stop = min(shape[dim], start + rows)
+            band = buffer[: (stop - start) * row_bytes]
+            target = band.view(element).reshape(stop - start, *shape[dim + 1 :])
+            for source in pending:
+                if source.begins_after(index, stop):
+                    break
+                source.copy(index, start, stop, target, scratch)
+            pending = [source for source in pending if not source.done]
+            yield band
+
+
+class _BandSource:
+    """One chunk, read band by band."""
+
+    def __init__(self, files: SourceFiles, chunk: Chunk, key: str, dim: int, itemsize: int) -> None:
+        self._files = files
+        self._chunk = chunk
+        self._key = key
+        self._dim = dim
+        self._element = np.dtype(f"V{itemsize}")
+        self._check = _Check(chunk, key)
+        self._position = chunk.byte_offset
+        self._whole: NDArray[Any] | None = None
+        self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
+        self.done = False
+
+    def begins_after(self, index: Shape, stop: int) -> bool:
+        """Whether this chunk and those sorted after it lie behind the band."""
+        # Chunks are sorted by their offsets, of which the first alone bounds those that follow.
+        first = (*index, stop - 1)[0]
+        return self._chunk.box.offsets[0] > first
+
+    def copy(
+        self, index: Shape, start: int, stop: int, target: NDArray[Any], scratch: Bytes
+    ) -> None:
+        """Copy what this chunk has of the band at ``index``, rows ``start`` to ``stop``."""
+        offsets, sizes, dim = self._chunk.box.offsets, self._chunk.box.sizes, self._dim
+        inside = all(o <= i < o + n for i, o, n in zip(index, offsets, sizes, strict=False))
+        first, last = max(start, offsets[dim]), min(stop, offsets[dim] + sizes[dim])
+        if not inside or first >= last:
+            return
+        inner = tuple(
+            slice(o, o + n) for o, n in zip(offsets[dim + 1 :], sizes[dim + 1 :], strict=True)
+        )
+        rows = target[(slice(first - start, last - start), *inner)]
+        if self._in_band_order():
+            rows[...] = self._next_rows(last - first, scratch)
+        else:
+            where = tuple(i - o for i, o in zip(index, offsets, strict=False))
+            rows[...] = self._load()[(*where, slice(first - offsets[dim], last - offsets[dim]))]
+        reached = (*index, last)
+        self.done = reached == (*(n - 1 for n in self._last[:dim]), self._last[dim])
+
+    def _in_band_order(self) -> bool:
+        """Whether the rows of the chunk follow each other in its file as they do in the bands."""
+        strides, sizes, dim = self._chunk.strides, self._chunk.box.sizes, self._dim
+        if strides is None:
+            return True
+        # All dimensions down to the band's must lie outside the others, in their order.
+        return all(sizes[d] == 1 or strides[d] == math.prod(sizes[d + 1 :]) for d in range(dim + 1))
+
+    def _next_rows(self, count: int, scratch: Bytes) -> NDArray[Any]:
+        sizes = (count, *self._chunk.box.sizes[self._dim + 1 :])
+        data = scratch[: math.prod(sizes) * self._element.itemsize]
+        self._files.read_into(self._chunk.file, data, self._position)
+        self._position += data.nbytes
+        self._check.update(data)
+        elements = data.view(self._element)
+        if self._chunk.strides is None:
+            return elements.reshape(sizes)
+        return _strided(elements, sizes, self._chunk.strides[self._dim :])
+
+    def _load(self) -> NDArray[Any]:
+        if self._whole is None:
+            data = np.empty(self._chunk.num_bytes, np.uint8)
+            self._files.read_into(self._chunk.file, data, self._chunk.byte_offset)
+            self._check.update(data)
+            assert self._chunk.strides is not None
+            elements = data.view(self._element)
+            self._whole = _strided(elements, self._chunk.box.sizes, self._chunk.strides)
+        return self._whole
+
+
+def _strided(elements: NDArray[Any], sizes: Shape, strides: Shape) -> NDArray[Any]:
+    itemsize = elements.dtype.itemsize
+    return as_strided(elements, sizes, [s * itemsize for s in strides], writeable=False)

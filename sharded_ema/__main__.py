@@ -1,0 +1,7 @@
+"""``python -m sharded_ema``."""
+
+import sys
+
+from sharded_ema.cli import main
+
+sys.exit(main())

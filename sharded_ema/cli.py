@@ -1,0 +1,80 @@
+"""The ``sharded-ema`` command. Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.errors import CheckpointCorruptError, EMAError
+from sharded_ema.tools.casting import DTYPES
+from sharded_ema.tools.consolidate import consolidate
+from sharded_ema.tools.report import Report
+from sharded_ema.tools.summary import inspect
+from sharded_ema.version import __version__
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="sharded-ema",
+        description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
+        "torchrun and no PyTorch.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    look = commands.add_parser("inspect", help="say what is in a checkpoint")
+    look.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
+    look.add_argument("--tensors", action="store_true", help="list every tensor")
+    look.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    merge = commands.add_parser(
+        "consolidate", help="write one average as a model that from_pretrained loads"
+    )
+    merge.add_argument("src", metavar="SRC", help="directory of a checkpoint")
+    merge.add_argument("dst", metavar="DST", help="directory to create")
+    merge.add_argument("--profile", default=DEFAULT_PROFILE, help="(default: %(default)s)")
+    merge.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
+    merge.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
+    merge.add_argument("--prefix", help="key prefix of the average inside a larger checkpoint")
+    merge.add_argument("--like", metavar="DIR", help="model directory to take configuration from "
+                       "and, if it has weights, to check names and shapes against")
+    merge.add_argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
+    merge.add_argument("--tied", choices=("drop", "emit"), default="drop",
+                       help="tied weights under one name, or under all (default: %(default)s)")
+    merge.add_argument("--no-progress", action="store_true", help="no progress bar")
+    merge.add_argument("--json", action="store_true", help="print the report as JSON")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> Report:
+    """Call the tool that the command names."""
+    if arguments.command == "inspect":
+        return inspect(arguments.checkpoint, tensors=arguments.tensors)
+    return consolidate(
+        arguments.src,
+        arguments.dst,
+        profile=arguments.profile,
+        dtype=arguments.dtype,
+        max_shard_size=arguments.max_shard_size,
+        prefix=arguments.prefix,
+        like=arguments.like,
+        jobs=arguments.jobs,
+        tied=arguments.tied,
+        progress=not arguments.no_progress,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; see the module for exit codes."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        report = run(arguments)
+    except EMAError as error:
+        print(f"sharded-ema: error: {error}", file=sys.stderr)
+        return 1 if isinstance(error, CheckpointCorruptError) else 2
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.text())
+    return 0 if report.ok else 1

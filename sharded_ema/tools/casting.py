@@ -1,0 +1,64 @@
+"""Floating-point conversion of raw bytes with numpy, which has no bfloat16 of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy
+
+from sharded_ema.errors import ConfigError
+
+#: Names that users write, and safetensors'.
+DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+_FLOATING = {"F64", "F32", "F16", "BF16"}
+
+Bytes = numpy.ndarray
+Cast = Callable[[Bytes], Bytes]
+
+
+def target_dtype(stored: str, wanted: str | None) -> str:
+    """dtype to write a tensor in; only floating-point tensors are converted.
+
+    Raises:
+        ConfigError: ``wanted`` is none of ``float32``, ``bfloat16``, ``float16``.
+    """
+    if wanted is not None and wanted not in DTYPES:
+        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
+    return DTYPES[wanted] if wanted is not None and stored in _FLOATING else stored
+
+
+def caster(source: str, target: str) -> Cast | None:
+    """A function from uint8 arrays to uint8 arrays, or ``None`` if nothing changes.
+
+    Rounds to nearest, ties to even; NaN stays NaN, infinities and signs stay.
+    """
+    if source == target:
+        return None
+
+    def cast(data: Bytes) -> Bytes:
+        wide = _to_wide(data, source)
+        if target == "BF16":
+            return _round_to_bf16(wide.astype("<f4", copy=False)).view("u1")
+        with numpy.errstate(over="ignore"):  # too large for the target: infinity, as everywhere
+            return wide.astype("<f4" if target == "F32" else "<f2").view("u1")
+
+    return cast
+
+
+def _to_wide(data: Bytes, source: str) -> numpy.ndarray:
+    if source == "BF16":
+        return (data.view("<u2").astype("<u4") << 16).view("<f4")
+    return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[source])
+
+
+def _round_to_bf16(values: numpy.ndarray) -> numpy.ndarray:
+    """The upper halves of fp32 after rounding; adding could carry a NaN into infinity."""
+    bits = values.view("<u4")
+    rounded = (bits >> 16) & 1
+    rounded += 0x7FFF
+    rounded += bits
+    rounded >>= 16
+    nan = (bits & 0x7FFFFFFF) > 0x7F800000
+    if nan.any():
+        rounded[nan] = 0x7FC0
+    return rounded.astype("<u2")

@@ -1,0 +1,60 @@
+"""What the tools say: the same facts as text for people and as a dict for programs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Report:
+    """The result of one tool.
+
+    Attributes:
+        action: ``"inspect"`` or ``"consolidate"``.
+        path: what it was about.
+        ok: whether every check passed.
+        facts: results by name; JSON types only.
+        problems: what failed, one sentence each.
+        notes: what a user should know although nothing failed.
+    """
+
+    action: str
+    path: str
+    ok: bool = True
+    facts: dict[str, Any] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def fail(self, problem: str) -> None:
+        """Record a failed check."""
+        self.ok = False
+        self.problems.append(problem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, for ``--json``."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """A few readable lines."""
+        lines = [f"{self.action} {self.path}"]
+        for name, value in self.facts.items():
+            lines += _lines(name.replace("_", " "), value, indent=2)
+        lines += [f"  note: {note}" for note in self.notes]
+        lines += [f"  FAILED: {problem}" for problem in self.problems]
+        return "\n".join(lines)
+
+
+def _lines(name: str, value: Any, *, indent: int) -> list[str]:
+    space = " " * indent
+    if isinstance(value, dict):
+        return [f"{space}{name}:"] + [
+            line for key, inner in value.items() for line in _lines(key, inner, indent=indent + 2)
+        ]
+    if isinstance(value, list):
+        return [f"{space}{name}:"] + [f"{space}  {item}" for item in value]
+    if isinstance(value, float):
+        value = f"{value:,.6g}"
+    elif isinstance(value, int) and not isinstance(value, bool):
+        value = f"{value:,}"
+    return [f"{space}{name}: {value}"]

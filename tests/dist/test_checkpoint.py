@@ -1,0 +1,493 @@
+"""Save under one sharding, load under another: bit-equal, or the same error on every rank."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from sharded_ema import (
+    Power,
+    SafetensorsStorageReader,
+    SafetensorsStorageWriter,
+    ShardedEMA,
+    Warmup,
+    consolidate,
+)
+from sharded_ema.config import META_BYTES
+from sharded_ema.errors import (
+    AbsentRankError,
+    BindError,
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    CheckpointNotFoundError,
+    CheckpointUncommittedError,
+    CheckpointWriteError,
+    EMAError,
+    StateError,
+)
+from tests.dist.pool import WorkerPool
+from tests.dist.ragged import Run, assert_equal, build, rank
+from tests.dist.test_average import averages
+
+Worlds = dict[int, WorkerPool]
+PROFILES = {"fast": 0.9, "warm": Warmup(0.99)}
+
+
+def train_and_save(mode: str, path: str, steps: int, formats: tuple[str, ...]) -> dict[str, Tensor]:
+    """Averages by ``<profile>.<name>`` as saved below ``path`` in every format."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, PROFILES)
+    ema.attach(run.optimizer)
+    for index in range(steps):
+        run.step(index)
+    for name in formats:
+        run.evaluate()  # leaves FSDP2's root gathered; saving must not mind
+        handle = ema.save(Path(path, name), step=steps, format=name)
+        handle.staged()
+        assert handle.result() == Path(path, name)
+    full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
+    ema.close()
+    return full
+
+
+def load_and_read(mode: str, path: str, verify: bool = False) -> tuple[dict[str, Tensor], int, int]:
+    run = build(mode, seed=7)
+    ema = ShardedEMA(run.target, PROFILES)
+    before = run.gather()
+    step = ema.load(path, verify=verify)
+    assert_equal(run.gather(), before)
+    full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
+    count = ema.num_updates
+    ema.close()
+    return full, step, count
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2_bf16", "ddp"])
+def test_four_ranks_to_any_other_layout(worlds: Worlds, mode: str, tmp_path: Path) -> None:
+    formats = ("safetensors", "dcp")
+    (expected, *_) = worlds[4].run(train_and_save, mode, str(tmp_path), 5, formats)
+    for name in formats:
+        path = str(tmp_path / name)
+        other = "ddp" if mode.startswith("fsdp2") else "fsdp2"
+        for size, target in ((2, mode), (3, other), (4, other)):
+            for full, step, count in worlds[size].run(load_and_read, target, path, size == 3):
+                assert_equal(full, expected)
+                assert step == count == 5
+        full, step, count = load_and_read("plain", path)
+        assert_equal(full, expected)
+        assert step == count == 5
+
+
+def train_plain_and_save(path: str) -> dict[str, Tensor]:
+    return train_and_save("plain", path, 3, ("safetensors",))
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+def test_one_process_to_three_ranks(worlds: Worlds, mode: str, tmp_path: Path) -> None:
+    expected = train_plain_and_save(str(tmp_path))
+    for full, _, _ in worlds[3].run(load_and_read, mode, str(tmp_path / "safetensors"), True):
+        assert_equal(full, expected)
+
+
+def load_through_dcp(path: str) -> None:
+    run = build("fsdp2", seed=7)
+    ema = ShardedEMA(run.target, PROFILES)
+    state = ema.state_dict()
+    dcp.load(state, storage_reader=SafetensorsStorageReader(path))
+    ema.load_state_dict(state)
+    other = ShardedEMA(run.target, PROFILES)
+    other.load(path)
+    for profile in PROFILES:
+        assert_equal(averages(ema, profile), averages(other, profile))
+    assert ema.num_updates == other.num_updates == 5
+    ema.close()
+    other.close()
+
+
+def test_dcp_load_with_our_reader(worlds: Worlds, tmp_path: Path) -> None:
+    (expected, *_) = worlds[4].run(train_and_save, "fsdp2", str(tmp_path), 5, ("safetensors",))
+    worlds[3].run(load_through_dcp, str(tmp_path / "safetensors"))
+    plain = {key: torch.zeros_like(value) for key, value in expected.items()}
+    dcp.load(plain, storage_reader=SafetensorsStorageReader(tmp_path / "safetensors"), no_dist=True)
+    assert_equal(plain, expected)
+
+
+STOCK_LOADER = """
+import importlib.util, sys, torch, torch.distributed.checkpoint as dcp
+assert importlib.util.find_spec("sharded_ema") is None
+expected = torch.load(sys.argv[2])
+state = {key: torch.zeros_like(value) for key, value in expected.items()}
+dcp.load(state, checkpoint_id=sys.argv[1], no_dist=True)
+assert all(torch.equal(state[key], expected[key]) for key in expected)
+print(len(state), "equal")
+"""
+
+
+def test_stock_torch_loads_format_dcp_without_this_package(worlds: Worlds, tmp_path: Path) -> None:
+    (expected, *_) = worlds[3].run(train_and_save, "ddp", str(tmp_path), 2, ("dcp",))
+    torch.save(expected, tmp_path / "expected.pt")
+    # Isolated from the environment and from this directory; an editable install is hidden as well.
+    site = str(Path(torch.__file__).parents[1])
+    code = f"import sys; sys.path[:] = [p for p in sys.path if p.startswith(sys.base_prefix)] + [{site!r}]\n"
+    code += "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
+    command = [sys.executable, "-I", "-S", "-c", code + STOCK_LOADER, str(tmp_path / "dcp")]
+    run = subprocess.run(
+        [*command, str(tmp_path / "expected.pt")], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == str(len(expected))
+
+
+def nested(path: str, ours: bool) -> None:
+    """As part of the user's own checkpoint, with his model beside it."""
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    for index in range(3):
+        run.step(index)
+    state = {"model": run.bare.state_dict(), "ema": ema}
+    if ours:
+        dcp.save(state, storage_writer=SafetensorsStorageWriter(path))
+    else:
+        dcp.save(state, checkpoint_id=path)
+    fresh = build("fsdp2", seed=3)
+    again = ShardedEMA(fresh.target, 0.9)
+    frozen = fresh.bare.frozen
+    running = fresh.bare.running.clone()
+    target: dict[str, Any] = {"ema": again}
+    dcp.load(target, storage_reader=SafetensorsStorageReader(path) if ours else None,
+             checkpoint_id=None if ours else path)
+    assert_equal(averages(again), averages(ema))
+    assert again.num_updates == 3
+    assert torch.equal(fresh.bare.running, running), "loading an average leaves the model alone"
+    assert fresh.bare.frozen is frozen
+    third = ShardedEMA(build("fsdp2", seed=4).target, 0.9)
+    assert third.load(path) == 3
+    assert_equal(averages(third), averages(ema))
+    for each in (ema, again, third):
+        each.close()
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_stateful_in_a_users_checkpoint(worlds: Worlds, ours: bool, tmp_path: Path) -> None:
+    worlds[3].run(nested, str(tmp_path / "all"), ours)
+    report = consolidate(tmp_path / "all", tmp_path / "out", prefix="ema", progress=False)
+    assert report.ok
+    assert report.facts["tensors"] == 18
+
+
+def asynchronous(mode: str, path: str) -> None:
+    """dcp.async_save copies the pieces before it returns."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    run.step(0)
+    expected = averages(ema)
+    # A group of its own: the background save and training must not meet in one.
+    group = dist.new_group(backend="gloo")
+    future = dcp.async_save({"ema": ema}, checkpoint_id=path, process_group=group)
+    for index in range(1, 4):
+        run.step(index)
+    future.result()  # type: ignore[union-attr]
+    again = ShardedEMA(build(mode).target, 0.9)
+    dcp.load({"ema": again}, checkpoint_id=path)
+    assert_equal(averages(again), expected)
+    ema.close()
+    again.close()
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+def test_async_save_of_the_pieces(worlds: Worlds, mode: str, tmp_path: Path) -> None:
+    worlds[2].run(asynchronous, mode, str(tmp_path / "all"))
+
+
+def resume(mode: str, path: str) -> None:
+    settings: dict[str, Any] = {"update_every": 10, "start_step": 37}
+    profiles = {"warm": Warmup(0.99), "power": Power(sigma_rel=0.1), "plain": 0.95}
+    run = build(mode)
+    whole_run = ShardedEMA(run.target, profiles, **settings)
+    first = ShardedEMA(run.target, profiles, **settings)
+    for index in range(203):
+        run.step(index)
+        whole_run.update()
+        first.update()
+        if index == 20:  # before averaging has begun
+            first.save(f"{path}-early", step=21)
+            first.close()
+            first = ShardedEMA(run.target, profiles, **settings)
+            first.load(f"{path}-early")
+            assert first.num_updates == 0
+    first.save(path, step=203)
+    first.close()
+    second = ShardedEMA(run.target, profiles, **settings)
+    assert second.load(path, verify=True) == 203
+    assert second.num_updates == 203 - 37
+    assert second.decay == whole_run.decay
+    for index in range(203, 260):
+        run.step(index)
+        whole_run.update()
+        second.update()
+    for profile in profiles:
+        assert_equal(averages(second, profile), averages(whole_run, profile))
+    second.close()
+    whole_run.close()
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+def test_resumed_average_equals_the_uninterrupted_one(
+    worlds: Worlds, mode: str, tmp_path: Path
+) -> None:
+    worlds[2].run(resume, mode, str(tmp_path / "step"))
+
+
+def error_of(call: Callable[[], Any]) -> tuple[str, str]:
+    try:
+        call()
+    except EMAError as error:
+        return type(error).__name__, str(error)
+    return "nothing", ""
+
+
+def bad_inputs(folder: str) -> list[tuple[str, str, str]]:
+    """What each of many wrong uses raises on this rank: (case, class, message)."""
+    root = Path(folder)
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.save(root / "good", step=1)
+    before = averages(ema)
+    if rank() == 0:
+        (root / "empty").mkdir()
+        (root / "good.tmp-123").mkdir()
+        (root / "torn").mkdir()
+        (root / "torn" / "shard-00000.safetensors").write_bytes(b"x" * 100)
+        (root / "file").write_text("no directory")
+    dist.barrier()
+    other = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
+    other.save(root / "other", step=1)
+    torch.manual_seed(0)
+    resized = torch.nn.Linear(3, 2)
+    resized.bias = torch.nn.Parameter(torch.zeros(5))
+    subset = ShardedEMA(run.target, 0.9, include="blocks.*")
+    cases: list[tuple[str, Callable[[], Any]]] = [
+        ("missing", lambda: ema.load(root / "nothing")),
+        ("empty", lambda: ema.load(root / "empty")),
+        ("file", lambda: ema.load(root / "file")),
+        ("temporary", lambda: ema.load(root / "good.tmp-123")),
+        ("torn", lambda: ema.load(root / "torn")),
+        ("other model", lambda: ema.load(root / "other")),
+        ("extra names", lambda: subset.load(root / "good")),
+        ("shape", lambda: ShardedEMA(resized, 0.9).load(root / "other")),
+        ("schedule", lambda: ShardedEMA(run.target, 0.99).load(root / "good")),
+        ("profiles", lambda: ShardedEMA(run.target, {"a": 0.9}).load(root / "good")),
+        ("taken", lambda: ema.save(root / "good", step=2)),
+        ("taken by a file", lambda: ema.save(root / "file", step=2, replace=True)),
+        ("under a file", lambda: ema.save(root / "file" / "x", step=2)),
+        ("format", lambda: ema.save(root / "new", step=2, format="hdf5")),
+    ]
+    found = [(case, *error_of(call)) for case, call in cases]
+    assert_equal(averages(ema), before)
+    assert ema.load(root / "good") == 1
+    assert subset.load(root / "good", strict=False) == 1
+    ema.close()
+    return found
+
+
+def test_bad_input_is_the_same_named_error_on_every_rank(worlds: Worlds, tmp_path: Path) -> None:
+    ranks = worlds[2].run(bad_inputs, str(tmp_path))
+    assert [c[:2] for c in ranks[0]] == [c[:2] for c in ranks[1]]
+    classes = {case: name for case, name, _ in ranks[0]}
+    assert classes == {
+        "missing": CheckpointNotFoundError.__name__,
+        "empty": CheckpointNotFoundError.__name__,
+        "file": CheckpointNotFoundError.__name__,
+        "temporary": CheckpointUncommittedError.__name__,
+        "torn": CheckpointUncommittedError.__name__,
+        "other model": CheckpointMismatchError.__name__,
+        "extra names": CheckpointMismatchError.__name__,
+        "shape": CheckpointMismatchError.__name__,
+        "schedule": CheckpointMismatchError.__name__,
+        "profiles": CheckpointMismatchError.__name__,
+        "taken": CheckpointExistsError.__name__,
+        "taken by a file": CheckpointExistsError.__name__,
+        "under a file": CheckpointWriteError.__name__,
+        "format": "ConfigError",
+    }
+    left = {p.name for p in tmp_path.iterdir()}
+    assert left == {"good", "good.tmp-123", "other", "empty", "torn", "file"}
+
+
+def full_disk(folder: str) -> tuple[str, str]:
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.save(Path(folder) / "first", step=1)
+    real = os.fdatasync
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    if rank() == 1:
+        os.fdatasync = fails
+    try:
+        found = error_of(lambda: ema.save(Path(folder) / "second", step=2))
+    finally:
+        os.fdatasync = real
+    run.step(0)
+    ema.update()
+    ema.save(Path(folder) / "third", step=3)
+    assert ema.load(Path(folder) / "first", verify=True) == 1
+    ema.close()
+    return found
+
+
+def test_failure_on_one_rank_is_raised_on_all(worlds: Worlds, tmp_path: Path) -> None:
+    for name, message in worlds[3].run(full_disk, str(tmp_path)):
+        assert name == CheckpointWriteError.__name__
+        assert "rank 1" in message and "No space left" in message
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "third"}
+
+
+def verify_meta(folder: str) -> None:
+    state = {"_meta": torch.zeros(META_BYTES, dtype=torch.uint8)}
+    try:
+        reader = SafetensorsStorageReader(Path(folder) / "bad meta", verify=True)
+        dcp.load(state, storage_reader=reader, no_dist=True)
+    except dcp.api.CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from None
+
+
+def damaged(folder: str) -> list[tuple[str, str]]:
+    """A flipped byte of data, on a load that checks."""
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.save(Path(folder) / "good", step=1)
+    for name, position in (("bad", 4100), ("bad meta", 5000)):
+        ema.save(Path(folder) / name, step=1)
+        if rank() == 0:
+            path = sorted((Path(folder) / name).glob("shard-*"))[0]
+            data = bytearray(path.read_bytes())
+            data[position] ^= 1
+            path.write_bytes(data)
+    dist.barrier()
+    # The description is read from the manifest, which has a digest of its own.
+    assert ema.load(Path(folder) / "bad meta") == 1
+    assert error_of(lambda: verify_meta(folder))[0] == "CheckpointCorruptError"
+    ema.update()
+    found = [error_of(lambda: ema.load(Path(folder) / "bad", verify=True))]
+    found.append(error_of(ema.update))
+    found.append(error_of(lambda: ema.save(Path(folder) / "worse", step=2)))
+    assert ema.load(Path(folder) / "good") == 1
+    ema.update()
+    ema.close()
+    return found
+
+
+def test_damaged_data_is_found_and_the_average_refuses_use(worlds: Worlds, tmp_path: Path) -> None:
+    for found in worlds[2].run(damaged, str(tmp_path)):
+        assert [name for name, _ in found] == [
+            "CheckpointCorruptError", StateError.__name__, StateError.__name__,
+        ]  # fmt: skip
+        assert "checksum mismatch" in found[0][1]
+
+
+def replaced(folder: str) -> list[int]:
+    run = build("ddp")
+    ema = ShardedEMA(run.target, 0.9)
+    target = Path(folder) / "last"
+    steps = []
+    for step in (1, 2):
+        ema.save(target, step=step, replace=True)
+        steps.append(ema.load(target))
+    if rank() == 0:  # as a process that dies between the two renames would leave it
+        target.rename(Path(folder) / "last.old-abc")
+    dist.barrier()
+    ema.save(target, step=3, replace=True)
+    steps.append(ema.load(target))
+    ema.close()
+    return steps
+
+
+def test_replace_and_recover(worlds: Worlds, tmp_path: Path) -> None:
+    assert worlds[2].run(replaced, str(tmp_path)) == [[1, 2, 3]] * 2
+    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+
+
+def save_inside_swap(path: str) -> dict[str, Tensor]:
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    for index in range(3):
+        run.step(index)
+    expected = averages(ema)
+    with ema.swap():
+        run.evaluate()
+        ema.save(path, step=3)
+    assert_equal(averages(ema), expected)
+    ema.close()
+    return expected
+
+
+def test_save_inside_a_swap_writes_the_average(worlds: Worlds, tmp_path: Path) -> None:
+    (expected, *_) = worlds[2].run(save_inside_swap, str(tmp_path / "x"))
+    loaded = {f"ema.{name}": torch.zeros_like(t) for name, t in expected.items()}
+    dcp.load(loaded, storage_reader=SafetensorsStorageReader(tmp_path / "x"), no_dist=True)
+    assert_equal({k.removeprefix("ema."): v for k, v in loaded.items()}, expected)
+
+
+def one_stays_away() -> tuple[str, str]:
+    run = build("ddp")
+    ema = ShardedEMA(run.target, 0.9, timeout=3.0)
+    ema.attach(run.optimizer)
+    found = ("nothing", "")
+    if rank() != 1:
+        found = error_of(lambda: ema.swap().__enter__())
+    return found
+
+
+def test_an_absent_rank_is_named(worlds: Worlds) -> None:
+    found = worlds[3].run(one_stays_away)
+    assert found[1] == ("nothing", "")
+    for name, message in (found[0], found[2]):
+        assert name == AbsentRankError.__name__
+        assert "ema.swap()" in message
+    assert "1" in found[0][1].split("Ranks")[-1]
+    worlds[3].kill()  # its group of this average is broken now
+
+
+def differing_replicas() -> tuple[str, str]:
+    torch.manual_seed(rank())
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return error_of(lambda: ShardedEMA(model, 0.9).attach(optimizer))
+
+
+def test_replicated_parameters_that_differ_are_refused(worlds: Worlds) -> None:
+    for name, message in worlds[2].run(differing_replicas):
+        assert name == BindError.__name__
+        assert "parameter weight" in message
+
+
+def consolidated_run(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    run: Run = build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    for index in range(5):
+        run.step(index)
+    ema.save(path, step=5)
+    average = averages(ema)
+    for name, tensor in {**dict(run.bare.named_parameters()), **dict(run.bare.named_buffers())}.items():
+        if name not in average and name != "scratch":
+            average[name] = getattr(tensor, "full_tensor", lambda t=tensor: t)().detach().clone()
+    raw = run.gather()
+    ema.close()
+    return average, raw

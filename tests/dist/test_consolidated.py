@@ -1,0 +1,93 @@
+"""The consolidated file is the average. And the proof of it fails for the raw weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sharded_ema import consolidate, snapshot
+from tests.dist.pool import WorkerPool
+from tests.dist.ragged import Ragged, assert_equal
+from tests.dist.test_checkpoint import consolidated_run
+
+Worlds = dict[int, WorkerPool]
+
+
+def read(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors, metadata
+
+
+def prove(folder: Path, average: dict[str, Tensor], raw: dict[str, Tensor]) -> None:
+    """What a consolidated directory must be."""
+    tensors, metadata = read(folder)
+    assert_equal(tensors, average)
+    assert any(not torch.equal(tensors[name], value) for name, value in raw.items())
+    assert metadata["kind"] == "ema" and metadata["num_updates"] == "5"
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+def test_consolidated_file_is_the_average(worlds: Worlds, mode: str, tmp_path: Path) -> None:
+    average, raw = worlds[4].run(consolidated_run, mode, str(tmp_path / "ema"))[0]
+    report = consolidate(tmp_path / "ema", tmp_path / "out", progress=False)
+    assert report.ok
+    prove(tmp_path / "out", average, raw)
+    consolidate(tmp_path / "ema", tmp_path / "all", tied="emit", max_shard_size="500", progress=False)
+    tensors, _ = read(tmp_path / "all")
+    model = Ragged()
+    assert list(model.state_dict()) and model.load_state_dict(tensors, strict=True)
+
+
+def write_raw(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The classic mistake: the live weights end up under the average's name."""
+    right = snapshot.make_averages
+
+    def wrong(source: object, shadow: object) -> dict[str, Tensor]:
+        live: Sequence[Tensor] = source.live()  # type: ignore[attr-defined]
+        values = source.values([t.detach().clone() for t in live])  # type: ignore[attr-defined]
+        names = [s.name.fqn for s in source.shards]  # type: ignore[attr-defined]
+        return {f"ema.{name}": value for name, value in zip(names, values, strict=True)}
+
+    snapshot.make_averages = wrong  # type: ignore[assignment]
+    try:
+        # The expectation is taken from the shadow before, by another way.
+        return consolidated_run_of_shadow(mode, path, right)
+    finally:
+        snapshot.make_averages = right
+
+
+def consolidated_run_of_shadow(mode: str, path: str, right: object) -> tuple[dict, dict]:
+    from sharded_ema import ShardedEMA
+    from tests.dist.ragged import as_float, build, reference_step
+
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    average = as_float(run.gather())
+    for index in range(5):
+        run.step(index)
+        reference_step(average, run.gather(), 1 - 0.9)
+    ema.save(path, step=5)
+    raw = run.gather()
+    ema.close()
+    for name, tensor in {**dict(run.bare.named_parameters()), **dict(run.bare.named_buffers())}.items():
+        if name not in average and name != "scratch":
+            average[name] = getattr(tensor, "full_tensor", lambda t=tensor: t)().detach().clone()
+    return average, raw
+
+
+def test_raw_weights_by_mistake_would_be_found(worlds: Worlds, tmp_path: Path) -> None:
+    average, raw = worlds[2].run(write_raw, "fsdp2", str(tmp_path / "ema"))[0]
+    assert consolidate(tmp_path / "ema", tmp_path / "out", progress=False).ok
+    with pytest.raises(AssertionError):
+        prove(tmp_path / "out", average, raw)

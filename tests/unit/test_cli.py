@@ -1,0 +1,104 @@
+"""The command: exit codes, one-line errors, no PyTorch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from sharded_ema.cli import main
+from sharded_ema.version import __version__
+from tests.unit._make import flip, make, meta
+
+
+def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "c", {"ema.layer.w": np.zeros((3, 4), "f4")})
+    assert main(["inspect", str(path), "--tensors"]) == 0
+    assert "ema.layer.w" in capsys.readouterr().out
+    assert main(["inspect", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+
+
+def test_consolidate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones((3, 4), "f4")})
+    command = ["consolidate", str(path), str(tmp_path / "out"), "--dtype", "float16", "--json"]
+    assert main([*command, "--no-progress"]) == 0
+    assert json.loads(capsys.readouterr().out)["ok"] is True
+    assert load_file(tmp_path / "out" / "model.safetensors")["w"].dtype == np.float16
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    captured = capsys.readouterr()
+    assert not captured.out
+    assert captured.err.startswith("sharded-ema: error: ") and captured.err.count("\n") == 1
+    return captured.err
+
+
+def test_wrong_use_is_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")})
+    out = str(tmp_path / "out")
+    for command in (
+        ["inspect", str(tmp_path / "nothing")],
+        ["consolidate", str(tmp_path / "nothing"), out],
+        ["consolidate", str(path), str(path)],
+        ["consolidate", str(path), out, "--profile", "other"],
+        ["consolidate", str(path), out, "--prefix", "other."],
+        ["consolidate", str(path), out, "--max-shard-size", "x"],
+        ["consolidate", str(path), out, "--jobs", "0"],
+        ["consolidate", str(path), out, "--like", str(tmp_path / "nothing")],
+    ):
+        assert main([*command, *(["--no-progress"] if command[0] == "consolidate" else [])]) == 2
+        error_line(capsys)
+    for command in ([], ["dance"], ["inspect"], ["consolidate", str(path), out, "--dtype", "int8"]):
+        with pytest.raises(SystemExit) as exit:
+            main(command)
+        assert exit.value.code == 2
+
+
+def test_damage_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")})
+    flip(path / "shard-00000.safetensors", 4096)
+    assert main(["consolidate", str(path), str(tmp_path / "out"), "--no-progress"]) == 1
+    assert "ema.w" in error_line(capsys)
+    flip(path / "manifest.json", 9)
+    assert main(["inspect", str(path)]) == 1
+    assert "manifest.json" in error_line(capsys)
+
+
+def test_a_failed_check_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")}, metas={"": meta()})
+    (tmp_path / "like").mkdir()
+    save_file({"v": np.ones(3, "f4")}, tmp_path / "like" / "model.safetensors")
+    command = ["consolidate", str(path), str(tmp_path / "out"), "--like", str(tmp_path / "like")]
+    assert main([*command, "--no-progress"]) == 1
+    assert "v" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+
+
+def python(*arguments: str) -> str:
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_version_and_help() -> None:
+    assert __version__ in python("-m", "sharded_ema", "--version")
+    assert "consolidate" in python("-m", "sharded_ema", "--help")
+
+
+def test_no_torch_is_loaded() -> None:
+    script = """
+import sys
+from sharded_ema import cli
+from sharded_ema.tools import consolidate
+try:
+    cli.main(["--help"])
+except SystemExit:
+    pass
+assert "torch" not in sys.modules and "numpy" in sys.modules
+"""
+    python("-c", script)
