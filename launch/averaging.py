@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from options import Options
-from ranks import Ranks
 from torch import nn
 
+from options import Options
+from ranks import Ranks
 from sharded_ema import ShardedEMA
 from sharded_ema.schedules import Schedule, horizon
 

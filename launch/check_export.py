@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
 from corpus import load_corpus
 from evaluation import held_out_loss
 from ranks import Ranks, RunError
-from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 # bfloat16 carries three digits; training then evaluates in it and this program does not.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}

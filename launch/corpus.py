@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
 from ranks import RunError
 
 HELD_OUT = 0.05  # part of the text

@@ -6,9 +6,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from ranks import Ranks
 from torch import nn
 from torch.nn import functional
+
+from ranks import Ranks
 
 
 def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from options import Options
-from ranks import Ranks, RunError
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +20,9 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+
+from options import Options
+from ranks import Ranks, RunError
 
 VOCABULARY = 256  # a token is a byte
 

@@ -19,13 +19,13 @@ from typing import Any
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from options import Options
-from ranks import Ranks, RunError
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
+from options import Options
+from ranks import Ranks, RunError
 from sharded_ema import ShardedEMA
 
 _PREFIX = "step_"

@@ -16,6 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+
 from averaging import build_average, describe
 from corpus import Corpus, load_corpus
 from evaluation import held_out_loss, token_losses
@@ -42,10 +46,6 @@ from run_checkpoint import (
     run_directory,
     run_settings,
 )
-from torch import nn
-from torch.distributed.tensor import DTensor
-from tqdm import tqdm
-
 from sharded_ema import ShardedEMA
 
 

@@ -177,7 +177,7 @@ class Averager:
                 f"{len(names)} parameters hold NaN or Inf as their average starts, among them "
                 f"{names[:3]}; initialise or load the weights before making the average",
             )
-        self._health.begin(live)
+        self._health.begin(self._shadow, live)
 
     # ------------------------------------------------------------------ using the average
 
@@ -230,9 +230,7 @@ class Averager:
 
     def _prepare(self, collective: str | None, *, usable: bool = True) -> list[Tensor]:
         """Bring model and shadow into step before anything reads them; returns the live tensors."""
-        if usable:
-            self._require_usable()
-        elif self._unusable == "closed":
+        if usable or self._unusable == "closed":
             self._require_usable()
         if self._hooks is not None and self._swapped is None:
             self._hooks.flush()
@@ -308,8 +306,8 @@ def _check_shadow_dtype(dtype: torch.dtype, *, force: bool) -> None:
         raise ConfigError(f"shadow_dtype must be a floating dtype, got {dtype}")
     if dtype.itemsize < 4 and not force:
         raise ConfigError(
-            f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its rounding "
-            "error. Keep float32, or pass force_dtype=True"
+            f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its "
+            "rounding error. Keep float32, or pass force_dtype=True"
         )
 
 

@@ -40,11 +40,19 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
     merge.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
     merge.add_argument("--prefix", help="key prefix of the average inside a larger checkpoint")
-    merge.add_argument("--like", metavar="DIR", help="model directory to take configuration from "
-                       "and, if it has weights, to check names and shapes against")
+    merge.add_argument(
+        "--like",
+        metavar="DIR",
+        help="model directory to take configuration from "
+        "and, if it has weights, to check names and shapes against",
+    )
     merge.add_argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
-    merge.add_argument("--tied", choices=("drop", "emit"), default="drop",
-                       help="tied weights under one name, or under all (default: %(default)s)")
+    merge.add_argument(
+        "--tied",
+        choices=("drop", "emit"),
+        default="drop",
+        help="tied weights under one name, or under all (default: %(default)s)",
+    )
     merge.add_argument("--no-progress", action="store_true", help="no progress bar")
     merge.add_argument("--json", action="store_true", help="print the report as JSON")
     return parser

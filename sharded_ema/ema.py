@@ -203,7 +203,7 @@ class ShardedEMA(Averager):
             if name in meta["profiles"]:
                 self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
         self._unusable = None
-        self._health.begin(self._source.live())
+        self._health.begin(self._shadow, self._source.live())
 
     # ------------------------------------------------------------------ looking at it
 

@@ -1,7 +1,7 @@
 """Signs that an average is useless: it does not move, cannot forget its start, or met NaN.
 
-Each warning is given once, with the remedy. Nothing here runs in ``update()``: the checks read small
-samples when the user saves, swaps, asks for metrics or closes.
+Each warning is given once, with the remedy. Nothing here runs in ``update()``: the checks read
+small samples when the user saves, swaps, asks for metrics or closes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class Health:
 
     def __init__(self) -> None:
         self._warned: set[str] = set()
-        self._start: Tensor | None = None
+        self._live_at_start: Tensor | None = None
+        self._shadow_at_start: dict[str, Tensor] = {}
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -39,19 +40,21 @@ class Health:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
 
-    def begin(self, live: Sequence[Tensor]) -> None:
-        """Averaging starts from these weights."""
-        self._start = _probe(live)
+    def begin(self, shadow: Shadow, live: Sequence[Tensor]) -> None:
+        """Averaging starts, or goes on, from here."""
+        self._live_at_start = _probe(live)
+        self._shadow_at_start = {name: _probe(views) for name, views in shadow.views.items()}
 
     def check_moving(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
         """Warn if the weights have moved and an average has not. Waits for the device."""
-        if self._start is None or clock.num_updates < 10:
+        if self._live_at_start is None or clock.num_updates < 10:
             return
-        if torch.equal(_probe(live), self._start):
+        if torch.equal(_probe(live), self._live_at_start):
             return
         for name, views in shadow.views.items():
             share = 1.0 - shadow.seed_weight[name]
-            if 0.0 < share < _EXPECTED_MOVE or not torch.equal(_probe(views), self._start):
+            moved = not torch.equal(_probe(views), self._shadow_at_start[name])
+            if moved or 0.0 < share < _EXPECTED_MOVE:
                 continue
             reason = (
                 "its decay is 1, so it never will"

@@ -196,10 +196,9 @@ class Power(_Settings):
     def __init__(self, *, sigma_rel: float | None = None, gamma: float | None = None) -> None:
         if gamma is None and sigma_rel is not None:
             gamma = gamma_from_sigma_rel(sigma_rel)
-        elif gamma is None or sigma_rel is not None:
-            # A checkpoint stores both; they must then say the same.
-            if gamma is None or gamma != gamma_from_sigma_rel(sigma_rel or 0.0):
-                raise ConfigError("Power takes sigma_rel or gamma, one of them")
+        elif gamma is None or (sigma_rel is not None and gamma != gamma_from_sigma_rel(sigma_rel)):
+            # A checkpoint stores both, and both are welcome if they say the same.
+            raise ConfigError("Power takes sigma_rel or gamma, one of them")
         if not 0.0 <= gamma < math.inf:
             raise ConfigError(f"gamma must be finite and at least 0, got {gamma}")
         object.__setattr__(self, "gamma", gamma)

@@ -217,11 +217,11 @@ def _some(items: Sequence[str]) -> str:
 
 @torch.no_grad()
 def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    """Copy given values into this rank's pieces; those that are the same memory stay as they are."""
+    """Copy given values into this rank's pieces; same memory stays as it is."""
     for key, target in own.items():
         if key not in state:
             continue
-        given = {box: tensor for box, tensor in _pieces(state[key])}
+        given = dict(_pieces(state[key]))
         for box, into in _pieces(target):
             _fill(key, into, box, given)
 
@@ -246,6 +246,6 @@ def _pieces(value: Tensor) -> Iterable[Piece]:
     if isinstance(value, FlatShard):
         return value.pieces
     if isinstance(value, DTensor):
-        (chunk,) = value.__create_chunk_list__()  # type: ignore[attr-defined]
+        (chunk,) = value.__create_chunk_list__()
         return [(Box(tuple(chunk.offsets), tuple(chunk.sizes)), value._local_tensor)]
     return [(Box.whole(value.shape), value)]

@@ -88,7 +88,7 @@ class FlatShard(Tensor):
         raise KeyError(f"{index.fqn} has no piece at {wanted} on this rank")
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Any,
@@ -100,7 +100,7 @@ class FlatShard(Tensor):
             raise TypeError(f"{func.name()} is not defined on the pieces of a sharded tensor")
         return operation(func, args, kwargs or {})
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         boxes = [box for box, _ in self._pieces]
         return f"FlatShard(shape={tuple(self.shape)}, dtype={self.dtype}, pieces={boxes})"
 

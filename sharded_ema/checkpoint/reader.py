@@ -91,8 +91,10 @@ class SafetensorsStorageReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         chunks = self._chunks_of(plan)
         if self._verify:
-            for item, chunk in {id(c): (i, c) for i, c in zip(plan.items, chunks)}.values():
-                verify_chunk(self.catalog.path, chunk, item.storage_index.fqn)
+            # Several items may read from one chunk.
+            needed = {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
+            for chunk, key in needed.items():
+                verify_chunk(self.catalog.path, chunk, key)
         for item, chunk in zip(plan.items, chunks, strict=True):
             target = planner.resolve_tensor(item).detach()
             dtype = TORCH_DTYPE[self.catalog.tensors[item.storage_index.fqn].dtype]
@@ -146,7 +148,7 @@ def _read_block(
 
 def _read(path: Path, position: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
     buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
-    view = memoryview(buffer.view(torch.uint8).numpy())
+    view = buffer.view(torch.uint8).numpy().data
     with open(path, "rb", buffering=0) as file:
         file.seek(position)
         while view.nbytes:

@@ -28,7 +28,10 @@ from sharded_ema.errors import (
     EMAError,
 )
 
-WRITERS = {"safetensors": SafetensorsStorageWriter, "dcp": StockStorageWriter}
+WRITERS: dict[str, type[SafetensorsStorageWriter] | type[StockStorageWriter]] = {
+    "safetensors": SafetensorsStorageWriter,
+    "dcp": StockStorageWriter,
+}
 
 
 def check_target(path: Path, *, format: str, replace: bool) -> None:

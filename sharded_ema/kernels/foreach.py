@@ -47,7 +47,7 @@ def is_finite(batch: Batch, source: Sequence[Tensor] | None = None) -> bool:
     source = _fill_stage(batch) if source is None else source
     if batch.buffer is not None:
         return bool(torch.isfinite(batch.buffer.sum()))
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(source, 2))).all())
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(list(source), 2))).all())
 
 
 def _fill_stage(batch: Batch) -> list[Tensor]:

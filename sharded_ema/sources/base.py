@@ -213,7 +213,7 @@ class ShardSource(ABC):
     #: Whether entering a swap needs every rank, so that an absent one must be named.
     swap_is_collective: bool = False
 
-    def settle(self) -> None:
+    def settle(self) -> None:  # noqa: B027 - most frameworks have nothing to do
         """Bring the registered parameters into their sharded form, if the framework has one."""
 
     def check_current(self) -> None:
@@ -226,8 +226,9 @@ class ShardSource(ABC):
             registered = named.owner._parameters.get(named.attribute)
             if isinstance(named.tensor, nn.Parameter) and registered is not named.tensor:
                 raise BindError(
-                    f"parameter {named.fqn} was replaced after the average was made (load_state_dict"
-                    "(assign=True), resizing, re-wrapping); make the ShardedEMA after such changes"
+                    f"parameter {named.fqn} was replaced after the average was made "
+                    "(load_state_dict(assign=True), resizing, re-wrapping); make the ShardedEMA "
+                    "after such changes"
                 )
 
     def agreement_record(self) -> dict[str, str]:
@@ -268,4 +269,4 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 def digest(tensor: Tensor) -> str:
     """xxh3-128 of a tensor's elements in C order, as hex digits. Copies GPU tensors to the host."""
     plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy())
+    return xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)

@@ -22,7 +22,12 @@ from tqdm import tqdm
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor, verify_chunk, verify_file
+from sharded_ema.checkpoint.reading.stream import (
+    SourceFiles,
+    stream_tensor,
+    verify_chunk,
+    verify_file,
+)
 from sharded_ema.config import DEFAULT_PROFILE, META_KEY
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
 from sharded_ema.tools.casting import caster, target_dtype
@@ -177,7 +182,9 @@ def _compare(named: dict[str, StoredTensor], model: Model, report: Report) -> No
     missing = [name for name in model.shapes if name not in named]
     extra = [name for name in named if name not in model.shapes]
     if missing:
-        report.fail(f"{len(missing)} tensors of {model.path} are not in the checkpoint: {missing[:5]}")
+        report.fail(
+            f"{len(missing)} tensors of {model.path} are not in the checkpoint: {missing[:5]}"
+        )
     if extra:
         report.fail(f"{len(extra)} tensors are unknown to {model.path}: {extra[:5]}")
     for name, tensor in named.items():
@@ -258,7 +265,9 @@ def _write_files(
     }
     total = sum(o.num_bytes for _, group in files for o in group)
     with (
-        tqdm(total=total, unit="B", unit_scale=True, desc="consolidate", disable=not progress) as bar,
+        tqdm(
+            total=total, unit="B", unit_scale=True, desc="consolidate", disable=not progress
+        ) as bar,
         ThreadPoolExecutor(max_workers=jobs) as pool,
     ):
         running = [
@@ -290,7 +299,7 @@ def _write_file(
             itemsize = ITEMSIZE[stored.dtype]
             for block in stream_tensor(sources, stored.key, stored.shape, itemsize, chunks):
                 data = block if cast is None else cast(block)
-                _write_all(file.fileno(), memoryview(data).cast("B"))
+                _write_all(file.fileno(), data.data.cast("B"))
                 advance(data.nbytes)
         os.fsync(file.fileno())
 

@@ -49,7 +49,9 @@ def read_model(path: Path) -> Model:
         raise CheckpointNotFoundError(f"there is no model directory at {path}")
     if (path / _INDEX).is_file():
         try:
-            files = list(dict.fromkeys(json.loads((path / _INDEX).read_bytes())["weight_map"].values()))
+            files = list(
+                dict.fromkeys(json.loads((path / _INDEX).read_bytes())["weight_map"].values())
+            )
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointCorruptError(f"{path / _INDEX} is no index: {error!r}") from error
     else:

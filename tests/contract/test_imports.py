@@ -37,8 +37,19 @@ LEVEL = {
     "sharded_ema": 9,
 }
 # Consolidation runs where PyTorch is not installed.
-TORCH_FREE = ("errors", "layout", "schedules", "config", "version", "cli", "__main__", "tools",
-              "checkpoint/reading", "checkpoint/__init__", "__init__")
+TORCH_FREE = (
+    "errors",
+    "layout",
+    "schedules",
+    "config",
+    "version",
+    "cli",
+    "__main__",
+    "tools",
+    "checkpoint/reading",
+    "checkpoint/__init__",
+    "__init__",
+)
 
 
 def room(module: str) -> str:

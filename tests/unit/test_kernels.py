@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -96,8 +98,8 @@ def test_bits_do_not_depend_on_where_a_tensor_is_cut() -> None:
     whole, shadow = torch.randn(10_001), torch.randn(10_001)
     plan = LerpPlan([[shadow.clone()]], [whole], guard=False)
     cuts = [0, 1, 17, 4096, 9999, 10_001]
-    pieces = [whole[a:b] for a, b in zip(cuts, cuts[1:])]
-    cut = LerpPlan([[shadow[a:b].clone() for a, b in zip(cuts, cuts[1:])]], pieces, guard=False)
+    pieces = [whole[a:b] for a, b in pairwise(cuts)]
+    cut = LerpPlan([[shadow[a:b].clone() for a, b in pairwise(cuts)]], pieces, guard=False)
     for _ in range(10):
         plan.run([0.003])
         cut.run([0.003])

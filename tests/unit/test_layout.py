@@ -42,7 +42,9 @@ def test_a_range_is_covered_once_by_few_boxes(case: tuple[tuple[int, ...], int, 
 
 
 @given(shapes, st.data())
-def test_flat_run_says_whether_a_box_is_consecutive(shape: tuple[int, ...], data: st.DataObject) -> None:
+def test_flat_run_says_whether_a_box_is_consecutive(
+    shape: tuple[int, ...], data: st.DataObject
+) -> None:
     offsets, sizes = [], []
     for extent in shape:
         offset = data.draw(st.integers(0, extent))

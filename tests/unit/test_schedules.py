@@ -106,8 +106,19 @@ def test_text(text: str, schedule: Schedule) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "fast", "cosine:0.9", "half_life:abc", "half_life:0", "0.9,0.8", "power:sigma=0.1",
-     "1.5", "-0.1", "nan", "power:0.1,gamma=3"],
+    [
+        "",
+        "fast",
+        "cosine:0.9",
+        "half_life:abc",
+        "half_life:0",
+        "0.9,0.8",
+        "power:sigma=0.1",
+        "1.5",
+        "-0.1",
+        "nan",
+        "power:0.1,gamma=3",
+    ],
 )
 def test_unreadable_text_is_refused(text: str) -> None:
     with pytest.raises(ConfigError):

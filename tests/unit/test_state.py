@@ -21,7 +21,13 @@ def test_late_start_and_windows() -> None:
             actions[clock.applied_steps] = action
         if action is Action.LERP:
             clock.last_lerp_step = clock.applied_steps
-    assert actions == {37: Action.SEED, 47: Action.LERP, 57: Action.LERP, 67: Action.LERP, 77: Action.LERP}
+    assert actions == {
+        37: Action.SEED,
+        47: Action.LERP,
+        57: Action.LERP,
+        67: Action.LERP,
+        77: Action.LERP,
+    }
     assert clock.num_updates == 80 - 37
 
 
@@ -43,7 +49,14 @@ def test_window_is_the_product_of_its_decays() -> None:
 def test_linear_ramp_has_the_same_average_for_every_update_interval(every: int) -> None:
     """What a library that forgets to compensate gets wrong by a factor (facts on ramps)."""
     live = [torch.zeros(1)]
-    shadow = Shadow({"p": Power(gamma=6.94)}, live, dtype=torch.float32, device=None, guard=False, impl="foreach")
+    shadow = Shadow(
+        {"p": Power(gamma=6.94)},
+        live,
+        dtype=torch.float32,
+        device=None,
+        guard=False,
+        impl="foreach",
+    )
     clock = Clock(update_every=every)
     clock.reseed()
     shadow.seed(keep_nonfinite=True)
@@ -56,9 +69,21 @@ def test_linear_ramp_has_the_same_average_for_every_update_interval(every: int) 
 
 
 def test_views_share_one_buffer_and_keep_memory_order() -> None:
-    live = [torch.randn(3, 5), torch.randn(8, 4, 2, 2).contiguous(memory_format=torch.channels_last),
-            torch.randn(6, 4).t(), torch.randn(()), torch.empty(0, 3)]
-    shadow = Shadow({"a": Constant(0.9), "b": Constant(0.99)}, live, dtype=torch.float32, device=None, guard=True, impl="foreach")
+    live = [
+        torch.randn(3, 5),
+        torch.randn(8, 4, 2, 2).contiguous(memory_format=torch.channels_last),
+        torch.randn(6, 4).t(),
+        torch.randn(()),
+        torch.empty(0, 3),
+    ]
+    shadow = Shadow(
+        {"a": Constant(0.9), "b": Constant(0.99)},
+        live,
+        dtype=torch.float32,
+        device=None,
+        guard=True,
+        impl="foreach",
+    )
     shadow.seed(keep_nonfinite=True)
     for views in shadow.views.values():
         assert len({v.untyped_storage().data_ptr() for v in views if v.numel()}) == 1
@@ -70,7 +95,9 @@ def test_views_share_one_buffer_and_keep_memory_order() -> None:
 
 def test_follows_parameters_that_moved() -> None:
     live = [torch.randn(10), torch.randn(4)]
-    shadow = Shadow({"ema": Constant(0.5)}, live, dtype=torch.float32, device=None, guard=True, impl="foreach")
+    shadow = Shadow(
+        {"ema": Constant(0.5)}, live, dtype=torch.float32, device=None, guard=True, impl="foreach"
+    )
     clock = Clock()
     clock.reseed()
     shadow.seed(keep_nonfinite=True)
@@ -86,7 +113,9 @@ def test_follows_parameters_that_moved() -> None:
 
 def test_a_late_seed_keeps_nonfinite_elements_out() -> None:
     live = [torch.ones(4)]
-    shadow = Shadow({"ema": Constant(0.5)}, live, dtype=torch.float32, device=None, guard=True, impl="foreach")
+    shadow = Shadow(
+        {"ema": Constant(0.5)}, live, dtype=torch.float32, device=None, guard=True, impl="foreach"
+    )
     assert shadow.seed(keep_nonfinite=False) == []
     live[0].copy_(torch.tensor([2.0, math.nan, math.inf, 5.0]))
     assert shadow.seed(keep_nonfinite=False) == [0]
@@ -97,8 +126,10 @@ def test_a_bf16_shadow_would_stand_still() -> None:
     """Why fp32 is the default: the same run in both dtypes."""
     live = [torch.ones(8)]
     clock = Clock()
-    shadows = [Shadow({"ema": Constant(0.999)}, live, dtype=d, device=None, guard=False, impl="foreach")
-               for d in (torch.float32, torch.bfloat16)]
+    shadows = [
+        Shadow({"ema": Constant(0.999)}, live, dtype=d, device=None, guard=False, impl="foreach")
+        for d in (torch.float32, torch.bfloat16)
+    ]
     for shadow in shadows:
         shadow.seed(keep_nonfinite=True)
     live[0].fill_(1.2)

@@ -142,7 +142,9 @@ def _entry(key: str, value: Any, path: Path) -> Entry:
     dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise CheckpointCorruptError(f"{path}: {key} has the unknown dtype {dtype!r}")
-    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2) or not (
+        is_sizes(shape) and is_sizes(offsets)
+    ):
         raise CheckpointCorruptError(f"{path}: the header entry of {key} is malformed")
     start, stop = offsets
     if stop - start != num_bytes(dtype, shape):

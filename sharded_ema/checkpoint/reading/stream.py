@@ -59,7 +59,7 @@ class SourceFiles:
             CheckpointCorruptError: the file is not there or too short.
         """
         descriptor = self._descriptor(name)
-        view = memoryview(buffer)
+        view = buffer.data
         while view.nbytes:
             count = os.preadv(descriptor, [view], position)
             if not count:
@@ -94,9 +94,9 @@ class _Check:
     def update(self, data: Bytes) -> None:
         """Take the next bytes; after the last ones, compare."""
         if self._xxh is not None:
-            self._xxh.update(data)
+            self._xxh.update(data.data)
         elif self._chunk.crc32 is not None:
-            self._crc = zlib.crc32(data, self._crc)
+            self._crc = zlib.crc32(data.data, self._crc)
         self._left -= data.nbytes
         if not self._left:
             self._compare()
@@ -250,8 +250,9 @@ class _BandSource:
         if self._in_band_order():
             rows[...] = self._next_rows(last - first, scratch)
         else:
-            where = tuple(i - o for i, o in zip(index, offsets, strict=False))
-            rows[...] = self._load()[(*where, slice(first - offsets[dim], last - offsets[dim]))]
+            where: list[int | slice] = [i - o for i, o in zip(index, offsets, strict=False)]
+            where.append(slice(first - offsets[dim], last - offsets[dim]))
+            rows[...] = self._load()[tuple(where)]
         reached = (*index, last)
         self.done = reached == (*(n - 1 for n in self._last[:dim]), self._last[dim])
 

@@ -1,0 +1,333 @@
+"""ShardedEMA in one process: what is averaged, under which names, and what is refused."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from sharded_ema import HalfLife, ShardedEMA
+from sharded_ema.errors import (
+    BindError,
+    CheckpointMismatchError,
+    ConfigError,
+    EMAWarning,
+    NonFiniteError,
+    StateError,
+    SwapError,
+    UnsupportedLayoutError,
+)
+from tests.dist.ragged import as_float, assert_equal, build, reference_step
+
+
+def averages(ema: ShardedEMA, profile: str = "ema") -> dict[str, Tensor]:
+    state = ema.state_dict()
+    start = f"{profile}."
+    return {k.removeprefix(start): v.clone() for k, v in state.items() if k.startswith(start)}
+
+
+@pytest.mark.parametrize("mode", ["plain"])
+def test_equals_the_plain_loop(mode: str) -> None:
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.99)
+    ema.attach(run.optimizer)
+    expected = as_float(run.gather())
+    for index in range(50):
+        run.step(index)
+        reference_step(expected, run.gather(), 1 - 0.99)
+    assert_equal(averages(ema), expected)
+    before, out = run.gather(), run.evaluate()
+    with ema.swap():
+        assert_equal(run.gather(), expected)
+        assert not torch.equal(run.evaluate(), out)
+    assert_equal(run.gather(), before)
+    ema.copy_to()
+    assert_equal(run.gather(), expected)
+
+
+def test_names_are_those_of_the_bare_model() -> None:
+    class Inner(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module = nn.Linear(3, 3)  # a user's own name, no wrapper
+            self.head = nn.Linear(3, 3, bias=False)
+            self.head.weight = self.module.weight
+            self.frozen = nn.Parameter(torch.ones(2), requires_grad=False)
+            self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("scratch", torch.zeros(3), persistent=False)
+
+    bare = Inner()
+    names = set(bare.state_dict())
+    wrapped = Inner()
+    wrapped.module = checkpoint_wrapper(wrapped.module)  # type: ignore[assignment]
+    compiled = torch.compile(nn.Sequential(torch.compile(wrapped)))
+    for model, prefix in ((bare, ""), (compiled, "0.")):
+        ema = ShardedEMA(model, 0.9)  # type: ignore[arg-type]
+        state = ema.state_dict()
+        stored = {key.partition(".")[2] for key in state if key != "_meta"}
+        assert stored == {prefix + n for n in names - {"head.weight"}}
+        assert ema.names == [f"{prefix}module.weight", f"{prefix}module.bias"]
+        assert f"_frozen.{prefix}frozen" in state and f"_buffers.{prefix}steps" in state
+
+
+def test_a_compiled_and_a_checkpointed_model_train_and_swap() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.ReLU(), nn.Linear(4, 1))
+    compiled = torch.compile(model, backend="eager")
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(compiled, 0.5)  # type: ignore[arg-type]
+    ema.attach(optimizer)
+    expected = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for _ in range(3):
+        compiled(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        for name, parameter in model.named_parameters():
+            expected[name].lerp_(parameter.detach(), 0.5)
+    with ema.swap():
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, expected[name])
+
+
+def test_patterns_and_frozen(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[1].weight.requires_grad_(False)  # type: ignore[union-attr]
+    assert ShardedEMA(model, include="*.weight").names == ["0.weight"]
+    ema = ShardedEMA(model, exclude=["0.*"], frozen="skip")
+    assert ema.names == ["1.bias"]
+    assert set(ema.state_dict()) == {"ema.1.bias", "_meta"}
+    ema.save(tmp_path / "x", step=1)
+    with pytest.raises(ConfigError, match=r"pattern '2\.\*' matches no parameter"):
+        ShardedEMA(model, include="2.*")
+    with pytest.raises(BindError, match="no parameter to average"):
+        ShardedEMA(model, exclude="*")
+
+
+def test_buffers() -> None:
+    model = nn.BatchNorm1d(3)
+    model.running_mean = torch.zeros(3)
+    for policy in ("copy", "average", "ignore"):
+        ema = ShardedEMA(model, 0.5, buffers=policy)
+        model.running_mean = torch.ones(3)  # replaced, not written into
+        ema.update()
+        state = ema.state_dict()
+        if policy == "average":
+            assert state["ema.running_mean"].tolist() == [0.5] * 3
+            assert "_buffers.num_batches_tracked" in state
+            with ema.swap():
+                assert model.running_mean.tolist() == [0.5] * 3
+            assert model.running_mean.tolist() == [1.0] * 3
+        else:
+            assert ("_buffers.running_mean" in state) == (policy == "copy")
+            assert "ema.running_mean" not in state
+        model.running_mean = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        ({"schedule": 1.5}, ConfigError, r"decay must lie in \[0, 1\]"),
+        ({"schedule": "cosine:3"}, ConfigError, "unknown schedule"),
+        ({"schedule": {}}, ConfigError, "at least one profile"),
+        ({"schedule": {"_x": 0.9}}, ConfigError, "profile name"),
+        ({"schedule": {"a.b": 0.9}}, ConfigError, "profile name"),
+        ({"update_every": 0}, ConfigError, "update_every"),
+        ({"start_step": -1}, ConfigError, "start_step"),
+        ({"buffers": "all"}, ConfigError, "buffers must be one of"),
+        ({"frozen": "drop"}, ConfigError, "frozen must be one of"),
+        ({"nonfinite": "ignore"}, ConfigError, "nonfinite must be one of"),
+        ({"impl": "cuda"}, ConfigError, "registered"),
+        ({"shadow_dtype": torch.bfloat16}, ConfigError, "does not move"),
+        ({"shadow_dtype": torch.int32}, ConfigError, "floating"),
+        ({"total_steps": 0}, ConfigError, "total_steps"),
+    ],
+)
+def test_bad_settings(arguments: dict[str, Any], error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match):
+        ShardedEMA(nn.Linear(2, 2), **arguments)
+
+
+def test_models_that_cannot_be_averaged() -> None:
+    with pytest.raises(BindError, match="meta device"):
+        ShardedEMA(nn.Linear(2, 2, device="meta"))
+    with pytest.raises(BindError, match=r"weight has shape \(0,\).*ZeRO-3"):
+        linear = nn.Linear(2, 2)
+        linear.weight = nn.Parameter(torch.empty(0))
+        ShardedEMA(linear)
+    with pytest.raises(BindError, match="no parameter to average"):
+        ShardedEMA(nn.ReLU())
+    with pytest.raises(BindError, match="must be a torch"):
+        ShardedEMA([torch.ones(2)])  # type: ignore[arg-type]
+
+    class DeepSpeedEngine(nn.Module):
+        pass
+
+    with pytest.raises(UnsupportedLayoutError, match="DeepSpeed"):
+        ShardedEMA(DeepSpeedEngine())
+
+
+def test_what_a_swap_refuses() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.9)
+    weight = model.weight.detach().clone()
+    for call in (ema.update, ema.copy_to, ema.close, lambda: ema.load("x"),
+                 lambda: ema.load_state_dict({}), lambda: ema.swap().__enter__(),
+                 lambda: ema.metrics(distance=True)):  # fmt: skip
+        with ema.swap(), pytest.raises(SwapError, match="stands in for the parameters"):
+            call()
+        assert torch.equal(model.weight, weight)
+    several = ShardedEMA(model, {"a": 0.9, "b": 0.99})
+    with pytest.raises(ConfigError, match=r"not one of \['a', 'b'\]"), several.swap():
+        pass
+    with several.swap("b"):
+        pass
+
+
+def test_replaced_parameters_are_refused_and_moved_ones_followed() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.5)
+    model.double()
+    ema.update()
+    with ema.swap():
+        assert model.weight.dtype is torch.float64
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    with pytest.raises(BindError, match="parameter weight was replaced"), ema.swap():
+        pass
+
+
+def test_before_start_step_the_average_is_the_parameters() -> None:
+    run = build("plain")
+    ema = ShardedEMA(run.target, 0.9, start_step=3)
+    for index in range(3):
+        run.step(index)
+        with ema.swap():
+            pass
+        assert_equal(averages(ema), as_float(run.gather()))
+        assert ema.num_updates == 0
+        ema.update()
+    assert_equal(averages(ema), as_float(run.gather()))
+    seed = as_float(run.gather())
+    run.step(3)
+    ema.update()
+    reference_step(seed, run.gather(), 1 - 0.9)
+    assert_equal(averages(ema), seed)
+    assert ema.num_updates == 1
+
+
+def test_nonfinite_skip() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.5)
+    before = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+        model.weight[1, 1] += 1
+    ema.update()
+    state = ema.state_dict()["ema.weight"]
+    assert state[0, 0] == before[0, 0] and state[1, 1] == before[1, 1] + 0.5
+    with pytest.warns(EMAWarning, match="1 times a NaN or Inf"):
+        assert ema.metrics()["nonfinite_elements"] == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.metrics()
+
+
+def test_nonfinite_raise_and_allow() -> None:
+    model = nn.Linear(2, 2)
+    strict = ShardedEMA(model, 0.5, nonfinite="raise")
+    careless = ShardedEMA(model, 0.5, nonfinite="allow")
+    before = averages(strict)
+    with torch.no_grad():
+        model.bias[0] = -math.inf
+    with pytest.raises(NonFiniteError, match="among them \\['bias'\\]"):
+        strict.update()
+    assert_equal(averages(strict), before)
+    assert strict.num_updates == 0
+    careless.update()
+    assert not torch.isfinite(careless.state_dict()["ema.bias"]).all()
+    with pytest.warns(EMAWarning, match="hold NaN or Inf as their average starts"):
+        ShardedEMA(model, 0.5)
+
+
+def test_warnings_about_an_average_that_is_no_use() -> None:
+    model = nn.Linear(4, 4)
+    with pytest.warns(EMAWarning, match="spans 10,000 steps but the run has 100"):
+        ShardedEMA(model, 0.9999, total_steps=100)
+    still = ShardedEMA(model, 1.0)
+    frozen = ShardedEMA(model, 0.999, shadow_dtype=torch.bfloat16, force_dtype=True)
+    fine = ShardedEMA(model, 0.9)
+    with torch.no_grad():
+        model.weight.mul_(1.001)
+        model.bias.mul_(1.001)
+    for _ in range(20):
+        for ema in (still, frozen, fine):
+            ema.update()
+    with pytest.warns(EMAWarning, match="decay is 1, so it never will"):
+        still.metrics()
+    with pytest.warns(EMAWarning, match="rounds every update away"):
+        frozen.metrics()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fine.metrics()
+        fine.close()
+    slow = ShardedEMA(model, 0.999)
+    slow.update()
+    with pytest.warns(EMAWarning, match="100% of the average 'ema' is still the weights"):
+        slow.close()
+    slow.close()
+    with pytest.raises(StateError, match="closed"):
+        slow.update()
+
+
+def test_metrics_and_memory() -> None:
+    model = nn.Linear(10, 10)
+    ema = ShardedEMA(model, {"a": 0.9, "b": HalfLife(100)})
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update()
+    found = ema.metrics(distance=True)
+    assert found["num_updates"] == found["applied_steps"] == 1
+    assert found["horizon_steps/a"] == pytest.approx(10)
+    assert found["seed_weight/b"] == pytest.approx(2 ** (-1 / 100))
+    live = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
+    mean = torch.cat([averages(ema, "a")[n].reshape(-1) for n in ("weight", "bias")]).double()
+    assert found["distance/a"] == pytest.approx(float((mean - live).norm() / live.norm()))
+    assert ema.memory == {"shadow": 880, "ideal": 880, "host": 880, "swap_backup": 0}
+    with ema.swap("a"):
+        assert ema.memory["swap_backup"] == 440
+    assert ema.decay == {"a": 0.9, "b": 2 ** (-1 / 100)}
+
+
+def test_load_state_dict_takes_full_tensors_and_refuses_strangers() -> None:
+    run, other = build("plain"), build("plain", seed=2)
+    ema, into = ShardedEMA(run.target, 0.9), ShardedEMA(other.target, 0.9)
+    run.step(0)
+    ema.update()
+    state = {key: value for key, value in ema.state_dict().items() if key[0] != "_"}
+    with pytest.raises(CheckpointMismatchError, match="has no '_meta'"):
+        into.load_state_dict(state)
+    state["_meta"] = ema.state_dict()["_meta"]
+    with pytest.raises(StateError, match="does not fit"):
+        into.update()  # a failed load may have left another model's values behind
+    into.load_state_dict({k: v.clone() for k, v in state.items()})
+    assert_equal(averages(into), averages(ema))
+    assert into.num_updates == 1
+    state.pop("ema.one")
+    with pytest.raises(CheckpointMismatchError, match=r"lacks 1 \(ema\.one\)"):
+        into.load_state_dict(state)
+    into.load_state_dict(state, strict=False)
+
+
+def test_device_of_the_shadow_and_reference_kernel() -> None:
+    run = build("plain")
+    ema = ShardedEMA(run.target, 0.9, device="cpu", impl="reference", nonfinite="allow")
+    fast = ShardedEMA(run.target, 0.9)
+    for index in range(5):
+        run.step(index)
+        ema.update()
+        fast.update()
+    assert_equal(averages(ema), averages(fast))
