@@ -10,8 +10,8 @@ RUN    ?= runs/main
 train: $(VENV)/.train
 	rm -rf $(RUN)
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --out $(RUN)
-	$(BIN)/sharded-ema inspect $$($(BIN)/python launch/final_ema.py $(RUN))
-	$(BIN)/sharded-ema consolidate $$($(BIN)/python launch/final_ema.py $(RUN)) $(RUN)/export --like $(RUN)/hf
+	$(BIN)/sharded-ema inspect $(RUN)/ema
+	$(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export --like $(RUN)/hf
 	$(BIN)/python launch/check_export.py $(RUN)/export $(RUN)
 
 test: $(VENV)/.test
@@ -32,6 +32,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
+	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs

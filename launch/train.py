@@ -294,6 +294,15 @@ def train_steps(run: Run, recorder: Recorder | None, saved: Path | None) -> Path
     return saved
 
 
+def link_average(out: Path, average: Path) -> Path:
+    """``OUT/ema``, which always leads to the last average: a name that scripts can rely on."""
+    link, fresh = out / "ema", out / "ema.tmp"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(average, out))
+    fresh.replace(link)
+    return link
+
+
 def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> None:
     """Write summary.json and loss.png on rank 0 and say where everything lies."""
     if recorder is None:
@@ -328,7 +337,8 @@ def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> 
     run.say(f"checkpoint {saved}")
     if average:
         run.say(
-            f"export     sharded-ema consolidate {average} {run.out / 'export'} "
+            f"export     sharded-ema consolidate {link_average(run.out, average)} "
+            f"{run.out / 'export'} "
             f"--like {run.out / 'hf'}"
         )
         run.say(f"check      check_export.py {run.out / 'export'} {run.out}")

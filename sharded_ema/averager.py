@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -116,18 +116,23 @@ class Averager:
             for s in self._source.shards
             if isinstance(s.name.tensor, nn.Parameter)
         }
-        self._hooks = OptimizerHooks(
-            optimizers,
-            parameters,
-            before_step=lambda: self._refuse_in_swap("an optimizer step"),
-            applied=self._applied_step,
-            removed=self._detached,
-        )
+
+        def bind() -> None:
+            self._hooks = OptimizerHooks(
+                optimizers,
+                parameters,
+                before_step=lambda: self._refuse_in_swap("an optimizer step"),
+                applied=self._applied_step,
+                removed=self._detached,
+            )
+
         try:
-            self._agree_once()
+            self._agree_once(bind)
         except EMAError:
-            self._hooks.remove()
+            if self._hooks is not None:
+                self._hooks.remove()
             raise
+        assert self._hooks is not None
         return self._hooks
 
     def _detached(self) -> None:
@@ -177,7 +182,7 @@ class Averager:
                 f"{len(names)} parameters hold NaN or Inf as their average starts, among them "
                 f"{names[:3]}; initialise or load the weights before making the average",
             )
-        self._health.begin(self._shadow, live)
+        self._health.begin(self._clock, self._shadow, live)
 
     # ------------------------------------------------------------------ using the average
 
@@ -198,8 +203,8 @@ class Averager:
         """
         name = self._profile_name(profile)
         self._refuse_in_swap("a second swap()")
-        live = self._prepare("ema.swap()")
-        self._health.check_moving(self._clock, self._shadow, live)
+        self._prepare_to_overwrite("ema.swap()")
+        self._health.check_moving(self._clock, self._shadow, self._source.live())
         targets = self._source.swap_targets()
         backup = [target.detach().clone() for target in targets]
         self._backup_bytes = sum(t.numel() * t.element_size() for t in backup)
@@ -222,35 +227,51 @@ class Averager:
         """Overwrite the parameters with the average for good. Collective where swap is."""
         name = self._profile_name(profile)
         self._refuse_in_swap("copy_to()")
-        self._prepare("ema.copy_to()")
+        self._prepare_to_overwrite("ema.copy_to()")
         self._source.swap_in(self._shadow.views[name])
         _wait(self._source.swap_targets())
 
     # ------------------------------------------------------------------ common ground
 
-    def _prepare(self, collective: str | None, *, usable: bool = True) -> list[Tensor]:
-        """Bring model and shadow into step before anything reads them; returns the live tensors."""
+    def _prepare(self, *, usable: bool = True) -> None:
+        """Bring model and shadow into step before anything reads them. Never communicates."""
         if usable or self._unusable == "closed":
             self._require_usable()
         if self._hooks is not None and self._swapped is None:
             self._hooks.flush()
         self._source.settle()
-        if collective is not None:
-            self._agree_once()
-        if collective is not None and self._source.swap_is_collective:
-            self._ranks.barrier(collective)
         self._source.check_current()
-        live = self._source.live()
-        self._shadow.follow(live, self._names)
+        self._shadow.follow(self._source.live(), self._names)
         if self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)
-        return live
 
-    def _agree_once(self) -> None:
-        """Refuse, on all ranks, replicated parameters that differ between ranks."""
-        if self._agreed or self._ranks.size == 1:
+    def _prepare_to_overwrite(self, purpose: str) -> None:
+        """The same before parameters are overwritten, which takes all ranks in some layouts."""
+        self._agree_once()
+        if self._source.swap_is_collective:
+            self._ranks.agree(self._prepare, purpose)
+        else:
+            self._prepare()
+
+    def _agree_once(self, bind: Callable[[], None] | None = None) -> None:
+        """Refuse, on all ranks, replicated parameters that differ between ranks.
+
+        Args:
+            bind: what to do on every rank before; if it fails on one, all raise.
+        """
+        if self._ranks.size == 1:
+            if bind is not None:
+                bind()
             return
-        records = self._ranks.gather(self._source.agreement_record(), "the ranks' first agreement")
+        if self._agreed and bind is None:
+            return
+
+        def verdict() -> dict[str, str]:
+            if bind is not None:
+                bind()
+            return {} if self._agreed else self._source.agreement_record()
+
+        records = self._ranks.agree(verdict, "ema.attach()" if bind else "their first agreement")
         for rank, record in enumerate(records):
             for name, digest in record.items():
                 if records[0].get(name) != digest:

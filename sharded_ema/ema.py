@@ -89,7 +89,7 @@ class ShardedEMA(Averager):
         canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
         save but never overwritten by a load.
         """
-        self._prepare(None)
+        self._prepare()
         return snapshot.make_state(
             self._source,
             self._shadow,
@@ -106,7 +106,7 @@ class ShardedEMA(Averager):
             CheckpointMismatchError: names, shapes or schedules do not fit.
         """
         self._refuse_in_swap("load_state_dict()")
-        self._prepare(None, usable=False)
+        self._prepare(usable=False)
         own = snapshot.make_averages(self._source, self._shadow)
         try:
             meta = snapshot.read_meta(state)
@@ -141,11 +141,14 @@ class ShardedEMA(Averager):
             CheckpointWriteError: a rank could not write; nothing was committed.
         """
         target = Path(path)
-        live = self._prepare(None)
         self._agree_once()
-        self._ranks.agree(
-            lambda: check_target(target, format=format, replace=replace), f"ema.save({target})"
-        )
+
+        def check() -> None:
+            self._prepare()
+            check_target(target, format=format, replace=replace)
+
+        self._ranks.agree(check, f"ema.save({target})")
+        live = self._source.live()
         partial = {
             name: squared_distance(views, live, sampled=True)
             for name, views in self._shadow.views.items()
@@ -181,15 +184,19 @@ class ShardedEMA(Averager):
             average refuses use until a load succeeds.
         """
         self._refuse_in_swap("load()")
-        self._prepare(None, usable=False)
         self._agree_once()
-        own = snapshot.make_averages(self._source, self._shadow)
         reader = SafetensorsStorageReader(path, verify=verify)
         profiles = self._settings.profiles if strict else None
-        (plan, *_) = self._ranks.agree(
-            lambda: snapshot.plan_load(reader.catalog, own, profiles, strict=strict),
-            f"ema.load({path})",
-        )
+        own: dict[str, Tensor] = {}
+        plans: list[snapshot.LoadPlan] = []
+
+        def check() -> None:
+            self._prepare(usable=False)
+            own.update(snapshot.make_averages(self._source, self._shadow))
+            plans.append(snapshot.plan_load(reader.catalog, own, profiles, strict=strict))
+
+        self._ranks.agree(check, f"ema.load({path})")
+        (plan,) = plans
         self._unusable = f"loading {path} failed midway"
         load_state({plan.prefix + key: own[key] for key in plan.keys}, reader, ranks=self._ranks)
         self._take_meta(plan.meta)
@@ -203,7 +210,7 @@ class ShardedEMA(Averager):
             if name in meta["profiles"]:
                 self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
         self._unusable = None
-        self._health.begin(self._shadow, self._source.live())
+        self._health.begin(self._clock, self._shadow, self._source.live())
 
     # ------------------------------------------------------------------ looking at it
 
@@ -251,7 +258,8 @@ class ShardedEMA(Averager):
             distance: add ``distance/<p>``, the norm of average minus parameters over that of the
                 parameters, exact over all ranks; every rank must then call.
         """
-        live = self._prepare(None)
+        self._prepare()
+        live = self._source.live()
         self._check_health(live)
         found: dict[str, float] = {
             "num_updates": self.num_updates,

@@ -33,6 +33,8 @@ class Health:
         self._warned: set[str] = set()
         self._live_at_start: Tensor | None = None
         self._shadow_at_start: dict[str, Tensor] = {}
+        self._seed_weight_at_start: dict[str, float] = {}
+        self._updates_at_start = 0
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -40,19 +42,23 @@ class Health:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
 
-    def begin(self, shadow: Shadow, live: Sequence[Tensor]) -> None:
-        """Averaging starts, or goes on, from here."""
+    def begin(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
+        """Averaging starts here, or goes on after a load."""
+        self._updates_at_start = clock.num_updates
+        self._seed_weight_at_start = dict(shadow.seed_weight)
         self._live_at_start = _probe(live)
         self._shadow_at_start = {name: _probe(views) for name, views in shadow.views.items()}
 
     def check_moving(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
         """Warn if the weights have moved and an average has not. Waits for the device."""
-        if self._live_at_start is None or clock.num_updates < 10:
+        if self._live_at_start is None or clock.num_updates < self._updates_at_start + 10:
             return
         if torch.equal(_probe(live), self._live_at_start):
             return
         for name, views in shadow.views.items():
-            share = 1.0 - shadow.seed_weight[name]
+            # Every decay so far was 1 if nothing was forgotten; a weight of 0 has no share to lose.
+            before = self._seed_weight_at_start[name]
+            share = 1.0 - shadow.seed_weight[name] / before if before else 1.0
             moved = not torch.equal(_probe(views), self._shadow_at_start[name])
             if moved or 0.0 < share < _EXPECTED_MOVE:
                 continue
@@ -76,8 +82,12 @@ class Health:
         if total_steps is None:
             return
         for name, schedule in profiles.items():
-            left = math.prod(schedule.decay(n) for n in range(1, total_steps - start_step + 1))
-            if left > 0.5:
+            left = 1.0
+            for n in range(1, total_steps - start_step + 1):
+                left *= schedule.decay(n)
+                if left <= 0.5:
+                    break
+            else:
                 decay = schedule.decay(max(1, total_steps - start_step))
                 self.warn_once(
                     f"horizon {name}",

@@ -192,7 +192,11 @@ class ShardSource(ABC):
 
     @abstractmethod
     def live(self) -> list[Tensor]:
-        """This rank's part of every averaged tensor, without copies, in the order of shards."""
+        """This rank's part of every averaged tensor, without copies, in the order of shards.
+
+        Called at every update: parameters come as they are, because detaching a thousand of them
+        takes longer than averaging them. Read them under ``no_grad``.
+        """
 
     @abstractmethod
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -245,8 +249,8 @@ def read_buffer(named: Named) -> Tensor:
 
 
 def read(named: Named) -> Tensor:
-    """The tensor now: a parameter is held, a buffer looked up."""
-    return named.tensor.detach() if isinstance(named.tensor, nn.Parameter) else read_buffer(named)
+    """The tensor now: a parameter is held (and returned as it is), a buffer looked up."""
+    return named.tensor if isinstance(named.tensor, nn.Parameter) else read_buffer(named)
 
 
 def split_buffers(inventory: Inventory, policy: str) -> None:

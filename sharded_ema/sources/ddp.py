@@ -103,7 +103,7 @@ class DDPSource(ShardSource):
         return out
 
     def extra_value(self, named: Named) -> Tensor:
-        tensor = read(named)
+        tensor = read(named).detach()
         return FlatShard(
             tensor.shape,
             [(Box.whole(tensor.shape), tensor)],

@@ -95,7 +95,7 @@ class FSDP2Source(ShardSource):
         return out
 
     def extra_value(self, named: Named) -> Tensor:
-        tensor = local(named)
+        tensor = local(named).detach()
         sharded = _is_dtensor(named)
         box = _box(named) if sharded else Box.whole(tensor.shape)
         return FlatShard(

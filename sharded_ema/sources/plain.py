@@ -50,7 +50,7 @@ class PlainSource(ShardSource):
         ]
 
     def extra_value(self, named: Named) -> Tensor:
-        tensor = read(named)
+        tensor = read(named).detach()
         return FlatShard(
             tensor.shape,
             [(Box.whole(tensor.shape), tensor)],

@@ -1,0 +1,433 @@
+"""The training program as its users start it: real runs of a tiny model, in processes of their own.
+
+Starting torchrun costs more than training here, so the runs are fixtures that tests share.
+"""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import math
+import os
+import random
+import shutil
+import struct
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, StorageReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+from sharded_ema.schedules import parse_schedule
+
+pytestmark = pytest.mark.dist
+
+ROOT = Path(__file__).resolve().parents[2]
+LAUNCH = ROOT / "launch"
+# A run that has not ended by then hangs; the slowest takes about a tenth of it.
+TIMEOUT = 150.0
+TINY = (
+    *("--hidden-size", "32", "--layers", "1", "--heads", "2", "--kv-heads", "1"),
+    *("--context", "32", "--batch-size", "6", "--steps", "6", "--data-bytes", "300000"),
+    *("--eval-every", "3", "--eval-sequences", "4", "--save-every", "2", "--keep-last", "3"),
+    # The rate is high and at its peak soon, so that six steps part the average from the weights.
+    *("--log-every", "1", "--warmup-steps", "1", "--lr", "0.02"),
+)
+PROFILES = {"fast": "0.5", "slow": "half_life:4", "wide": "power:0.1"}
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A process that has ended."""
+
+    code: int
+    out: str
+    err: str
+
+    def good(self) -> Finished:
+        """Itself, if it ended well; else the test fails with what it wrote."""
+        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err[-4000:]}"
+        return self
+
+    def errors(self, program: str) -> list[str]:
+        """The lines that tell the user what is wrong."""
+        return [line for line in self.err.splitlines() if line.startswith(f"{program}: error:")]
+
+
+@dataclass(frozen=True)
+class TrainingRun:
+    """A finished training run and its output directory."""
+
+    out: Path
+    text: str
+
+    def rows(self) -> dict[int, dict[str, float]]:
+        """The rows of metrics.jsonl by step."""
+        lines = (self.out / "metrics.jsonl").read_text().splitlines()
+        return {row["step"]: row for row in map(json.loads, lines)}
+
+    def losses(self) -> dict[tuple[int, str], float]:
+        """Every loss by step and name."""
+        return {
+            (step, name): value
+            for step, row in self.rows().items()
+            for name, value in row.items()
+            if "loss" in name
+        }
+
+    def checkpoint(self, step: int) -> Path:
+        return self.out / "checkpoints" / f"step_{step:06d}"
+
+
+def execute(*argv: str | Path) -> Finished:
+    """Run Python with ``argv``, as on a machine with nothing but this checkout and CPUs."""
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SHARDED_EMA_IMPL")
+    }
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # Two ranks need two GPUs where there are any; on CPUs the runs are the same everywhere.
+    env["CUDA_VISIBLE_DEVICES"] = ""
+    done = subprocess.run(
+        [sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, timeout=TIMEOUT
+    )
+    return Finished(done.returncode, done.stdout, done.stderr)
+
+
+def train(ranks: int | None, *flags: str | Path) -> Finished:
+    """Start the training program: by torchrun with ``ranks``, or with None as one process."""
+    torchrun: Sequence[str] = ()
+    if ranks is not None:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
+    return execute(*torchrun, LAUNCH / "train.py", *TINY, *flags)
+
+
+def check_export(export: Path, run: TrainingRun) -> Finished:
+    return execute(LAUNCH / "check_export.py", export, run.out, "--sample-bytes", "4")
+
+
+def load_tensors(reader: StorageReader) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, whole, by the means of any user of DCP."""
+    state = {
+        key: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for key, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata) and key != "_meta"
+    }
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return state
+
+
+def average_of(checkpoint: Path) -> dict[str, Tensor]:
+    return load_tensors(SafetensorsStorageReader(checkpoint / "ema", verify=True))
+
+
+def weights_of(checkpoint: Path) -> dict[str, Tensor]:
+    """The raw weights by the names of the bare model, from the stock checkpoint beside ours."""
+    found = load_tensors(FileSystemReader(checkpoint / "train"))
+    return {
+        key.removeprefix("model."): value
+        for key, value in found.items()
+        if key.startswith("model.")
+    }
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys() and want
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+# ---------------------------------------------------------------------- the runs that tests share
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("training")
+
+
+@pytest.fixture(scope="module")
+def corpus(folder: Path) -> Path:
+    """Some text with a little structure to learn, the same in every session."""
+    draw = random.Random(7)
+    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(80)]
+    path = folder / "corpus"
+    path.mkdir()
+    for number in range(3):
+        text = " ".join(draw.choice(words) for _ in range(9000))
+        (path / f"{number}.txt").write_text(text)
+    return path
+
+
+def finished(
+    folder: Path, name: str, corpus: Path, ranks: int | None, *flags: str | Path
+) -> TrainingRun:
+    out = folder / name
+    done = train(ranks, "--data", corpus, "--out", out, *flags).good()
+    return TrainingRun(out, done.out)
+
+
+AVERAGE = ("--ema", "--ema-decay", "0.9")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path, corpus: Path) -> TrainingRun:
+    """FSDP2 on two ranks, uninterrupted: what all others are compared with."""
+    return finished(folder, "base", corpus, 2, *AVERAGE)
+
+
+@pytest.fixture(scope="module")
+def export(base: TrainingRun) -> Path:
+    """The last average of ``base``, consolidated by the command that the run itself printed."""
+    (line,) = [line for line in base.text.splitlines() if line.startswith("export ")]
+    command = line.split()[2:]
+    assert command[0] == "consolidate" and command[-2:] == ["--like", str(base.out / "hf")]
+    execute("-m", "sharded_ema", *command, "--no-progress").good()
+    return Path(command[2])
+
+
+@pytest.fixture(scope="module")
+def again(folder: Path, corpus: Path) -> TrainingRun:
+    """The same flags once more; and there is nothing to resume."""
+    return finished(folder, "again", corpus, 2, *AVERAGE, "--resume", "auto")
+
+
+@pytest.fixture(scope="module")
+def several(folder: Path, corpus: Path) -> TrainingRun:
+    """Several averages that begin late and move at every second step, and another seed."""
+    flags = [f for name, text in PROFILES.items() for f in ("--ema-profile", f"{name}={text}")]
+    return finished(
+        *(folder, "several", corpus, 2, "--ema", *flags, "--seed", "1", "--steps", "8"),
+        *("--ema-start-step", "4", "--ema-update-every", "2"),
+    )
+
+
+# ---------------------------------------------------------------------- from training to export
+
+
+def test_run_writes_losses_of_weights_and_average(base: TrainingRun) -> None:
+    rows = base.rows()
+    assert list(rows) == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(row["train_loss"]) for row in rows.values())
+    evaluated = [step for step, row in rows.items() if "raw_loss" in row]
+    assert evaluated == [3, 6]
+    for step in evaluated:
+        # The average is another model than the weights, and evaluating it has not changed them.
+        assert rows[step]["raw_loss"] != rows[step]["ema_loss/ema"]
+        assert rows[step]["ema/num_updates"] == step
+    assert rows[6]["train_loss"] < rows[1]["train_loss"]
+
+    with (base.out / "metrics.csv").open(newline="") as stream:
+        table = list(csv.DictReader(stream))
+    names = {"step", "train_loss", "raw_loss", "ema_loss/ema", "lr", "bytes_per_second"}
+    assert names <= table[0].keys()
+    for line in table:
+        row = rows[int(line["step"])]
+        assert {name: float(text) for name, text in line.items() if text} == row
+
+
+def test_run_leaves_picture_summary_and_board(base: TrainingRun) -> None:
+    picture = (base.out / "loss.png").read_bytes()
+    assert picture[:8] == b"\x89PNG\r\n\x1a\n" and picture[12:16] == b"IHDR"
+    width, height = struct.unpack(">II", picture[16:24])
+    assert width >= 600 and height >= 400 and len(picture) > 10_000
+
+    summary = json.loads((base.out / "summary.json").read_text())
+    last = base.rows()[6]
+    assert summary["step"] == 6
+    assert summary["raw_loss"] == last["raw_loss"]
+    assert summary["ema_loss"] == {"ema": last["ema_loss/ema"]}
+    assert (base.out / summary["ema_checkpoint"]).resolve() == base.checkpoint(6) / "ema"
+
+    (events,) = (base.out / "tensorboard").iterdir()
+    assert events.name.startswith("events.out.tfevents.") and events.stat().st_size > 1000
+    assert (base.out / "hf" / "config.json").is_file()
+    assert (base.out / "checkpoints" / "latest").read_text().strip() == "step_000006"
+
+
+def test_export_loses_what_training_said(base: TrainingRun, export: Path) -> None:
+    done = check_export(export, base).good()
+    assert "they agree" in done.out
+    assert not done.errors("check_export.py")
+
+
+def test_check_tells_raw_weights_from_the_average(
+    base: TrainingRun, export: Path, tmp_path: Path
+) -> None:
+    """The classic mistake: everything fits, but for whose weights they are."""
+    wrong = shutil.copytree(export, tmp_path / "wrong")
+    (file,) = wrong.glob("*.safetensors")
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+        average = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    raw = weights_of(base.checkpoint(6))
+    assert any(not torch.equal(raw[name], value) for name, value in average.items())
+    save_file({name: raw[name] for name in average}, file, metadata=header)
+    done = check_export(wrong, base)
+    assert done.code == 1
+    assert "THEY DIFFER" in done.out
+    assert "Traceback" not in done.err
+
+
+# ---------------------------------------------------------------------- the same run by other ways
+
+
+def test_same_seed_gives_the_same_run(base: TrainingRun, again: TrainingRun) -> None:
+    assert again.losses() == base.losses()
+    assert_same(average_of(again.checkpoint(6)), average_of(base.checkpoint(6)))
+
+
+def test_resume_auto_from_nothing_starts_from_scratch_and_says_so(again: TrainingRun) -> None:
+    (line,) = [line for line in again.text.splitlines() if line.startswith("resume ")]
+    assert "starting from scratch" in line and str(again.out) in line
+    assert list(again.rows()) == [1, 2, 3, 4, 5, 6]
+
+
+def test_another_seed_gives_another_run(base: TrainingRun, several: TrainingRun) -> None:
+    assert base.losses()[1, "train_loss"] != several.losses()[1, "train_loss"]
+
+
+@pytest.mark.parametrize("layout", ["ddp", "none"])
+def test_layouts_give_the_same_losses(
+    base: TrainingRun, folder: Path, corpus: Path, layout: str
+) -> None:
+    ranks = None if layout == "none" else 2
+    run = finished(folder, layout, corpus, ranks, "--parallel", layout, *AVERAGE)
+    assert run.losses() == pytest.approx(base.losses(), rel=0, abs=1e-5)
+    assert f"parallel   {layout}, world size {ranks or 1}" in run.text
+
+
+def test_run_resumed_on_fewer_ranks_gives_the_losses_of_the_uninterrupted_one(
+    base: TrainingRun, folder: Path, corpus: Path
+) -> None:
+    run = finished(
+        *(folder, "resumed", corpus, 1, "--parallel", "fsdp2", *AVERAGE),
+        *("--resume", base.checkpoint(4)),
+    )
+    assert "resume     from" in run.text and "at step 4" in run.text
+    expected = {key: value for key, value in base.losses().items() if key[0] > 4}
+    # 1e-3 is what is promised; what is left is the order in which two ranks sum their gradients.
+    assert run.losses() == pytest.approx(expected, rel=0, abs=1e-5)
+
+
+def test_average_is_bit_equal_after_it_was_loaded_on_fewer_ranks(
+    base: TrainingRun, folder: Path, corpus: Path
+) -> None:
+    # With updates so far apart the average moves no more: what is saved is what was loaded.
+    run = finished(
+        *(folder, "untouched", corpus, None, *AVERAGE, "--ema-update-every", "1000"),
+        *("--resume", base.checkpoint(4)),
+    )
+    assert_same(average_of(run.checkpoint(6)), average_of(base.checkpoint(4)))
+    moved = weights_of(run.checkpoint(6))
+    before = weights_of(base.checkpoint(4))
+    assert any(not torch.equal(moved[name], before[name]) for name in before)
+
+
+def test_several_averages_with_late_start_and_windows(several: TrainingRun) -> None:
+    """Each profile against a plain loop over the raw weights in the stock checkpoints."""
+    raw = {step: weights_of(several.checkpoint(step)) for step in (4, 6, 8)}
+    stored = average_of(several.checkpoint(8))
+    for profile, text in PROFILES.items():
+        schedule = parse_schedule(text)
+        got = {
+            key.removeprefix(f"{profile}."): value
+            for key, value in stored.items()
+            if key.startswith(f"{profile}.")
+        }
+        want = {name: raw[4][name].clone() for name in got}
+        for step in (6, 8):
+            first = step - 4 - 1  # of the two steps since the last update, counted from the start
+            kept = schedule.decay(first) * schedule.decay(first + 1)
+            for name, value in want.items():
+                value.lerp_(raw[step][name], 1 - kept)
+        assert_same(got, want)
+    rows = several.rows()
+    for profile in PROFILES:
+        # Before it begins, the average is the weights themselves.
+        assert rows[3][f"ema_loss/{profile}"] == rows[3]["raw_loss"]
+        assert rows[8][f"ema_loss/{profile}"] != rows[8]["raw_loss"]
+    assert len({rows[8][f"ema_loss/{profile}"] for profile in PROFILES}) == len(PROFILES)
+
+
+# ---------------------------------------------------------------------- wrong use
+
+
+def test_missing_data_ends_all_ranks_with_one_line(tmp_path: Path) -> None:
+    done = train(2, "--data", tmp_path / "nowhere", "--out", tmp_path / "out")
+    assert done.code != 0  # torchrun's own; what its processes ended with is in its report
+    assert "exitcode  : 2" in done.err
+    (line,) = done.errors("train.py")
+    assert "nowhere" in line and "no such file or directory" in line
+
+
+def test_nothing_to_resume_at_a_path(corpus: Path, tmp_path: Path) -> None:
+    done = train(None, "--data", corpus, "--resume", tmp_path / "nothing")
+    assert done.code == 2
+    (line,) = done.errors("train.py")
+    assert "nothing" in line and "no complete checkpoint" in line
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_schedule(corpus: Path, tmp_path: Path) -> None:
+    done = train(None, "--data", corpus, "--out", tmp_path, "--ema", "--ema-profile", "a=bogus:3")
+    assert done.code == 2
+    (line,) = done.errors("train.py")
+    assert "unknown schedule 'bogus:3'" in line and "half_life" in line
+    assert "Traceback" not in done.err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--ema-decay", "0.9"], "--ema-decay needs --ema"),
+        (["--ema", "--ema-decay", "0.9", "--ema-half-life", "10"], "not allowed with argument"),
+        (["--ema", "--ema-decay", "1.5"], "between 0 and 1"),
+        (["--ema", "--ema-start-step", "6", "--steps", "6"], "--ema-start-step 6"),
+        (["--ema", "--ema-profile", "a=0.9", "--ema-profile", "a=0.5"], "each name once"),
+        (["--ema", "--ema-profile", "0.9"], "NAME=SCHEDULE"),
+        (["--pure-bf16", "--dtype", "float32"], "--pure-bf16 contradicts"),
+        (["--parallel", "fsdp2"], "needs torchrun"),
+        (["--resume", "auto"], "--out"),
+        (["--model", "somewhere", "--layers", "2"], "--layers does not go with --model"),
+        (["--heads", "3", "--kv-heads", "2", "--hidden-size", "12"], "multiple of --kv-heads"),
+        (["--batch-size", "1", "--accumulation", "2"], "--batch-size 1"),
+    ],
+)
+def test_contradictory_flags(
+    flags: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # In this process: the whole program takes five seconds to come to its flags.
+    monkeypatch.syspath_prepend(LAUNCH)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    options: Any = importlib.import_module("options")
+    with pytest.raises(SystemExit) as ended:
+        options.parse_options(flags)
+    assert ended.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1 and words in lines[0]
+
+
+def test_contradictory_flags_end_the_program(tmp_path: Path) -> None:
+    done = train(None, "--out", tmp_path, "--ema-start-step", "3")
+    assert done.code == 2
+    assert done.errors("train.py") == ["train.py: error: --ema-start-step needs --ema"]
+    assert list(tmp_path.iterdir()) == []
