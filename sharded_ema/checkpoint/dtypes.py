@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from sharded_ema.errors import CheckpointWriteError
+
 SAFETENSORS_NAME: dict[torch.dtype, str] = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -21,4 +23,19 @@ SAFETENSORS_NAME: dict[torch.dtype, str] = {
     torch.uint64: "U64",
     torch.bool: "BOOL",
 }
+
+
+def safetensors_name(dtype: torch.dtype, key: str) -> str:
+    """Name of a dtype.
+
+    Raises:
+        CheckpointWriteError: safetensors has none for it.
+    """
+    if dtype not in SAFETENSORS_NAME:
+        raise CheckpointWriteError(
+            f"{key} has dtype {dtype}, which safetensors cannot store; nothing was committed"
+        )
+    return SAFETENSORS_NAME[dtype]
+
+
 TORCH_DTYPE: dict[str, torch.dtype] = {name: dtype for dtype, name in SAFETENSORS_NAME.items()}

@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.dtypes import SAFETENSORS_NAME
+from sharded_ema.checkpoint.dtypes import safetensors_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import (
     CHUNKS_NAME,
@@ -158,7 +158,7 @@ class SafetensorsStorageWriter(StorageWriter):
             assert isinstance(stored, TensorStorageMetadata)
             mine = sorted(chunks.get(key, []), key=lambda c: c.box.offsets)
             _check_coverage(key, stored, mine)
-            name = SAFETENSORS_NAME[stored.properties.dtype]
+            name = safetensors_name(stored.properties.dtype, key)
             tensors.append(TensorRecord(key, tuple(stored.size), name, len(rows), len(mine)))
             rows += [(len(tensors) - 1, chunk) for chunk in mine]
         table = write_chunk_table(rows, {name: i for i, name in enumerate(files)}, uuid)
@@ -248,7 +248,11 @@ class StockStorageWriter(FileSystemWriter):
                 emas=_read_metas(written),
                 tensors=tuple(
                     TensorRecord(
-                        key, tuple(stored.size), SAFETENSORS_NAME[stored.properties.dtype], 0, 0
+                        key,
+                        tuple(stored.size),
+                        safetensors_name(stored.properties.dtype, key),
+                        0,
+                        0,
                     )
                     for key, stored in sorted(metadata.state_dict_metadata.items())
                     if isinstance(stored, TensorStorageMetadata)
@@ -284,7 +288,7 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: _Place
     described = []
     for item, tensor in zip(items, tensors, strict=True):
         number = counts[item.index.fqn] = counts.get(item.index.fqn, -1) + 1
-        name = SAFETENSORS_NAME[tensor.dtype]  # type: ignore[union-attr]
+        name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
     header, _ = build_header(described, {"format": "pt", "uuid": place.uuid})
     name = f"shard-{place.position:05d}.safetensors"
