@@ -44,6 +44,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     dump_manifest,
 )
 from sharded_ema.checkpoint.reading.safetensors_file import build_header
+from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.layout import Box
@@ -215,7 +216,7 @@ class StockStorageWriter(FileSystemWriter):
         metas = {
             item.index: _host_bytes(planner.resolve_data(item)).tobytes()
             for item in plan.items
-            if item.index.fqn.rpartition(".")[2] == META_KEY
+            if _is_meta(item)
         }
         extended: list[WriteResult] = []
         for result in results:
@@ -290,37 +291,40 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: _Place
         number = counts[item.index.fqn] = counts.get(item.index.fqn, -1) + 1
         name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
-    header, _ = build_header(described, {"format": "pt", "uuid": place.uuid})
-    name = f"shard-{place.position:05d}.safetensors"
-    path = Path(place.directory) / name
+    header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
+    path = Path(place.directory) / f"shard-{place.position:05d}.safetensors"
+    total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
-    chunks: list[Chunk] = []
-    metas: list[bytes | None] = []
-    offset = len(header)
+    written: list[_Written] = []
     try:
         with open(path, "xb", buffering=0) as file:
+            # Room first: a full disk is found before the work, and blocks need no allocation.
+            os.posix_fallocate(file.fileno(), 0, total)
             _write_all(file.fileno(), memoryview(header))
-            for item, tensor in zip(items, tensors, strict=True):
+            for item, tensor, entry in zip(items, tensors, entries, strict=True):
                 data = _host_bytes(tensor)
-                digest = xxhash.xxh3_128_digest(data)
-                whole.update(data)
-                _write_all(file.fileno(), memoryview(data))
+                own = xxhash.xxh3_128()
+                for start in range(0, data.nbytes, BLOCK_BYTES):
+                    block = data[start : start + BLOCK_BYTES]
+                    own.update(block)  # from memory, before the write, and while it is in cache
+                    whole.update(block)
+                    _write_all(file.fileno(), memoryview(block))
                 assert item.tensor_data is not None
-                box = Box(
-                    tuple(item.tensor_data.chunk.offsets), tuple(item.tensor_data.chunk.sizes)
-                )
-                chunks.append(Chunk(box, name, offset, data.nbytes, digest))
-                is_meta = item.index.fqn.rpartition(".")[2] == META_KEY
-                metas.append(data.tobytes() if is_meta else None)
-                offset += data.nbytes
+                piece = item.tensor_data.chunk
+                box = Box(tuple(piece.offsets), tuple(piece.sizes))
+                offset = len(header) + entry.start
+                chunk = Chunk(box, path.name, offset, data.nbytes, own.digest())
+                meta = data.tobytes() if _is_meta(item) else None
+                written.append(_Written(item.index, data.nbytes, None, chunk=chunk, meta=meta))
             os.fdatasync(file.fileno())
     except OSError as error:
         raise CheckpointWriteError(f"cannot write {path}: {error}") from error
-    record = FileRecord(name, offset, whole.hexdigest(), len(header), _hex(header))
-    return [
-        _Written(item.index, chunk.num_bytes, None, chunk=chunk, file=record, meta=meta)
-        for item, chunk, meta in zip(items, chunks, metas, strict=True)
-    ]
+    record = FileRecord(path.name, total, whole.hexdigest(), len(header), _hex(header))
+    return [dataclasses.replace(result, file=record) for result in written]
+
+
+def _is_meta(item: WriteItem) -> bool:
+    return bool(item.index.fqn.rpartition(".")[2] == META_KEY)
 
 
 def _host_bytes(tensor: Any) -> Any:
@@ -338,7 +342,7 @@ def _digest_file(path: Path, *, durable: bool = False) -> FileRecord:
     """Size and digest of a file already written, read back in blocks."""
     digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
+        while block := file.read(BLOCK_BYTES):
             digest.update(block)
         size = file.tell()
         if durable:

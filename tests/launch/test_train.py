@@ -207,11 +207,10 @@ def again(folder: Path, corpus: Path) -> TrainingRun:
 @pytest.fixture(scope="module")
 def several(folder: Path, corpus: Path) -> TrainingRun:
     """Several averages that begin late and move at every second step, and another seed."""
-    flags = [f for name, text in PROFILES.items() for f in ("--ema-profile", f"{name}={text}")]
-    return finished(
-        *(folder, "several", corpus, 2, "--ema", *flags, "--seed", "1", "--steps", "8"),
-        *("--ema-start-step", "4", "--ema-update-every", "2"),
-    )
+    flags = ["--ema", "--ema-start-step", "4", "--ema-update-every", "2"]
+    for name, text in PROFILES.items():
+        flags += ["--ema-profile", f"{name}={text}"]
+    return finished(folder, "several", corpus, 2, *flags, "--seed", "1", "--steps", "8")
 
 
 # ---------------------------------------------------------------------- from training to export
@@ -312,10 +311,8 @@ def test_layouts_give_the_same_losses(
 def test_run_resumed_on_fewer_ranks_gives_the_losses_of_the_uninterrupted_one(
     base: TrainingRun, folder: Path, corpus: Path
 ) -> None:
-    run = finished(
-        *(folder, "resumed", corpus, 1, "--parallel", "fsdp2", *AVERAGE),
-        *("--resume", base.checkpoint(4)),
-    )
+    flags = ("--parallel", "fsdp2", *AVERAGE, "--resume", base.checkpoint(4))
+    run = finished(folder, "resumed", corpus, 1, *flags)
     assert "resume     from" in run.text and "at step 4" in run.text
     expected = {key: value for key, value in base.losses().items() if key[0] > 4}
     # 1e-3 is what is promised; what is left is the order in which two ranks sum their gradients.
@@ -326,10 +323,8 @@ def test_average_is_bit_equal_after_it_was_loaded_on_fewer_ranks(
     base: TrainingRun, folder: Path, corpus: Path
 ) -> None:
     # With updates so far apart the average moves no more: what is saved is what was loaded.
-    run = finished(
-        *(folder, "untouched", corpus, None, *AVERAGE, "--ema-update-every", "1000"),
-        *("--resume", base.checkpoint(4)),
-    )
+    flags = (*AVERAGE, "--ema-update-every", "1000", "--resume", base.checkpoint(4))
+    run = finished(folder, "untouched", corpus, None, *flags)
     assert_same(average_of(run.checkpoint(6)), average_of(base.checkpoint(4)))
     moved = weights_of(run.checkpoint(6))
     before = weights_of(base.checkpoint(4))
