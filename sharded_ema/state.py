@@ -146,7 +146,7 @@ class Shadow:
         Raises:
             StateError: a parameter changed its shape since the shadow was made.
         """
-        pointers = [t.data_ptr() for t in live]
+        pointers = list(map(Tensor.data_ptr, live))
         if pointers == self._pointers:
             return
         for tensor, view, name in zip(live, next(iter(self.views.values())), names, strict=True):

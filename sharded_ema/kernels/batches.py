@@ -1,8 +1,8 @@
 """Cuts the tensors of an update into batches: whole lists where that is fastest, else blocks.
 
-Parameters that have the shadow's dtype and device go to the fused foreach kernel as they are. All
-others pass through a small stage buffer that stays in cache, so that no conversion ever needs a
-temporary of the size of a parameter.
+Parameters that have the shadow's dtype and device go to the fused foreach kernel as they are, all
+at once where they are read once. All others pass through a small stage buffer that stays in
+cache, so that no conversion ever needs a temporary of the size of a parameter.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from torch import Tensor
 # Elements of the stage buffer (4 MiB of fp32): fits the second-level caches of today's CPUs and
 # GPUs, and is large enough for the cost of a kernel launch to vanish.
 STAGE_NUMEL = 1 << 20
-# A guarded batch is read twice, the second time from cache: smaller on a CPU.
-GUARD_NUMEL = 1 << 19
+# A batch that is read several times (looked at and averaged, or averaged for several profiles)
+# is small enough that only the first time goes to memory.
+REREAD_NUMEL = 1 << 19
 # Below this size the cost of a call per tensor exceeds that of a copy into the stage.
 TINY_NUMEL = 1 << 12
 
@@ -66,12 +67,12 @@ def make_batches(
             staged.setdefault(key, []).append(i)
     batches: list[Batch] = []
     for indices in direct.values():
-        if not guard:
+        if not guard and len(shadows) == 1:
             batches.append(
                 Batch([live[i] for i in indices], [[s[i] for i in indices] for s in shadows])
             )
         else:
-            batches += [Batch(b, s) for b, s in _blocks(shadows, live, indices, GUARD_NUMEL)]
+            batches += [Batch(b, s) for b, s in _blocks(shadows, live, indices, REREAD_NUMEL)]
     buffers: dict[torch.device, Tensor] = {}
     for (device, _, _), indices in staged.items():
         for block, targets in _blocks(shadows, live, indices, STAGE_NUMEL):

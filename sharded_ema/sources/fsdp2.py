@@ -53,6 +53,9 @@ class FSDP2Source(ShardSource):
         mesh = dtensors[0].tensor.device_mesh  # type: ignore[attr-defined]
         self.ranks = mesh.mesh.flatten().tolist()
         self.shards = [self._shard(named) for named in inventory.averaged]
+        # The usual case has nothing but DTensors, and a short way to their local tensors.
+        self._tensors = [n.tensor for n in inventory.averaged]
+        self._fixed = all(map(_is_dtensor, inventory.averaged))
 
     def _shard(self, named: Named) -> Shard:
         shape = tuple(named.tensor.shape)
@@ -64,6 +67,8 @@ class FSDP2Source(ShardSource):
         reshard(self._model)
 
     def live(self) -> list[Tensor]:
+        if self._fixed:
+            return [tensor._local_tensor for tensor in self._tensors]  # type: ignore[attr-defined]
         return [local(shard.name) for shard in self.shards]
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -38,8 +38,12 @@ class PlainSource(ShardSource):
             for n in inventory.averaged
         ]
 
+        self._tensors = [named.tensor for named in inventory.averaged]
+        self._fixed = all(isinstance(tensor, nn.Parameter) for tensor in self._tensors)
+
     def live(self) -> list[Tensor]:
-        return [read(shard.name) for shard in self.shards]
+        # Parameter objects stay; only averaged buffers must be looked up every time.
+        return self._tensors if self._fixed else [read(s.name) for s in self.shards]
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if not self.ranks:

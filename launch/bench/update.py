@@ -1,0 +1,220 @@
+"""What an update of the average costs, as ratios to its peers and to a stream of the same bytes.
+
+``python launch/bench/update.py``. All rows of a case are timed in turn in one process. ``limit`` is
+an in-place ``add_`` over one flat buffer that moves as many bytes; ``baseline`` is the best other
+way to do the same work, named at the end of each line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+# The helper lies beside this file, which is run as a script from anywhere.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from bench.measure import ROOT, Report, Row, medians, nothing
+from sharded_ema import ShardedEMA
+from sharded_ema.schedules import Constant
+from sharded_ema.state import Clock, Shadow
+
+DECAY = 0.999
+# Elements of ten tensors, from a matrix down to a bias; a hundred times over 21 M in 1,000 tensors.
+MIXTURE = (131072, 32768, 32768, 8192, 4096, 512, 128, 128, 64, 64)
+SIZES = {
+    "small: 1,000 tensors, 0.44 M elements": (440,) * 1000,
+    "mixed: 1,000 tensors, 21 M elements": MIXTURE * 100,
+    "big: 4 tensors, 20 M elements": (5_000_000,) * 4,
+}
+HOST = "host: 1,000 tensors of one element"
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The device of a case, and how much is measured."""
+
+    device: torch.device
+    rounds: int
+
+    @property
+    def wait(self) -> Callable[[], object]:
+        """Waits until the device is idle."""
+        return torch.cuda.synchronize if self.device.type == "cuda" else nothing
+
+    def tensors(self, sizes: Sequence[int], dtype: torch.dtype) -> list[Tensor]:
+        """Parameters in memory of their own, as an allocator would give them."""
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(n, generator=generator).to(self.device, dtype) for n in sizes]
+
+    def shadow(self, live: Sequence[Tensor], *, guard: bool, profiles: int = 1) -> Shadow:
+        """The library's shadow of ``live``."""
+        shadow = Shadow(
+            {f"p{k}": Constant(DECAY) for k in range(profiles)},
+            live,
+            dtype=torch.float32,
+            device=None,
+            guard=guard,
+            impl="foreach",
+        )
+        shadow.seed(keep_nonfinite=True)
+        return shadow
+
+    def stream(self, num_bytes: int) -> Callable[[], object]:
+        """An in-place pass that reads two thirds of ``num_bytes`` and writes one third."""
+        target = torch.zeros(num_bytes // 12, device=self.device)
+        source = torch.ones(num_bytes // 12, device=self.device)
+        return lambda: target.add_(source, alpha=1 - DECAY)
+
+
+def advance(shadow: Shadow) -> Callable[[], object]:
+    """One update of every average in ``shadow``."""
+    clock = Clock()
+    clock.reseed()
+
+    def call() -> None:
+        clock.tick()
+        shadow.lerp(clock)
+
+    return call
+
+
+def first_views(shadow: Shadow) -> list[Tensor]:
+    """The tensors of its first average."""
+    return next(iter(shadow.views.values()))
+
+
+def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
+    """fp32 parameters: 12 bytes are moved per element and average."""
+    live, total = bench.tensors(sizes, torch.float32), sum(sizes)
+    plain = bench.shadow(live, guard=False)
+    views = first_views(plain)
+    swa = get_ema_multi_avg_fn(DECAY)
+    foreach, limit = "torch._foreach_lerp_", "stream of the same bytes"
+    one = "update, guard off"
+    return [
+        Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit),
+        Row(limit, bench.stream(12 * total)),
+        Row(one, advance(plain), foreach, limit),
+        Row("update, guard on", advance(bench.shadow(live, guard=True)), foreach, limit),
+        Row("swa_utils get_ema_multi_avg_fn", lambda: swa(views, live, 1), foreach, limit),
+        Row(
+            "update of K=3 averages, guard off",
+            advance(bench.shadow(live, guard=False, profiles=3)),
+            one,
+        ),
+        Row(
+            "update of K=3 averages, guard on",
+            advance(bench.shadow(live, guard=True, profiles=3)),
+            "update, guard on",
+        ),
+    ]
+
+
+def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
+    """bf16 parameters and an fp32 shadow: 10 bytes are moved per element."""
+    live, total = bench.tensors(sizes, torch.bfloat16), sum(sizes)
+    plain = bench.shadow(live, guard=False)
+    views = first_views(plain)
+
+    def loop() -> None:
+        for average, parameter in zip(views, live, strict=True):
+            average.lerp_(parameter.float(), 1 - DECAY)
+
+    peer, limit = "bf16: loop of e.lerp_(p.float(), w)", "bf16: stream of the same bytes"
+    guarded = advance(bench.shadow(live, guard=True))
+    return [
+        Row(peer, loop, None, limit),
+        Row(limit, bench.stream(10 * total)),
+        Row("bf16: update, guard off", advance(plain), peer, limit),
+        Row("bf16: update, guard on", guarded, peer, limit),
+    ]
+
+
+def module_of(tensors: Sequence[Tensor]) -> nn.Module:
+    """A plain module that owns ``tensors`` as its parameters."""
+    module = nn.Module()
+    module.weights = nn.ParameterList([nn.Parameter(t) for t in tensors])
+    return module
+
+
+def end_to_end_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
+    """What a training loop calls, on a plain module."""
+    model = module_of(bench.tensors(sizes, torch.float32))
+    live = [parameter.detach() for parameter in model.parameters()]
+    views = first_views(bench.shadow(live, guard=False))
+    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
+    foreach = "call: torch._foreach_lerp_"
+    rows = [Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY))]
+    for nonfinite in ("allow", "skip"):
+        ema = ShardedEMA(model, DECAY, nonfinite=nonfinite)
+        rows.append(Row(f'call: ShardedEMA.update(), "{nonfinite}"', ema.update, foreach))
+    rows.append(
+        Row(
+            "call: AveragedModel.update_parameters()",
+            lambda: averaged.update_parameters(model),
+            foreach,
+        )
+    )
+    return rows + list(optional_rows(model, foreach))
+
+
+def optional_rows(model: nn.Module, foreach: str) -> Iterator[Row]:
+    """Peers that are timed where they are installed."""
+    try:
+        from diffusers.training_utils import EMAModel  # type: ignore[import-not-found]
+    except ImportError:
+        return
+    peer = EMAModel(model.parameters(), decay=DECAY, foreach=True)
+    yield Row("call: diffusers EMAModel.step()", lambda: peer.step(model.parameters()), foreach)
+
+
+def run_on(bench: Bench, report: Report) -> None:
+    """All cases on one device."""
+    for case, sizes in SIZES.items():
+        rows = float32_rows(bench, sizes) + bfloat16_rows(bench, sizes)
+        if len(sizes) == 1000:
+            rows += end_to_end_rows(bench, sizes)
+        report.add(case, rows, medians(rows, bench.rounds, wait=bench.wait))
+    # So few elements that nearly all of it is the cost of the calls. On a GPU the time to the
+    # return of the call: waiting before, but not after.
+    rows = end_to_end_rows(bench, (1,) * 1000)
+    for row in rows:
+        row.call()
+    rows = [replace(row, before=bench.wait) for row in rows]
+    report.add(HOST, rows, medians(rows, bench.rounds, warm=False))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, print, and append to the table of results."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--threads", type=int, default=1, help="on the CPU (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=25, help="(default: %(default)s)")
+    parser.add_argument(
+        "--csv",
+        type=Path,
+        default=ROOT / "docs" / "benchmarks" / "update.csv",
+        help="table to append to (default: docs/benchmarks/update.csv)",
+    )
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    report = Report("cpu")
+    run_on(Bench(torch.device("cpu"), args.rounds), report)
+    report.append_to(args.csv)
+    if not torch.cuda.is_available():
+        print("not run on GPU: PyTorch sees no CUDA device here")
+        return 0
+    report = Report(torch.cuda.get_device_name())
+    run_on(Bench(torch.device("cuda"), args.rounds), report)
+    report.append_to(args.csv)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
