@@ -143,7 +143,8 @@ class Averager:
 
         Raises:
             SwapError: inside :meth:`swap`.
-            NonFiniteError: with ``nonfinite="raise"``; the shadow is untouched.
+            NonFiniteError: with ``nonfinite="raise"``, on the ranks whose shard holds NaN or Inf;
+                their shadow is untouched. There is no collective here to tell the others.
         """
         if self._hooks is not None:
             self._health.warn_once(
@@ -191,8 +192,9 @@ class Averager:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
         Do not enter between a forward and its backward. Under DDP with sharded replicas entering
-        is collective: every rank must come. Leaving never communicates, so an exception on one
-        rank alone is safe.
+        is collective, and in every layout the first entry is if :meth:`attach` was never called:
+        every rank must come. Leaving never communicates, so an exception on one rank alone is
+        safe.
 
         Args:
             profile: which average; may be left out if there is only one.
@@ -233,7 +235,7 @@ class Averager:
 
     # ------------------------------------------------------------------ common ground
 
-    def _prepare(self, *, usable: bool = True) -> None:
+    def _prepare(self, *, usable: bool = True, seed: bool = True) -> None:
         """Bring model and shadow into step before anything reads them. Never communicates."""
         if usable or self._unusable == "closed":
             self._require_usable()
@@ -242,7 +244,7 @@ class Averager:
         self._source.settle()
         self._source.check_current()
         self._shadow.follow(self._source.live(), self._names)
-        if self._clock.seed_step is None and self._swapped is None:
+        if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)
 
     def _prepare_to_overwrite(self, purpose: str) -> None:
@@ -271,10 +273,12 @@ class Averager:
                 bind()
             return {} if self._agreed else self._source.agreement_record()
 
-        records = self._ranks.agree(verdict, "ema.attach()" if bind else "their first agreement")
+        records = self._ranks.agree(
+            verdict, "ema.attach()" if bind else "the first agreement of all ranks"
+        )
         for rank, record in enumerate(records):
-            for name, digest in record.items():
-                if records[0].get(name) != digest:
+            for name in {**records[0], **record}:
+                if records[0].get(name) != record.get(name):
                     raise BindError(
                         f"parameter {name} is not sharded but differs between rank 0 and rank "
                         f"{rank}; a checkpoint would keep one of the two. Wrap the model in "

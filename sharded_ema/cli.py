@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         report = run(arguments)
-    except EMAError as error:
+    except (EMAError, OSError) as error:
         print(f"sharded-ema: error: {error}", file=sys.stderr)
         return 1 if isinstance(error, CheckpointCorruptError) else 2
     print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.text())

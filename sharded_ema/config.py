@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,10 @@ class Settings:
                 raise ConfigError(
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
+        for name in ("update_every", "start_step", "total_steps"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ConfigError(f"{name} counts optimizer steps, so it must be an int: {value!r}")
         if self.update_every < 1:
             raise ConfigError(f"update_every must be at least 1 step, got {self.update_every}")
         if self.start_step < 0:
@@ -104,7 +109,8 @@ def check_schedules(meta: Mapping[str, Any], profiles: Mapping[str, Schedule]) -
             f"{sorted(profiles)}; use the same names, or load with strict=False"
         )
     for name, schedule in profiles.items():
-        if stored[name]["schedule"] != schedule.to_dict():
+        # Through JSON, as the stored one went, which has lists for tuples.
+        if stored[name]["schedule"] != json.loads(json.dumps(schedule.to_dict())):
             raise CheckpointMismatchError(
                 f"profile {name} was saved with the schedule {stored[name]['schedule']} and is "
                 f"loaded with {schedule.to_dict()}; use the same schedule, or load with "

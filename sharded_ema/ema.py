@@ -16,7 +16,7 @@ from sharded_ema.averager import Averager
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.config import check_schedules
-from sharded_ema.errors import EMAError
+from sharded_ema.errors import ConfigError
 from sharded_ema.health import squared_distance
 from sharded_ema.schedules import horizon
 
@@ -106,18 +106,18 @@ class ShardedEMA(Averager):
             CheckpointMismatchError: names, shapes or schedules do not fit.
         """
         self._refuse_in_swap("load_state_dict()")
-        self._prepare(usable=False)
+        # Not seeded first: what lies in the shadow may have been loaded in place just before.
+        self._prepare(usable=False, seed=False)
         own = snapshot.make_averages(self._source, self._shadow)
-        try:
-            meta = snapshot.read_meta(state)
-            if strict:
-                check_schedules(meta, self._settings.profiles)
-            snapshot.check_names(own, state, meta, strict=strict)
-            snapshot.copy_state(own, state)
-        except EMAError:
-            # DCP has loaded in place before we are asked, so the shadow may be the stranger's.
-            self._unusable = "a state was loaded into it that does not fit"
-            raise
+        before = self._unusable
+        if snapshot.shares_memory(own, state):
+            self._unusable = "a state that does not fit was loaded in place"
+        meta = snapshot.read_meta(state)
+        if strict:
+            check_schedules(meta, self._settings.profiles)
+        snapshot.check_names(own, state, meta, strict=strict)
+        self._unusable = before or "load_state_dict() failed midway"
+        snapshot.copy_state(own, state)
         self._take_meta(meta)
 
     def save(
@@ -141,6 +141,8 @@ class ShardedEMA(Averager):
             CheckpointWriteError: a rank could not write; nothing was committed.
         """
         target = Path(path)
+        if not isinstance(step, int):
+            raise ConfigError(f"step must be an int, got {step!r}")
         self._agree_once()
 
         def check() -> None:
@@ -173,7 +175,7 @@ class ShardedEMA(Averager):
             path: directory of a committed checkpoint, ours or one of DCP with an average in it.
             strict: refuse missing or unknown names and a changed schedule; else keep what the
                 checkpoint lacks and go on with this object's schedule.
-            verify: check every chunk's digest before copying it.
+            verify: check the digest of every chunk that is loaded before copying it.
 
         Returns:
             The step it was saved under.

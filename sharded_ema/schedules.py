@@ -25,7 +25,7 @@ class Schedule(Protocol):
         ...
 
     def to_dict(self) -> dict[str, Any]:
-        """Type and settings, as stored in a checkpoint."""
+        """Type and settings in JSON types, as stored in a checkpoint and compared at a load."""
         ...
 
 
@@ -286,6 +286,8 @@ def parse_schedule(text: str) -> Schedule:
     for position, item in enumerate(rest.split(",")):
         key, _, value = item.rpartition("=")
         key = key.strip() or (first if position == 0 else "")
+        if key in settings:
+            raise ConfigError(f"schedule {text!r} gives {key} twice")
         try:
             settings[key] = value.strip() if key == "kind" else float(value)
         except ValueError:

@@ -215,6 +215,13 @@ def _some(items: Sequence[str]) -> str:
     return f"{len(items)} ({shown}{', ...' if len(items) > 5 else ''})"
 
 
+def shares_memory(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
+    """Whether a state holds this rank's own memory, as after ``dcp.load`` into a state dict."""
+    mine = {t.data_ptr() for value in own.values() for _, t in _pieces(value) if t.numel()}
+    given = (v for key, v in state.items() if key in own and isinstance(v, Tensor))
+    return any(t.data_ptr() in mine for v in given for _, t in _pieces(v))
+
+
 @torch.no_grad()
 def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     """Copy given values into this rank's pieces; same memory stays as it is."""

@@ -83,7 +83,10 @@ def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ra
             half-filled.
     """
     try:
-        dcp.load(state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1)
+        with _quiet():
+            dcp.load(
+                state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1
+            )
     except CheckpointException as error:
         _raise_failures(error, CheckpointCorruptError)
     except RuntimeError as error:

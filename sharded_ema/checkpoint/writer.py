@@ -324,7 +324,13 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: _Place
 
 
 def _is_meta(item: WriteItem) -> bool:
-    return bool(item.index.fqn.rpartition(".")[2] == META_KEY)
+    """Whether an item describes an average; a parameter may have the same name, but not uint8."""
+    return (
+        item.index.fqn.rpartition(".")[2] == META_KEY
+        and item.tensor_data is not None
+        and len(item.tensor_data.size) == 1
+        and item.tensor_data.properties.dtype is torch.uint8
+    )
 
 
 def _host_bytes(tensor: Any) -> Any:

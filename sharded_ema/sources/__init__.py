@@ -15,7 +15,6 @@ from sharded_ema.sources.base import (
     Named,
     Shard,
     ShardSource,
-    split_buffers,
     take_inventory,
 )
 from sharded_ema.sources.ddp import DDPSource
@@ -50,8 +49,7 @@ def make_source(
         )
     if any(isinstance(m, FSDPModule) for m in modules):
         reshard(target)
-    inventory = take_inventory(target, include, exclude)
-    split_buffers(inventory, buffers)
+    inventory = take_inventory(target, include, exclude, buffers)
     if any(isinstance(n.tensor, DTensor) for n in (*inventory.averaged, *inventory.frozen)):
         return FSDP2Source(target, inventory)
     for module in modules:

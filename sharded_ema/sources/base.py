@@ -99,17 +99,23 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
 
 
 def take_inventory(
-    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+    model: nn.Module,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    buffers: str = "copy",
 ) -> Inventory:
     """List and sort the tensors of ``model``.
 
     Args:
-        include: shell-style patterns over names; a parameter must match one. ``None``: all.
+        include: shell-style patterns over names, of which a tensor must match one to be averaged.
+            ``None``: all. A tied weight goes by any of its names.
         exclude: patterns of which it must match none.
+        buffers: ``"average"`` treats floating-point buffers like parameters, ``"copy"`` lists
+            all buffers apart, ``"ignore"`` leaves them out.
 
     Raises:
         BindError: a parameter is on the meta device or has no elements, or none is left.
-        ConfigError: a pattern matches no parameter at all.
+        ConfigError: a pattern matches nothing that can be averaged.
     """
     found = Inventory()
     parameters: dict[int, Named] = {}
@@ -125,22 +131,26 @@ def take_inventory(
                 else Named(fqn, module, attribute, parameter)
             )
         for attribute, buffer in module._buffers.items():
-            if buffer is not None and attribute not in module._non_persistent_buffers_set:
+            kept = buffers != "ignore" and attribute not in module._non_persistent_buffers_set
+            if buffer is not None and kept:
                 found.buffers.append(Named(prefix + attribute, module, attribute, buffer))
     for named in parameters.values():
         _refuse_unusable(named)
         if not named.tensor.requires_grad:
             found.frozen.append(named)
-        elif selected(named.fqn, include, exclude):
+        elif _selected(named, include, exclude):
             found.averaged.append(named)
         else:
             found.excluded.append(named)
-    every = [n.fqn for n in (*parameters.values(), *found.buffers)]
+    smooth = [b for b in found.buffers if buffers == "average" and b.tensor.is_floating_point()]
+    every = [name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)]
     for pattern in (*(include or ()), *(exclude or ())):
         if not any(fnmatchcase(fqn, pattern) for fqn in every):
             raise ConfigError(
                 f"pattern {pattern!r} matches no parameter; names look like {every[:3]}"
             )
+    chosen = [b for b in smooth if _selected(b, include, exclude)]
+    found.buffers = [b for b in found.buffers if b not in chosen]
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "
@@ -148,13 +158,17 @@ def take_inventory(
             f"(requires_grad=False) and {len(found.excluded)} left out by include={include} "
             f"exclude={exclude}"
         )
+    found.averaged += chosen
     return found
 
 
-def selected(fqn: str, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    """Whether the patterns select a name."""
-    wanted = include is None or any(fnmatchcase(fqn, p) for p in include)
-    return wanted and not any(fnmatchcase(fqn, p) for p in exclude or ())
+def _selected(named: Named, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
+    """Whether the patterns select a tensor by any of its names."""
+
+    def matches(patterns: Sequence[str]) -> bool:
+        return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
+
+    return (include is None or matches(include)) and not matches(exclude or ())
 
 
 def _refuse_unusable(named: Named) -> None:
@@ -166,7 +180,7 @@ def _refuse_unusable(named: Named) -> None:
     if not named.tensor.numel():
         raise BindError(
             f"parameter {named.fqn} has shape {tuple(named.tensor.shape)}, that is 0 elements; "
-            "under ZeRO-3 (zero.Init) parameters look like this: pass the DeepSpeed engine instead"
+            "ZeRO-3 (zero.Init) leaves parameters like this, which this version does not support"
         )
 
 
@@ -251,16 +265,6 @@ def read_buffer(named: Named) -> Tensor:
 def read(named: Named) -> Tensor:
     """The tensor now: a parameter is held (and returned as it is), a buffer looked up."""
     return named.tensor if isinstance(named.tensor, nn.Parameter) else read_buffer(named)
-
-
-def split_buffers(inventory: Inventory, policy: str) -> None:
-    """Move floating-point buffers to the averaged tensors if ``policy`` is ``"average"``."""
-    if policy == "average":
-        floating = [b for b in inventory.buffers if b.tensor.is_floating_point()]
-        inventory.averaged += floating
-        inventory.buffers = [b for b in inventory.buffers if not b.tensor.is_floating_point()]
-    elif policy == "ignore":
-        inventory.buffers = []
 
 
 @torch.no_grad()

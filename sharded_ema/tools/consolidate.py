@@ -89,6 +89,8 @@ def consolidate(
         ConfigError: an argument is out of range.
     """
     started = time.monotonic()
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
     catalog = open_checkpoint(src)
     average = find_average(catalog, profile, prefix)
     target = Path(dst)
@@ -116,7 +118,7 @@ def consolidate(
             target.rmdir()  # empty, as was checked
         commit.publish(staging, target, replace=False)
     except OSError as error:
-        raise CheckpointWriteError(f"cannot write {target}: {error}") from error
+        raise CheckpointWriteError(f"{src} could not be written to {target}: {error}") from error
     finally:
         commit.abandon(staging)
     report.facts |= {
@@ -251,8 +253,6 @@ def _write_files(
     jobs: int,
     progress: bool,
 ) -> None:
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
     settings = average.meta["profiles"][average.profile]
     header = {
         "format": "pt",

@@ -312,8 +312,12 @@ def test_load_state_dict_takes_full_tensors_and_refuses_strangers() -> None:
     with pytest.raises(CheckpointMismatchError, match="has no '_meta'"):
         into.load_state_dict(state)
     state["_meta"] = ema.state_dict()["_meta"]
-    with pytest.raises(StateError, match="does not fit"):
-        into.update()  # a failed load may have left another model's values behind
+    into.state_dict()  # nothing was loaded, so it can still be used
+    in_place = {k: v for k, v in into.state_dict().items() if k != "_meta"}
+    with pytest.raises(CheckpointMismatchError):
+        into.load_state_dict(in_place)
+    with pytest.raises(StateError, match="loaded in place"):
+        into.update()  # DCP may have left another model's values behind
     into.load_state_dict({k: v.clone() for k, v in state.items()})
     assert_equal(averages(into), averages(ema))
     assert into.num_updates == 1
@@ -342,3 +346,29 @@ def test_dtypes_that_the_format_lacks_are_refused_by_name(tmp_path: Path) -> Non
         ema.save(tmp_path / "x", step=1)
     assert not list(tmp_path.iterdir())
     ShardedEMA(model, 0.9, buffers="ignore").save(tmp_path / "x", step=1)
+
+
+def test_patterns_know_all_names_of_a_tied_weight_and_averaged_buffers() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
+    model[1].weight = model[0].weight
+    assert "0.weight" not in ShardedEMA(model, exclude="1.weight").names
+    assert ShardedEMA(model, include="1.weight").names == ["0.weight"]
+    assert "2.running_var" in ShardedEMA(model, buffers="average").names
+    ema = ShardedEMA(model, buffers="average", exclude="2.running_var")
+    assert "2.running_var" not in ema.names and "2.running_mean" in ema.names
+    assert "_buffers.2.running_var" in ema.state_dict()
+    with pytest.raises(ConfigError, match="matches no parameter"):
+        ShardedEMA(model, exclude="2.running_var")
+
+
+def test_a_parameter_may_be_called_meta(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_parameter("_meta", nn.Parameter(torch.ones(3)))
+    ema = ShardedEMA(model, 0.9)
+    for name in ("safetensors", "dcp"):
+        ema.save(tmp_path / name, step=1, format=name)
+        assert ema.load(tmp_path / name) == 1
+    with pytest.raises(ConfigError, match="step must be an int"):
+        ema.save(tmp_path / "x", step="7")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="must be an int"):
+        ShardedEMA(model, update_every=2.5)  # type: ignore[arg-type]

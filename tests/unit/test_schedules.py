@@ -118,6 +118,7 @@ def test_text(text: str, schedule: Schedule) -> None:
         "-0.1",
         "nan",
         "power:0.1,gamma=3",
+        "0.9,decay=0.5",
     ],
 )
 def test_unreadable_text_is_refused(text: str) -> None:
