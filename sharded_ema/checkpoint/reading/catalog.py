@@ -128,8 +128,7 @@ class Catalog:
         return sorted(
             key.removesuffix(META_KEY)
             for key, tensor in self.tensors.items()
-            if key.rpartition(".")[2] == META_KEY
-            and (tensor.dtype, len(tensor.shape)) == ("U8", 1)
+            if key.rpartition(".")[2] == META_KEY and (tensor.dtype, len(tensor.shape)) == ("U8", 1)
         )
 
     def meta(self, prefix: str = "") -> dict[str, Any]:
