@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import inspect
 import re
+from fnmatch import fnmatch
 from pathlib import Path
+
+import pytest
 
 import sharded_ema
 from sharded_ema import cli
@@ -74,3 +77,10 @@ def test_every_public_callable_has_a_docstring() -> None:
 def test_unknown_names_are_attribute_errors() -> None:
     assert not hasattr(sharded_ema, "ShardedEMAs")
     assert set(sharded_ema.__all__) <= set(dir(sharded_ema))
+
+
+def test_every_folder_of_tests_is_collected(pytestconfig: pytest.Config) -> None:
+    skipped = pytestconfig.getini("norecursedirs")
+    folders = [p for p in Path(__file__).parents[1].iterdir() if (p / "__init__.py").exists()]
+    assert {p.name for p in folders} >= {"unit", "dist", "launch", "gpu", "contract"}
+    assert not [p.name for p in folders if any(fnmatch(p.name, s) for s in skipped)]
