@@ -26,7 +26,7 @@ from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
 from sharded_ema.sources import ShardSource
 from sharded_ema.state import Clock, Shadow
-from sharded_ema.values import FlatShard, Piece
+from sharded_ema.values import FlatShard, Piece, whole
 
 # Names of absent tensors that are listed in full.
 _MAX_ABSENT_NAMES = 100
@@ -99,13 +99,7 @@ def _meta_tensor(meta: Mapping[str, Any], source: ShardSource) -> Tensor:
     tensor[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if not source.ranks:
         return tensor
-    return FlatShard(
-        tensor.shape,
-        [(Box.whole(tensor.shape), tensor)],
-        dtype=tensor.dtype,
-        device=tensor.device,
-        writes=source.is_first_rank,
-    )
+    return whole(tensor, writes=source.is_first_rank)
 
 
 def read_meta(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -236,14 +230,14 @@ def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
 def _fill(key: str, into: Tensor, box: Box, given: Mapping[Box, Tensor]) -> None:
     source = given.get(box)
     if source is None:
-        whole = next((t for b, t in given.items() if b == Box.whole(t.shape)), None)
-        if whole is None or not box.fits(whole.shape):
+        full = next((t for b, t in given.items() if b == Box.whole(t.shape)), None)
+        if full is None or not box.fits(full.shape):
             raise CheckpointMismatchError(
                 f"{key}: this rank needs {box} and the given value holds {list(given)}; load "
                 "through torch.distributed.checkpoint to change the sharding"
             )
         slices = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-        source = whole[slices]
+        source = full[slices]
     if source.data_ptr() != into.data_ptr():
         into.copy_(source)
 

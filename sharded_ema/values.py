@@ -149,6 +149,18 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
+def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
+    """A tensor that every rank holds whole."""
+    return FlatShard(
+        tensor.shape,
+        [(Box.whole(tensor.shape), tensor)],
+        dtype=tensor.dtype,
+        device=tensor.device,
+        writes=writes,
+        reads=reads,
+    )
+
+
 def range_pieces(shape: Sequence[int], span: FlatRange, flat: Tensor) -> list[Piece]:
     """A 1-D tensor that holds elements ``span`` of a tensor of ``shape``, as blocks (views)."""
     return [

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
+from sharded_ema.values import whole
 
 # Attributes through which wrappers hold the module they wrap. They are no part of the name that
 # the bare model's state_dict() gives a parameter.
@@ -216,9 +217,9 @@ class ShardSource(ABC):
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """``tensors`` (shadows, in the order of shards) as what the checkpoint planner takes."""
 
-    @abstractmethod
     def extra_value(self, named: Named) -> Tensor:
         """A frozen parameter or a buffer as a value that is saved, but not loaded into."""
+        return whole(read(named).detach(), writes=self.is_first_rank, reads=False)
 
     @abstractmethod
     def swap_targets(self) -> list[Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.layout import Box, FlatRange, divide
-from sharded_ema.sources.base import Inventory, Named, Shard, ShardSource, read
+from sharded_ema.sources.base import Inventory, Shard, ShardSource, read
 from sharded_ema.values import FlatShard, range_pieces
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -101,17 +101,6 @@ class DDPSource(ShardSource):
                 )
             )
         return out
-
-    def extra_value(self, named: Named) -> Tensor:
-        tensor = read(named).detach()
-        return FlatShard(
-            tensor.shape,
-            [(Box.whole(tensor.shape), tensor)],
-            dtype=tensor.dtype,
-            device=tensor.device,
-            writes=self.is_first_rank,
-            reads=False,
-        )
 
     def swap_targets(self) -> list[Tensor]:
         return [read(shard.name) for shard in self.shards]

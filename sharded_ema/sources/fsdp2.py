@@ -27,7 +27,7 @@ from sharded_ema.sources.base import (
     digest,
     read,
 )
-from sharded_ema.values import FlatShard
+from sharded_ema.values import FlatShard, whole
 
 
 class FSDP2Source(ShardSource):
@@ -88,27 +88,18 @@ class FSDP2Source(ShardSource):
                     )
                 )
             else:
-                out.append(
-                    FlatShard(
-                        shard.shape,
-                        [(shard.box, tensor)],
-                        dtype=tensor.dtype,
-                        device=tensor.device,
-                        writes=shard.writes,
-                    )
-                )
+                out.append(whole(tensor, writes=self.is_first_rank))
         return out
 
     def extra_value(self, named: Named) -> Tensor:
-        tensor = local(named).detach()
-        sharded = _is_dtensor(named)
-        box = _box(named) if sharded else Box.whole(tensor.shape)
+        if not _is_dtensor(named):
+            return super().extra_value(named)
+        tensor, box = local(named).detach(), _box(named)
         return FlatShard(
-            named.tensor.shape if sharded else tensor.shape,
+            named.tensor.shape,
             [(box, tensor)] if box.numel else [],
             dtype=tensor.dtype,
             device=tensor.device,
-            writes=sharded or self.is_first_rank,
             reads=False,
         )
 

@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from sharded_ema.layout import Box
 from sharded_ema.sources.base import (
     Inventory,
-    Named,
     Shard,
     ShardSource,
     copy_into,
     digest,
     read,
 )
-from sharded_ema.values import FlatShard
+from sharded_ema.values import whole
 
 
 class PlainSource(ShardSource):
@@ -48,21 +47,7 @@ class PlainSource(ShardSource):
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if not self.ranks:
             return list(tensors)
-        return [
-            FlatShard(s.shape, [(s.box, t)], dtype=t.dtype, device=t.device, writes=s.writes)
-            for s, t in zip(self.shards, tensors, strict=True)
-        ]
-
-    def extra_value(self, named: Named) -> Tensor:
-        tensor = read(named).detach()
-        return FlatShard(
-            tensor.shape,
-            [(Box.whole(tensor.shape), tensor)],
-            dtype=tensor.dtype,
-            device=tensor.device,
-            writes=self.is_first_rank,
-            reads=False,
-        )
+        return [whole(tensor, writes=self.is_first_rank) for tensor in tensors]
 
     def swap_targets(self) -> list[Tensor]:
         return self.live()
