@@ -16,6 +16,9 @@ from sharded_ema.errors import AbsentRankError, EMAError, StateError, error_clas
 
 T = TypeVar("T")
 
+# Groups made so far, by their ranks: all ranks count alike, so the number names a meeting.
+_MEETINGS: dict[tuple[int, ...], int] = {}
+
 
 class Ranks:
     """A gloo group over the ranks of a source, made when it is first needed.
@@ -29,6 +32,7 @@ class Ranks:
         self._ranks = list(ranks)
         self._timeout = timedelta(seconds=timeout)
         self._group: dist.ProcessGroup | None = None
+        self._lost: str | None = None
         self._everyone = dist.is_initialized() and len(self._ranks) == dist.get_world_size()
         self.size = max(1, len(self._ranks))
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
@@ -45,12 +49,12 @@ class Ranks:
         Raises:
             StateError: the default process group is gone, so no new one can be made.
         """
+        if self.size > 1 and not dist.is_initialized():
+            raise StateError(
+                "the process group has been destroyed; call close() and all saves before "
+                "torch.distributed.destroy_process_group()"
+            )
         if self.size > 1 and self._group is None:
-            if not dist.is_initialized():
-                raise StateError(
-                    "the process group has been destroyed; call close() and all saves before "
-                    "torch.distributed.destroy_process_group()"
-                )
             self._group = dist.new_group(
                 self._ranks,
                 backend="gloo",
@@ -68,14 +72,50 @@ class Ranks:
         """
         if self.size == 1:
             return
-        try:
-            dist.monitored_barrier(self.group, timeout=self._timeout, wait_all_ranks=True)
-        except RuntimeError as error:
+        if self._lost is not None:
             raise AbsentRankError(
-                f"not every rank came to {purpose} within {self._timeout.total_seconds():g} s "
-                f"(this is rank {dist.get_rank()}). All ranks must call it: do not guard it with "
-                f"'if rank == 0'. {str(error).strip()}"
+                f"the ranks lost each other in {self._lost} and cannot come to {purpose}; make a "
+                "new ShardedEMA on all ranks, or restart from a checkpoint"
+            )
+        if self._group is None:
+            self._check_in(purpose)
+        group = self.group
+        try:
+            dist.monitored_barrier(group, timeout=self._timeout, wait_all_ranks=True)
+        except RuntimeError as error:
+            self._lost = purpose
+            raise AbsentRankError(self._absence(purpose, str(error).strip())) from error
+
+    def _absence(self, purpose: str, who: str) -> str:
+        return (
+            f"not every rank came to {purpose} within {self._timeout.total_seconds():g} s "
+            f"(this is rank {dist.get_rank()}). All ranks must call it: do not guard it with "
+            f"'if rank == 0'. {who}"
+        )
+
+    def _check_in(self, purpose: str) -> None:
+        """Meet in the store before the first group is made.
+
+        A process group that only some ranks begin to make breaks the making of all later ones in
+        the whole job, so nobody begins before all are here.
+        """
+        if not dist.is_initialized():
+            return  # making the group will say so
+        store = dist.distributed_c10d._get_default_store()
+        key = tuple(self._ranks)
+        number = _MEETINGS.get(key, 0)
+        room = f"sharded_ema/{'-'.join(map(str, key))}/{number}"
+        mine = f"{room}/{dist.get_rank()}"
+        store.set(mine, "here")
+        try:
+            store.wait([f"{room}/{rank}" for rank in self._ranks], self._timeout)
+        except RuntimeError as error:
+            missing = [rank for rank in self._ranks if not store.check([f"{room}/{rank}"])]
+            store.delete_key(mine)  # whoever comes later must not think that this rank waits
+            raise AbsentRankError(
+                self._absence(purpose, f"Ranks {missing} are missing.")
             ) from error
+        _MEETINGS[key] = number + 1
 
     def gather(self, value: T, purpose: str) -> list[T]:
         """The values of all ranks, on all ranks, in rank order."""
@@ -92,17 +132,19 @@ class Ranks:
         Raises:
             EMAError: of the class that the first failing rank met, with all ranks' messages.
         """
-        failure: EMAError | None = None
+        if self.size == 1:
+            return [check()]
+        failure: Exception | None = None
         result: Any = None
         try:
             result = check()
-        except EMAError as error:
+        except Exception as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
-        if self.size == 1:
-            if failure is not None:
-                raise failure
-            return [result]
-        verdict = (type(failure).__name__, str(failure)) if failure else None
+        verdict = None
+        if isinstance(failure, EMAError):
+            verdict = (type(failure).__name__, str(failure))
+        elif failure is not None:
+            verdict = (EMAError.__name__, f"{type(failure).__name__}: {failure}")
         answers = self.gather((verdict, result), purpose)
         raise_joint_failure({r: v for r, (v, _) in enumerate(answers) if v}, cause=failure)
         return [value for _, value in answers]

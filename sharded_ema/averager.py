@@ -23,7 +23,7 @@ from sharded_ema.health import Health
 from sharded_ema.hooks import OptimizerHooks
 from sharded_ema.kernels import choose_impl
 from sharded_ema.schedules import Schedule
-from sharded_ema.sources import make_source
+from sharded_ema.sources import copy_into, make_source
 from sharded_ema.state import Action, Clock, Shadow
 
 
@@ -135,7 +135,7 @@ class Averager:
         assert self._hooks is not None
         return self._hooks
 
-    def _detached(self) -> None:
+    def _detached(self) -> None:  # a handle calls it once
         self._hooks = None
 
     def update(self) -> None:
@@ -205,10 +205,16 @@ class Averager:
         """
         name = self._profile_name(profile)
         self._refuse_in_swap("a second swap()")
-        self._prepare_to_overwrite("ema.swap()")
-        self._health.check_moving(self._clock, self._shadow, self._source.live())
-        targets = self._source.swap_targets()
-        backup = [target.detach().clone() for target in targets]
+        targets: list[Tensor] = []
+        backup: list[Tensor] = []
+
+        def back_up() -> None:
+            self._prepare()
+            self._health.check_moving(self._clock, self._shadow, self._source.live())
+            targets.extend(self._source.swap_targets())
+            backup.extend(target.detach().clone() for target in targets)
+
+        self._prepare_to_overwrite(back_up, "ema.swap()")
         self._backup_bytes = sum(t.numel() * t.element_size() for t in backup)
         self._swapped = name
         try:
@@ -217,19 +223,23 @@ class Averager:
             yield
         finally:
             self._source.settle()
-            targets = self._source.swap_targets()
-            with torch.no_grad():
-                for target, original in zip(targets, backup, strict=True):
-                    target.copy_(original)
+            copy_into(targets, backup)
             _wait(targets)
             self._swapped = None
             self._backup_bytes = 0
+            self._restore_moved(targets, backup)
+
+    def _restore_moved(self, targets: Sequence[Tensor], backup: Sequence[Tensor]) -> None:
+        """Restore also what the body of a swap moved or replaced, if it still has its shape."""
+        for now, before, original in zip(self._source.swap_targets(), targets, backup, strict=True):
+            if now.data_ptr() != before.data_ptr():
+                copy_into([now], [original])
 
     def copy_to(self, profile: str | None = None) -> None:
         """Overwrite the parameters with the average for good. Collective where swap is."""
         name = self._profile_name(profile)
         self._refuse_in_swap("copy_to()")
-        self._prepare_to_overwrite("ema.copy_to()")
+        self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.swap_in(self._shadow.views[name])
         _wait(self._source.swap_targets())
 
@@ -247,13 +257,13 @@ class Averager:
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)
 
-    def _prepare_to_overwrite(self, purpose: str) -> None:
-        """The same before parameters are overwritten, which takes all ranks in some layouts."""
+    def _prepare_to_overwrite(self, prepare: Callable[[], None], purpose: str) -> None:
+        """Prepare to overwrite parameters, which takes all ranks in some layouts."""
         self._agree_once()
         if self._source.swap_is_collective:
-            self._ranks.agree(self._prepare, purpose)
+            self._ranks.agree(prepare, purpose)
         else:
-            self._prepare()
+            prepare()
 
     def _agree_once(self, bind: Callable[[], None] | None = None) -> None:
         """Refuse, on all ranks, replicated parameters that differ between ranks.

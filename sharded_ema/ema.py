@@ -151,17 +151,15 @@ class ShardedEMA(Averager):
 
         self._ranks.agree(check, f"ema.save({target})")
         live = self._source.live()
-        partial = {
-            name: squared_distance(views, live, sampled=True)
-            for name, views in self._shadow.views.items()
-            if self._swapped is None
-        }
+        partial = self._distances(sampled=True) if self._swapped is None else {}
         gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
         meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
         meta["step"] = step
         meta["nonfinite_elements"] = sum(skipped for skipped, _ in gathered)
+        distances = {name: _relative([parts[name] for _, parts in gathered]) for name in partial}
+        # JSON has no NaN; a parameter that is not finite has no distance.
         meta["sampled_distance"] = {
-            name: _relative([parts[name] for _, parts in gathered]) for name in partial
+            name: value if math.isfinite(value) else None for name, value in distances.items()
         }
         state = snapshot.make_state(self._source, self._shadow, meta)
         save_state(state, target, format=format, replace=replace, ranks=self._ranks)
@@ -248,6 +246,17 @@ class ShardedEMA(Averager):
         """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
         return list(self._names)
 
+    def _distances(self, *, sampled: bool) -> dict[str, tuple[float, float]]:
+        """This rank's part of every average's distance; what all ranks hold is counted once."""
+        live = self._source.live()
+        mine = [i for i, shard in enumerate(self._source.shards) if shard.writes]
+        return {
+            name: squared_distance(
+                [views[i] for i in mine], [live[i] for i in mine], sampled=sampled
+            )
+            for name, views in self._shadow.views.items()
+        }
+
     def metrics(self, *, distance: bool = False) -> dict[str, float]:
         """Numbers to log; waits for the device.
 
@@ -275,10 +284,7 @@ class ShardedEMA(Averager):
             found[f"seed_weight/{name}"] = self._shadow.seed_weight[name]
         if distance:
             self._refuse_in_swap("metrics(distance=True)")
-            partial = {
-                name: squared_distance(views, live, sampled=False)
-                for name, views in self._shadow.views.items()
-            }
+            partial = self._distances(sampled=False)
             gathered = self._ranks.gather(partial, "ema.metrics(distance=True)")
             for name in partial:
                 found[f"distance/{name}"] = _relative([parts[name] for parts in gathered])

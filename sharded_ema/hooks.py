@@ -49,7 +49,9 @@ class OptimizerHooks:
         self._applied = applied
         self._removed = removed
         self._depth = dict.fromkeys(map(id, self._optimizers), 0)
-        self._stepped: set[int] = set()
+        self._turns: list[int] = []
+        self._leader: int | None = None
+        self._pending = False
         self.skipped_steps = 0
         self._handles: list[Any] = []
         for optimizer in self._optimizers:
@@ -62,7 +64,9 @@ class OptimizerHooks:
             self._depth[key] = 0  # the last step() raised and its post hook never ran
         if not self._depth[key]:
             self._before_step()
-            if key in self._stepped:
+            # A new round begins: with this optimizer's second turn, or with the one that began
+            # the last round, when another was left out (an unfused GradScaler skip is not seen).
+            if key in self._turns or key == self._leader:
                 self.flush()
         self._depth[key] += 1
 
@@ -76,19 +80,24 @@ class OptimizerHooks:
         found_inf = getattr(optimizer, "found_inf", None)
         if found_inf is not None and float(found_inf) > 0:
             self.skipped_steps += 1
-            return
-        self._stepped.add(key)
-        if len(self._stepped) == len(self._optimizers):
+        else:
+            self._pending = True
+        self._turns.append(key)
+        if len(self._turns) == len(self._optimizers):
+            self._leader = self._turns[0]
             self.flush()
 
     def flush(self) -> None:
-        """Call back now if some optimizer has stepped since the last callback."""
-        if self._stepped:
-            self._stepped.clear()
+        """Call back now if some optimizer has applied a step since the last callback."""
+        self._turns.clear()
+        if self._pending:
+            self._pending = False
             self._applied()
 
     def remove(self) -> None:
-        """Detach from all optimizers; a pending step is counted first."""
+        """Detach from all optimizers, once; a pending step is counted first."""
+        if not self._handles:
+            return
         self.flush()
         for handle in self._handles:
             handle.remove()

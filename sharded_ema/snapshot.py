@@ -191,6 +191,11 @@ def _check(
         raise CheckpointMismatchError(
             f"{where} belongs to another model: {_some(shapes)}; nothing was loaded"
         )
+    if not own.keys() & stored.keys():
+        raise CheckpointMismatchError(
+            f"{where} has none of the averages of this model; nothing was loaded. It holds the "
+            f"profiles {sorted(meta['profiles'])}"
+        )
     averages = tuple(f"{name}." for name in meta["profiles"])
     missing = [key for key in own if key not in stored]
     extra = [key for key in stored if key.startswith(averages) and key not in own]

@@ -114,6 +114,8 @@ class Shadow:
         self._plan = self._make_plan(live)
         self._pointers = [t.data_ptr() for t in live]
 
+    # An evaluation may have turned inference mode on; its tensors could never be updated.
+    @torch.inference_mode(False)
     def _allocate(
         self, live: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None
     ) -> list[Tensor]:
@@ -136,6 +138,7 @@ class Shadow:
             )
         return views
 
+    @torch.inference_mode(False)
     def _make_plan(self, live: Sequence[Tensor]) -> LerpPlan:
         shadows = list(self.views.values())
         return LerpPlan(shadows, list(live), guard=self._guard, impl=self._impl)

@@ -12,6 +12,8 @@ import os
 import shutil
 from pathlib import Path
 
+from sharded_ema.checkpoint.reading.catalog import set_aside
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
 
 
@@ -48,6 +50,12 @@ def refuse_existing(path: Path, *, replace: bool) -> None:
         return
     if not path.is_dir() or path.is_symlink():
         raise CheckpointExistsError(f"{path} exists and is not a directory; nothing was written")
+    names = {entry.name for entry in path.iterdir()}
+    if replace and names and MANIFEST_NAME not in names:
+        raise CheckpointExistsError(
+            f"{path} holds {len(names)} entries but no {MANIFEST_NAME}: it is no checkpoint of "
+            "this library, and replace=True removes nothing else"
+        )
     if not replace:
         raise CheckpointExistsError(
             f"{path} already exists and is left as it is; save to a new path, or pass "
@@ -72,7 +80,8 @@ def publish(staging: Path, path: Path, *, replace: bool) -> None:
     os.rename(staging, path)
     fsync_directory(path.parent)
     if aside is not None:
-        shutil.rmtree(aside)
+        # The new checkpoint is committed; what cannot be removed of the old one is only in the way.
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def abandon(staging: Path) -> None:
@@ -80,19 +89,10 @@ def abandon(staging: Path) -> None:
     shutil.rmtree(staging, ignore_errors=True)
 
 
-def set_aside(path: Path) -> Path | None:
-    """The checkpoint that an interrupted replacement has left beside ``path``, if any."""
-    if os.path.lexists(path) or not path.parent.is_dir():
-        return None
-    prefix = f"{path.name}.old-"
-    found = sorted(p for p in path.parent.iterdir() if p.name.startswith(prefix))
-    return found[-1] if found else None
-
-
 def recover(path: Path) -> None:
     """Undo an interrupted replacement: the old checkpoint takes its place again."""
     old = set_aside(path)
-    if old is not None:
+    if old is not None and not os.path.lexists(path):
         os.rename(old, path)
         fsync_directory(path.parent)
 

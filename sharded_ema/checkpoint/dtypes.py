@@ -33,7 +33,8 @@ def safetensors_name(dtype: torch.dtype, key: str) -> str:
     """
     if dtype not in SAFETENSORS_NAME:
         raise CheckpointWriteError(
-            f"{key} has dtype {dtype}, which safetensors cannot store; nothing was committed"
+            f"{key} has dtype {dtype}, which safetensors cannot store; nothing was committed. "
+            'For a buffer, pass buffers="ignore"'
         )
     return SAFETENSORS_NAME[dtype]
 

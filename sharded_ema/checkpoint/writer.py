@@ -33,6 +33,7 @@ from torch.futures import Future
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.dtypes import safetensors_name
+from sharded_ema.checkpoint.reading.catalog import is_meta_key
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import (
     CHUNKS_NAME,
@@ -211,7 +212,8 @@ class StockStorageWriter(FileSystemWriter):
         place: _Place = plan.storage_data
         self.path = Path(place.directory)
         plan = dataclasses.replace(plan, storage_data=place.inner)
-        results = super().write_data(plan, planner).wait()
+        # Without items the base class would leave an empty file that no manifest lists.
+        results = super().write_data(plan, planner).wait() if plan.items else []
         digests: dict[str, FileRecord] = {}
         metas = {
             item.index: _host_bytes(planner.resolve_data(item)).tobytes()
@@ -326,7 +328,7 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: _Place
 def _is_meta(item: WriteItem) -> bool:
     """Whether an item describes an average; a parameter may have the same name, but not uint8."""
     return (
-        item.index.fqn.rpartition(".")[2] == META_KEY
+        is_meta_key(item.index.fqn)
         and item.tensor_data is not None
         and len(item.tensor_data.size) == 1
         and item.tensor_data.properties.dtype is torch.uint8

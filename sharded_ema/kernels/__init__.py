@@ -79,7 +79,8 @@ class LerpPlan:
 
     def _counter(self, device: torch.device) -> Tensor:
         if device not in self._skipped:
-            self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
+            with torch.inference_mode(False):
+                self._skipped[device] = torch.zeros((), dtype=torch.int64, device=device)
         return self._skipped[device]
 
     def take_skipped(self) -> int:

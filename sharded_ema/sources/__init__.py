@@ -15,13 +15,14 @@ from sharded_ema.sources.base import (
     Named,
     Shard,
     ShardSource,
+    copy_into,
     take_inventory,
 )
 from sharded_ema.sources.ddp import DDPSource
 from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
 from sharded_ema.sources.plain import PlainSource
 
-__all__ = ["Inventory", "Named", "Shard", "ShardSource", "make_source"]
+__all__ = ["Inventory", "Named", "Shard", "ShardSource", "copy_into", "make_source"]
 
 
 def make_source(

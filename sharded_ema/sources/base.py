@@ -173,6 +173,14 @@ def _selected(named: Named, include: Sequence[str] | None, exclude: Sequence[str
 
 
 def _refuse_unusable(named: Named) -> None:
+    if named.tensor.is_complex() and named.tensor.requires_grad:
+        raise BindError(f"parameter {named.fqn} is complex; only real parameters can be averaged")
+    overlaps = zip(named.tensor.shape, named.tensor.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in overlaps):
+        raise BindError(
+            f"parameter {named.fqn} is an expanded view, whose elements share memory; make it "
+            "contiguous"
+        )
     if named.tensor.is_meta:
         raise BindError(
             f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "

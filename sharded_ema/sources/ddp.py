@@ -14,8 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_ema.errors import StateError
 from sharded_ema.layout import Box, FlatRange, divide
-from sharded_ema.sources.base import Inventory, Shard, ShardSource, read
+from sharded_ema.sources.base import Inventory, Shard, ShardSource, digest, read
 from sharded_ema.values import FlatShard, range_pieces
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -38,6 +39,7 @@ class DDPSource(ShardSource):
         self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
         self.inventory = inventory
+        self._ddp = ddp
         self._group = ddp.process_group
         self.ranks = dist.get_process_group_ranks(self._group)
         self._rank = dist.get_rank(self._group)
@@ -78,6 +80,11 @@ class DDPSource(ShardSource):
         parameter = self.shards[index].name.tensor
         pointer, view = self._views.get(index, (0, parameter))
         if index not in self._views or pointer != parameter.data_ptr():
+            if not parameter.is_contiguous():
+                raise StateError(
+                    f"parameter {self.shards[index].name.fqn} changed its memory format after the "
+                    "average was made; make a new ShardedEMA after model.to(memory_format=...)"
+                )
             flat = parameter.detach()
             flat = flat.view(-1)[span.start : span.stop] if span.numel else flat.new_empty(0)
             pointer, view = parameter.data_ptr(), flat
@@ -101,6 +108,17 @@ class DDPSource(ShardSource):
                 )
             )
         return out
+
+    def agreement_record(self) -> dict[str, str]:
+        """Digests of parameters that are not DDP's to keep equal: outside it, or ignored by it."""
+        ignored: set[str] = getattr(self._ddp, "parameters_to_ignore", set())
+        kept = {id(p) for n, p in self._ddp.module.named_parameters() if n not in ignored}
+        named = (*self.inventory.averaged, *self.inventory.frozen)
+        return {
+            n.fqn: digest(n.tensor)
+            for n in named
+            if isinstance(n.tensor, nn.Parameter) and id(n.tensor) not in kept
+        }
 
     def swap_targets(self) -> list[Tensor]:
         return [read(shard.name) for shard in self.shards]

@@ -492,3 +492,99 @@ def consolidated_run(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str,
     raw = run.gather()
     ema.close()
     return average, raw
+
+
+def plain_in_a_group(path: str) -> None:
+    """Only rank 0 writes; the others must not leave files that nobody knows."""
+    torch.manual_seed(0)
+    ema = ShardedEMA(torch.nn.Linear(2, 2), 0.9)
+    for name in ("safetensors", "dcp"):
+        ema.save(Path(path, name), step=1, format=name)
+        assert ema.load(Path(path, name), verify=True) == 1
+    ema.close()
+
+
+def test_ranks_without_anything_to_write(worlds: Worlds, tmp_path: Path) -> None:
+    worlds[2].run(plain_in_a_group, str(tmp_path))
+    assert consolidate(tmp_path / "dcp", tmp_path / "out", progress=False).ok
+
+
+class Half(torch.nn.Module):
+    """A module of which DistributedDataParallel keeps only a part equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kept = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))
+        torch.manual_seed(rank())
+        self.stray = torch.nn.Linear(3, 3)
+
+
+def attach_half() -> tuple[str, str]:
+    model = Half()
+    return error_of(
+        lambda: ShardedEMA(model, 0.9).attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    )
+
+
+def test_parameters_outside_ddp_that_differ_are_refused(worlds: Worlds) -> None:
+    for name, message in worlds[2].run(attach_half):
+        assert name == BindError.__name__
+        assert "parameter stray." in message
+
+
+def never_attached() -> tuple[str, str]:
+    run = build("ddp")
+    ema = ShardedEMA(run.target, 0.9, timeout=2.0)
+    found = ("nothing", "")
+    if rank() == 0:
+        found = error_of(lambda: ema.swap().__enter__())
+    dist.barrier()
+    group = dist.new_group(backend="gloo")  # the user's own groups still work
+    dist.barrier(group=group)
+    with ema.swap():  # and so does the average, once everybody comes
+        pass
+    ema.close()
+    return found
+
+
+def test_a_rank_missing_at_the_first_meeting_harms_nothing(worlds: Worlds) -> None:
+    found = worlds[3].run(never_attached)
+    assert found[0][0] == AbsentRankError.__name__
+    assert "Ranks [1, 2] are missing" in found[0][1]
+
+
+def one_rank_fails_oddly(folder: str) -> tuple[str, str]:
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.save(Path(folder) / "good", step=1)
+    found = error_of(lambda: ema.load(Path(folder) / ("good" if rank() == 0 else "y" * 300)))
+    assert ema.load(Path(folder) / "good") == 1
+    ema.close()
+    return found
+
+
+def test_any_failure_of_one_rank_reaches_all(worlds: Worlds, tmp_path: Path) -> None:
+    for name, message in worlds[2].run(one_rank_fails_oddly, str(tmp_path)):
+        assert name != "nothing"
+        assert "rank 1" in message
+
+
+def distances(mode: str) -> tuple[float, float]:
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    for index in range(3):
+        run.step(index)
+    average, live = averages(ema), run.gather()
+    apart = sum(float((average[n].double() - live[n].double()).square().sum()) for n in live)
+    norm = sum(float(live[n].double().square().sum()) for n in live)
+    found = ema.metrics(distance=True)["distance/ema"]
+    ema.close()
+    return found, (apart / norm) ** 0.5
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+def test_distance_counts_every_element_once(worlds: Worlds, mode: str) -> None:
+    for found, expected in worlds[3].run(distances, mode):
+        assert found == pytest.approx(expected, rel=1e-12)

@@ -15,7 +15,9 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from sharded_ema import HalfLife, ShardedEMA
 from sharded_ema.errors import (
     BindError,
+    CheckpointExistsError,
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CheckpointWriteError,
     ConfigError,
     EMAWarning,
@@ -372,3 +374,81 @@ def test_a_parameter_may_be_called_meta(tmp_path: Path) -> None:
         ema.save(tmp_path / "x", step="7")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="must be an int"):
         ShardedEMA(model, update_every=2.5)  # type: ignore[arg-type]
+
+
+def test_replace_removes_checkpoints_only(tmp_path: Path) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("one")
+    with pytest.raises(CheckpointExistsError, match="removes nothing else"):
+        ema.save(tmp_path / "thesis", step=1, replace=True)
+    assert (tmp_path / "thesis" / "chapter").read_text() == "one"
+    ema.save(tmp_path / "x.old-1", step=1)
+    with pytest.raises(CheckpointNotFoundError):
+        ema.load(tmp_path / "x")  # what a user has named so is not a leftover of ours
+    ema.save(tmp_path / "x", step=2, replace=True)
+    assert (ema.load(tmp_path / "x.old-1"), ema.load(tmp_path / "x")) == (1, 2)
+
+
+def test_an_average_can_be_saved_while_the_weights_are_nan(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.9)
+    with torch.no_grad():
+        model.weight[0, 0] = math.nan
+    ema.update()
+    with pytest.warns(EMAWarning, match="NaN or Inf"):
+        ema.save(tmp_path / "x", step=1)
+    assert ema.load(tmp_path / "x") == 1
+    assert math.isnan(ema.metrics(distance=True)["distance/ema"])
+
+
+def test_inference_mode_leaves_no_inference_tensors_behind() -> None:
+    model = nn.BatchNorm1d(2)
+    with torch.inference_mode():
+        ema = ShardedEMA(model, 0.9, buffers="average")
+    model.bfloat16()
+    with torch.inference_mode(), ema.swap():
+        pass
+    with torch.no_grad():
+        model.weight[0] = math.nan
+    ema.update()
+    with torch.inference_mode(), ema.swap():
+        pass
+    ema.update()
+    assert ema.num_updates == 2
+
+
+def test_a_swap_restores_whatever_its_body_did_to_the_model() -> None:
+    model = nn.BatchNorm1d(2)
+    ema = ShardedEMA(model, 0.5, buffers="average")
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    with pytest.raises(BindError, match="has been removed"), ema.swap():
+        model.running_mean = None
+    assert model.weight.tolist() == [3.0, 3.0]
+    model.running_mean = torch.ones(2)
+    with ema.swap():
+        model.double()
+        model.running_mean = torch.full((2,), 7.0)
+    assert model.weight.tolist() == [3.0, 3.0] and model.weight.dtype is torch.float64
+    assert model.running_mean.tolist() == [1.0, 1.0]
+
+
+def test_parameters_that_cannot_be_averaged_are_named() -> None:
+    for parameter, match in (
+        (torch.randn(3, dtype=torch.complex64), "parameter p is complex"),
+        (torch.randn(1).expand(4), "parameter p is an expanded view"),
+    ):
+        model = nn.Linear(2, 2)
+        model.register_parameter("p", nn.Parameter(parameter))
+        with pytest.raises(BindError, match=match):
+            ShardedEMA(model)
+
+
+def test_nothing_in_common_is_not_a_load(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    ShardedEMA(model, {"a": 0.9}).save(tmp_path / "x", step=3)
+    other = ShardedEMA(model, {"b": 0.9})
+    with pytest.raises(CheckpointMismatchError, match="none of the averages"):
+        other.load(tmp_path / "x", strict=False)
+    other.update()

@@ -195,3 +195,37 @@ def test_update_beside_an_attached_optimizer_warns() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ema.update()
+
+
+def test_a_handle_removes_once() -> None:
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = ShardedEMA(net, 0.9)
+    old = ema.attach(optimizer)
+    old.remove()
+    ema.attach(optimizer)
+    old.remove()
+    with pytest.raises(StateError, match="already attached"):
+        ema.attach(optimizer)
+    backward(net)
+    optimizer.step()
+    assert ema.num_updates == 1
+    ema.close()
+    optimizer.step()
+
+
+def test_several_optimizers_stay_in_step_when_one_is_skipped() -> None:
+    net = model()
+    first = torch.optim.SGD(net[0].parameters(), lr=0.1)  # type: ignore[index]
+    second = torch.optim.SGD(net[1].parameters(), lr=0.1)  # type: ignore[index]
+    ema = ShardedEMA(net, 0.0)
+    ema.attach(first, second)
+    for round_ in range(6):
+        backward(net)
+        if round_ != 2:  # a GradScaler that found Inf does not call step()
+            first.step()
+        second.step()
+    state = ema.state_dict()
+    for name, parameter in net.named_parameters():
+        assert torch.equal(state[f"ema.{name}"], parameter)
+    assert ema.num_updates == 6

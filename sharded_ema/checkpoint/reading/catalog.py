@@ -24,7 +24,7 @@ from sharded_ema.checkpoint.reading.manifest import (
 )
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, read_header
 from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor, verify_file
-from sharded_ema.config import META_KEY
+from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointMismatchError,
@@ -151,6 +151,14 @@ class Catalog:
         return meta
 
 
+def is_meta_key(key: str) -> bool:
+    """Whether a key may be that of a description: a buffer may have the same last name."""
+    inner = f".{key}"
+    return inner.endswith(f".{META_KEY}") and not any(
+        f".{part}" in inner for part in (BUFFERS_PREFIX, FROZEN_PREFIX)
+    )
+
+
 def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
     """Open a committed checkpoint of this library, or one of torch.distributed.checkpoint.
 
@@ -184,17 +192,28 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
     raise CheckpointNotFoundError(f"{path} holds no checkpoint: no {MANIFEST_NAME}, no .metadata")
 
 
+def set_aside(path: Path) -> Path | None:
+    """The checkpoint that an interrupted save with ``replace=True`` has left beside ``path``.
+
+    Only names with the uuid of a save count: what a user calls ``<name>.old-1`` is his own.
+    """
+    pattern = re.compile(re.escape(path.name) + r"\.old-[0-9a-f]{32}")
+    siblings = path.parent.iterdir() if path.parent.is_dir() else ()
+    found = [p for p in siblings if pattern.fullmatch(p.name) and (p / MANIFEST_NAME).is_file()]
+    return max(found, key=lambda p: p.stat().st_mtime_ns) if found else None
+
+
 def _interrupted_replacement(path: Path) -> Path:
-    """The checkpoint that a save with ``replace=True`` had set aside when its process died."""
-    siblings = sorted(path.parent.iterdir()) if path.parent.is_dir() else []
-    aside = [p for p in siblings if p.name.startswith(f"{path.name}.old-") and p.is_dir()]
-    if os.path.lexists(path) or not aside:
+    """The checkpoint set aside for one at ``path`` that never came."""
+    aside = None if os.path.lexists(path) else set_aside(path)
+    if aside is None:
+        siblings = path.parent.iterdir() if path.parent.is_dir() else ()
         unfinished = [p.name for p in siblings if p.name.startswith(f"{path.name}.tmp-")]
         raise CheckpointNotFoundError(
             f"{path} is not a directory with a checkpoint"
             + (f"; {unfinished[0]} beside it is a save that did not finish" if unfinished else "")
         )
-    return aside[-1]
+    return aside
 
 
 def _open_own(path: Path, names: set[str]) -> Catalog:
