@@ -80,7 +80,7 @@ class DDPSource(ShardSource):
         parameter = self.shards[index].name.tensor
         pointer, view = self._views.get(index, (0, parameter))
         if index not in self._views or pointer != parameter.data_ptr():
-            if not parameter.is_contiguous():
+            if span.numel and not parameter.is_contiguous():
                 raise StateError(
                     f"parameter {self.shards[index].name.fqn} changed its memory format after the "
                     "average was made; make a new ShardedEMA after model.to(memory_format=...)"

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 import torch
@@ -410,7 +411,7 @@ def replaced(folder: str) -> list[int]:
         ema.save(target, step=step, replace=True)
         steps.append(ema.load(target))
     if rank() == 0:  # as a process that dies between the two renames would leave it
-        target.rename(Path(folder) / "last.old-abc")
+        target.rename(Path(folder) / f"last.old-{uuid4().hex}")
     dist.barrier()
     ema.save(target, step=3, replace=True)
     steps.append(ema.load(target))
