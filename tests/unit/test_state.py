@@ -47,7 +47,7 @@ def test_window_is_the_product_of_its_decays() -> None:
 
 @pytest.mark.parametrize("every", [1, 2, 5, 20])
 def test_linear_ramp_has_the_same_average_for_every_update_interval(every: int) -> None:
-    """What a library that forgets to compensate gets wrong by a factor (facts on ramps)."""
+    """The average of a ramp lags by its horizon, however seldom it is updated."""
     live = [torch.zeros(1)]
     shadow = Shadow(
         {"p": Power(gamma=6.94)},
