@@ -38,11 +38,6 @@ class Ranks:
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
 
     @property
-    def is_coordinator(self) -> bool:
-        """Whether this rank decides for all: the first one."""
-        return self.rank == 0
-
-    @property
     def group(self) -> dist.ProcessGroup | None:
         """The gloo group, or ``None`` for a single process.
 

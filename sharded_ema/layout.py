@@ -58,11 +58,6 @@ class Box:
             for a, n, b, m in zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         )
 
-    def shifted(self, offsets: Sequence[int]) -> Box:
-        """The same box, seen from a tensor in which this one's origin lies at ``offsets``."""
-        moved = tuple(a + b for a, b in zip(self.offsets, offsets, strict=True))
-        return Box(moved, self.sizes)
-
     def flat_run(self, shape: Sequence[int]) -> tuple[int, int] | None:
         """``(start, stop)`` of the box in C order of a tensor of ``shape`` if it is one run.
 

@@ -93,9 +93,8 @@ def test_nonsense_is_refused() -> None:
         list(FlatRange(0, 7).boxes((2, 3)))
 
 
-def test_overlap_and_shift() -> None:
+def test_overlap_and_strides() -> None:
     assert Box((0, 0), (2, 2)).overlaps(Box((1, 1), (2, 2)))
     assert not Box((0, 0), (2, 2)).overlaps(Box((2, 0), (2, 2)))
     assert not Box((0, 0), (0, 2)).overlaps(Box((0, 0), (2, 2)))
-    assert Box((1,), (2,)).shifted((4,)) == Box((5,), (2,))
     assert c_strides((2, 3, 4)) == (12, 4, 1)

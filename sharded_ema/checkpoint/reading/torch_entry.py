@@ -32,6 +32,7 @@ UNPICKLING_ERRORS = (
     TypeError,
     ValueError,
 )
+# zipfile says NotImplementedError of archives with features (encryption, versions) it lacks.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, KeyError, ValueError)
 _MAX_PICKLE_BYTES = 1 << 20
 _LOCAL_HEADER_BYTES = 30
