@@ -12,18 +12,20 @@ from torch import Tensor, nn
 from sharded_ema.agreement import Ranks
 from sharded_ema.config import Settings, as_patterns, as_profiles
 from sharded_ema.errors import (
+    AbsentRankError,
     BindError,
     ConfigError,
     EMAError,
     NonFiniteError,
+    OptimizerError,
     StateError,
     SwapError,
 )
 from sharded_ema.health import Health
-from sharded_ema.hooks import OptimizerHooks
+from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
 from sharded_ema.schedules import Schedule
-from sharded_ema.sources import copy_into, make_source
+from sharded_ema.sources import Backup, make_source
 from sharded_ema.state import Action, Clock, Shadow
 
 
@@ -80,7 +82,7 @@ class Averager:
             impl=choose_impl(impl),
         )
         self._health = Health()
-        self._hooks: OptimizerHooks | None = None
+        self._hooks: StepHooks | None = None
         self._agreed = False
         self._swapped: str | None = None
         self._backup_bytes = 0
@@ -92,39 +94,13 @@ class Averager:
 
     # ------------------------------------------------------------------ following the optimizer
 
-    def attach(self, *optimizers: Any) -> OptimizerHooks:
-        """Update after every step that the optimizers apply; all of them in one call.
-
-        The ranks check here once that they hold the same replicated parameters.
-
-        Args:
-            optimizers: every optimizer that trains the model; with several, one update follows
-                the last of them.
-
-        Returns:
-            A handle; its ``remove()`` detaches.
-
-        Raises:
-            OptimizerError: no optimizer given, or one that owns no averaged parameter.
-            StateError: already attached.
-        """
+    def _attach(self, optimizers: Sequence[Any]) -> StepHooks:
         self._require_usable()
         if self._hooks is not None:
             raise StateError("already attached; call remove() on the first handle before")
-        parameters = {
-            id(s.name.tensor): s.name.fqn
-            for s in self._source.shards
-            if isinstance(s.name.tensor, nn.Parameter)
-        }
 
         def bind() -> None:
-            self._hooks = OptimizerHooks(
-                optimizers,
-                parameters,
-                before_step=lambda: self._refuse_in_swap("an optimizer step"),
-                applied=self._applied_step,
-                removed=self._detached,
-            )
+            self._hooks = self._make_hooks(optimizers)
 
         try:
             self._agree_once(bind)
@@ -134,6 +110,34 @@ class Averager:
             raise
         assert self._hooks is not None
         return self._hooks
+
+    def _make_hooks(self, optimizers: Sequence[Any]) -> StepHooks:
+        def before_step() -> None:
+            self._refuse_in_swap("an optimizer step")
+
+        if self._source.engine is not None:
+            if optimizers:
+                raise OptimizerError(
+                    "a DeepSpeed engine knows its own optimizer: call attach() without arguments"
+                )
+            return EngineHooks(
+                self._source.engine,
+                before_step=before_step,
+                applied=self._applied_step,
+                removed=self._detached,
+            )
+        parameters = {
+            id(s.name.tensor): s.name.fqn
+            for s in self._source.shards
+            if isinstance(s.name.tensor, nn.Parameter)
+        }
+        return OptimizerHooks(
+            optimizers,
+            parameters,
+            before_step=before_step,
+            applied=self._applied_step,
+            removed=self._detached,
+        )
 
     def _detached(self) -> None:  # a handle calls it once
         self._hooks = None
@@ -185,63 +189,96 @@ class Averager:
             )
         self._health.begin(self._clock, self._shadow, live)
 
+    def _reseed(self) -> None:
+        """The weights were replaced, and the average starts anew from them."""
+        self._seed()
+        if self._clock.seed_step is not None:
+            self._clock.reseed()
+            self._health.begin(self._clock, self._shadow, self._source.live())
+
     # ------------------------------------------------------------------ using the average
 
     @contextmanager
     def swap(self, profile: str | None = None) -> Iterator[None]:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
-        Do not enter between a forward and its backward. Under DDP with sharded replicas entering
-        is collective, and in every layout the first entry is if :meth:`attach` was never called:
-        every rank must come. Leaving never communicates, so an exception on one rank alone is
-        safe.
+        Do not enter between a forward and its backward. Entering is collective under DDP with
+        sharded replicas and under DeepSpeed, and in every layout the first time if :meth:`attach`
+        was never called: every rank must come. Leaving is collective under DeepSpeed alone, where
+        an exception on one rank is raised on all; elsewhere it is safe on one rank alone.
 
         Args:
             profile: which average; may be left out if there is only one.
 
         Raises:
-            SwapError: a swap is active already.
-            AbsentRankError: collective entry and a rank did not come.
+            SwapError: a swap is active already; or, under DeepSpeed, another rank left the block
+                with an exception.
+            AbsentRankError: a rank did not come to a collective entry or exit.
         """
         name = self._profile_name(profile)
         self._refuse_in_swap("a second swap()")
-        targets: list[Tensor] = []
-        backup: list[Tensor] = []
+        backup: Backup = []
 
         def back_up() -> None:
             self._prepare()
             self._health.check_moving(self._clock, self._shadow, self._source.live())
-            targets.extend(self._source.swap_targets())
-            backup.extend(target.detach().clone() for target in targets)
+            backup.extend(self._source.back_up())
 
         self._prepare_to_overwrite(back_up, "ema.swap()")
-        self._backup_bytes = sum(t.numel() * t.element_size() for t in backup)
+        self._backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
         self._swapped = name
+        failure: BaseException | None = None
         try:
             self._source.swap_in(self._shadow.views[name])
-            _wait(targets)
+            self._wait()
             yield
+        except BaseException as error:
+            failure = error
+            raise
         finally:
-            self._source.settle()
-            copy_into(targets, backup)
-            _wait(targets)
+            self._leave_swap(backup, failure)
+
+    def _leave_swap(self, backup: Backup, failure: BaseException | None) -> None:
+        failures: dict[int, str] = {}
+        if self._source.restore_is_collective:
+            own = None if failure is None else f"{type(failure).__name__}: {failure}"
+            try:
+                answers = self._ranks.gather(own, "the end of ema.swap()")
+            except AbsentRankError:
+                self._swapped = None
+                self._unusable = (
+                    "a rank was lost in swap(), and the model still holds the average; restart "
+                    "from a checkpoint"
+                )
+                raise
+            failures = {rank: text for rank, text in enumerate(answers) if text is not None}
+        try:
+            self._source.restore(backup)
+        finally:
+            self._wait()
             self._swapped = None
             self._backup_bytes = 0
-            self._restore_moved(targets, backup)
-
-    def _restore_moved(self, targets: Sequence[Tensor], backup: Sequence[Tensor]) -> None:
-        """Restore also what the body of a swap moved or replaced, if it still has its shape."""
-        for now, before, original in zip(self._source.swap_targets(), targets, backup, strict=True):
-            if now.data_ptr() != before.data_ptr():
-                copy_into([now], [original])
+        if failures and failure is None:
+            rank = min(failures)
+            raise SwapError(
+                f"rank {rank} left the swap() block with {failures[rank]}; the parameters are "
+                "restored on all ranks",
+                failures,
+            )
 
     def copy_to(self, profile: str | None = None) -> None:
         """Overwrite the parameters with the average for good. Collective where swap is."""
         name = self._profile_name(profile)
         self._refuse_in_swap("copy_to()")
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
-        self._source.swap_in(self._shadow.views[name])
-        _wait(self._source.swap_targets())
+        self._source.keep(self._shadow.views[name])
+        self._wait()
+
+    def _wait(self) -> None:
+        """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
+        for device in {named.tensor.device for named in self._source.inventory.averaged}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
 
     # ------------------------------------------------------------------ common ground
 
@@ -266,22 +303,21 @@ class Averager:
             prepare()
 
     def _agree_once(self, bind: Callable[[], None] | None = None) -> None:
-        """Refuse, on all ranks, replicated parameters that differ between ranks.
+        """Refuse, on all ranks, a model that contradicts itself or differs between ranks.
 
         Args:
             bind: what to do on every rank before; if it fails on one, all raise.
         """
-        if self._ranks.size == 1:
-            if bind is not None:
-                bind()
-            return
         if self._agreed and bind is None:
             return
 
         def verdict() -> dict[str, str]:
             if bind is not None:
                 bind()
-            return {} if self._agreed else self._source.agreement_record()
+            if self._agreed:
+                return {}
+            self._source.self_check()
+            return self._source.agreement_record() if self._ranks.size > 1 else {}
 
         records = self._ranks.agree(
             verdict, "ema.attach()" if bind else "the first agreement of all ranks"
@@ -344,9 +380,3 @@ def _check_shadow_dtype(dtype: torch.dtype, *, force: bool) -> None:
             f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its "
             "rounding error. Keep float32, or pass force_dtype=True"
         )
-
-
-def _wait(tensors: Sequence[Tensor]) -> None:
-    """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
-    for device in {t.device for t in tensors if t.is_cuda}:
-        torch.cuda.synchronize(device)

@@ -16,8 +16,10 @@ from sharded_ema.averager import Averager
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.config import check_schedules
-from sharded_ema.errors import ConfigError
+from sharded_ema.engine_checkpoint import EngineCheckpoints
+from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.health import squared_distance
+from sharded_ema.hooks import StepHooks
 from sharded_ema.schedules import horizon
 
 
@@ -50,8 +52,8 @@ class ShardedEMA(Averager):
     iterates: Polyak and Juditsky (1992); Tarvainen and Valpola (2017), equation 1.
 
     Args:
-        target: a plain module, a DistributedDataParallel module, or one that ``fully_shard`` was
-            applied to; wrap and materialise it first.
+        target: a plain module, a DistributedDataParallel module, one that ``fully_shard`` was
+            applied to, or a DeepSpeed engine; wrap and materialise it first.
         schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
             (``"half_life:2000"``), or a dict of several by profile name.
         update_every: applied optimizer steps between updates; the decays of the steps between are
@@ -65,7 +67,8 @@ class ShardedEMA(Averager):
         shadow_dtype: dtype of the shadow; below fp32 it must be forced with ``force_dtype``.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.
-        shard_replicas: under DDP keep 1/R of the shadow on each of R replicas.
+        shard_replicas: under DDP and DeepSpeed without ZeRO keep 1/R of the shadow on each of R
+            replicas.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
             before the shadow is touched (reads the parameters twice and waits for the device), or
             ``"allow"``.
@@ -80,7 +83,71 @@ class ShardedEMA(Averager):
         UnsupportedLayoutError: a parameter is sharded in an unsupported way.
     """
 
+    _engine_checkpoints: EngineCheckpoints | None = None
+
     # ------------------------------------------------------------------ checkpoints
+
+    def attach(self, *optimizers: Any, checkpoint: bool = True, strict: bool = False) -> StepHooks:
+        """Update after every step that the optimizers apply; all of them in one call.
+
+        The ranks check here once that they hold the same replicated parameters, and under
+        DeepSpeed that the weights of the model are its masters, rounded.
+
+        Args:
+            optimizers: every optimizer that trains the model; with several, one update follows
+                the last of them. None for a DeepSpeed engine, which knows its own.
+            checkpoint: for an engine: its ``save_checkpoint(dir, tag)`` writes the average to
+                ``dir/<tag>/ema``, and its ``load_checkpoint`` brings it back.
+            strict: for an engine: refuse to load a checkpoint that has no average. Else the
+                average starts anew from the loaded weights, with a warning.
+
+        Returns:
+            A handle; its ``remove()`` detaches.
+
+        Raises:
+            OptimizerError: no optimizer given, or one that owns no averaged parameter.
+            BindError: what the ranks hold contradicts itself; the parameter is named.
+            StateError: already attached.
+        """
+        hooks = self._attach(optimizers)
+        if self._source.engine is not None and checkpoint:
+            self._engine_checkpoints = EngineCheckpoints(
+                self._source.engine,
+                refuse=self._refuse_in_swap,
+                save=lambda path, step: self.save(path, step=step, replace=True),
+                loaded=lambda path: self._loaded_by_engine(path, strict=strict),
+            )
+        return hooks
+
+    def _detached(self) -> None:
+        super()._detached()
+        if self._engine_checkpoints is not None:
+            self._engine_checkpoints.remove()
+            self._engine_checkpoints = None
+
+    def _loaded_by_engine(self, path: Path | None, *, strict: bool) -> None:
+        if path is None:
+            self._reseed()
+            return
+        try:
+            step = self.load(path)
+        except CheckpointNotFoundError:
+            if strict:
+                raise
+            self._reseed()
+            self._health.warn_once(
+                "no average",
+                f"{path} does not exist, so the average starts anew from the loaded weights; if "
+                "it lies elsewhere, load it with ema.load(path). attach(strict=True) makes this "
+                "an error",
+            )
+            return
+        if step != self._source.engine.global_steps:
+            self._health.warn_once(
+                "other step",
+                f"{path} was saved at step {step} and the engine's state at step "
+                f"{self._source.engine.global_steps}; they belong to different checkpoints",
+            )
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors that ``torch.distributed.checkpoint`` saves and loads in place; no collective.

@@ -4,12 +4,17 @@
 handled here: a subclass whose ``step()`` calls its parent's runs them twice; a fused optimizer
 under ``GradScaler`` runs them although the step was skipped; and an accelerate wrapper has no hooks
 of its own.
+
+A DeepSpeed engine has no hooks. Its ``step()`` is wrapped on the one engine, and the engine asked
+afterwards whether the step was applied.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +23,25 @@ from torch.optim import Optimizer
 from sharded_ema.errors import EMAWarning, OptimizerError
 
 
-class OptimizerHooks:
+class StepHooks(ABC):
+    """Calls back once for every applied optimizer step, until removed.
+
+    Attributes:
+        skipped_steps: steps seen that changed nothing, for example because gradients overflowed.
+    """
+
+    skipped_steps: int = 0
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Call back now if some optimizer has applied a step since the last callback."""
+
+    @abstractmethod
+    def remove(self) -> None:
+        """Detach, once; a pending step is counted first."""
+
+
+class OptimizerHooks(StepHooks):
     """Calls back once when every attached optimizer has applied a step.
 
     With several optimizers the callback comes after the last of them; if one is about to step
@@ -52,7 +75,6 @@ class OptimizerHooks:
         self._turns: list[int] = []
         self._leader: int | None = None
         self._pending = False
-        self.skipped_steps = 0
         self._handles: list[Any] = []
         for optimizer in self._optimizers:
             self._handles.append(optimizer.register_step_pre_hook(self._pre))
@@ -88,14 +110,12 @@ class OptimizerHooks:
             self.flush()
 
     def flush(self) -> None:
-        """Call back now if some optimizer has applied a step since the last callback."""
         self._turns.clear()
         if self._pending:
             self._pending = False
             self._applied()
 
     def remove(self) -> None:
-        """Detach from all optimizers, once; a pending step is counted first."""
         if not self._handles:
             return
         self.flush()
@@ -150,3 +170,109 @@ def _is_nested(optimizer: Optimizer) -> bool:
             running += 1
         frame = frame.f_back  # type: ignore[assignment]
     return running > 1
+
+
+class MethodWrap:
+    """Runs ``around(original, *args, **kwargs)`` in place of one object's method.
+
+    The class and other objects stay as they are.
+
+    Args:
+        owner: the object.
+        name: of its method.
+        around: what to run; it gets the method as it was.
+    """
+
+    def __init__(self, owner: Any, name: str, around: Callable[..., Any]) -> None:
+        self._owner, self._name = owner, name
+        self._before = owner.__dict__.get(name)
+        original = getattr(owner, name)
+        self._active = True
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if not self._active:
+                return original(*args, **kwargs)
+            return around(original, *args, **kwargs)
+
+        self._wrapped = wrapped
+        owner.__dict__[name] = wrapped
+
+    def remove(self) -> None:
+        """Put things back; if others have wrapped the method since, become transparent."""
+        self._active = False
+        if self._owner.__dict__.get(self._name) is not self._wrapped:
+            return
+        if self._before is None:
+            del self._owner.__dict__[self._name]
+        else:
+            self._owner.__dict__[self._name] = self._before
+
+
+class EngineHooks(StepHooks):
+    """Calls back once for every step that a DeepSpeed engine has applied.
+
+    Neither sign alone is enough. ``engine.was_step_applied()`` is false between accumulation
+    boundaries and on overflow, but true when a ``GradScaler`` (``torch_autocast`` in fp16) skipped
+    the step. The hooks of the optimizer inside tell the two apart, but run once per parameter
+    group and before the model has its new weights.
+
+    Args:
+        engine: a DeepSpeed engine; of a pipeline engine ``train_batch`` is followed.
+        before_step: called before the engine steps; may raise to prevent it.
+        applied: called once per applied step.
+        removed: called when the hooks have been removed.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        before_step: Callable[[], None],
+        applied: Callable[[], None],
+        removed: Callable[[], None],
+    ) -> None:
+        self._engine = engine
+        self._before_step = before_step
+        self._applied = applied
+        self._removed = removed
+        self._stepped = False
+        wrapper = engine.optimizer
+        # The optimizer itself, the one inside ZeRO's, and that of a partial offload.
+        inner = (wrapper, *(getattr(wrapper, n, None) for n in ("optimizer", "backup_optimizer")))
+        self._handles = [
+            optimizer.register_step_post_hook(self._post)
+            for optimizer in inner
+            if isinstance(optimizer, Optimizer)
+        ]
+        is_pipeline = hasattr(engine, "_exec_optimizer_step")  # whose step() only raises
+        name = "train_batch" if is_pipeline else "step"
+        self._wrap: MethodWrap | None = MethodWrap(engine, name, self._around_step)
+
+    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._stepped = True
+
+    def _around_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._before_step()
+        self._stepped = False
+        skipped = self._engine.skipped_steps
+        result = original(*args, **kwargs)
+        applied = self._engine.was_step_applied()
+        if applied and (self._stepped or not self._handles):
+            self._applied()
+        elif applied or self._engine.skipped_steps > skipped:
+            self.skipped_steps += 1
+        return result
+
+    def flush(self) -> None:
+        pass  # nothing is ever pending: an engine steps all its parameters at once
+
+    def remove(self) -> None:
+        if self._wrap is None:
+            return
+        self._wrap.remove()
+        self._wrap = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._removed()

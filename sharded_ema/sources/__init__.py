@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import BindError, UnsupportedLayoutError
 from sharded_ema.sources.base import (
+    Backup,
     Inventory,
     Named,
     Shard,
@@ -21,8 +22,9 @@ from sharded_ema.sources.base import (
 from sharded_ema.sources.ddp import DDPSource
 from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
 from sharded_ema.sources.plain import PlainSource
+from sharded_ema.sources.zero_engine import make_engine_source, refuse_partitioned
 
-__all__ = ["Inventory", "Named", "Shard", "ShardSource", "copy_into", "make_source"]
+__all__ = ["Backup", "Inventory", "Named", "Shard", "ShardSource", "copy_into", "make_source"]
 
 
 def make_source(
@@ -40,7 +42,13 @@ def make_source(
         UnsupportedLayoutError: its layout is not supported; the message names it.
     """
     if any(cls.__name__ == "DeepSpeedEngine" for cls in type(target).__mro__):
-        raise UnsupportedLayoutError("DeepSpeed engines are not supported by this version")
+        return make_engine_source(
+            target,
+            include=include,
+            exclude=exclude,
+            buffers=buffers,
+            shard_replicas=shard_replicas,
+        )
     if not isinstance(target, nn.Module):
         raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
     modules = list(target.modules())
@@ -51,6 +59,7 @@ def make_source(
     if any(isinstance(m, FSDPModule) for m in modules):
         reshard(target)
     inventory = take_inventory(target, include, exclude, buffers)
+    refuse_partitioned(inventory)
     if any(isinstance(n.tensor, DTensor) for n in (*inventory.averaged, *inventory.frozen)):
         return FSDP2Source(target, inventory)
     for module in modules:

@@ -6,10 +6,12 @@ framework means one subclass of :class:`ShardSource` in a file of its own.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,9 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
 from sharded_ema.values import whole
+
+#: Tensors that a swap overwrites, each with a copy of what it held.
+Backup = list[tuple[Tensor, Tensor]]
 
 # Attributes through which wrappers hold the module they wrap. They are no part of the name that
 # the bare model's state_dict() gives a parameter.
@@ -186,11 +191,16 @@ def _refuse_unusable(named: Named) -> None:
             f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "
             "initialise, or load a checkpoint) before making its average"
         )
-    if not named.tensor.numel():
+    if not math.prod(global_shape(named.tensor)):
         raise BindError(
             f"parameter {named.fqn} has shape {tuple(named.tensor.shape)}, that is 0 elements; "
-            "ZeRO-3 (zero.Init) leaves parameters like this, which this version does not support"
+            "remove it from the model"
         )
+
+
+def global_shape(tensor: Tensor) -> Shape:
+    """The shape of the whole tensor; ZeRO-3 leaves a partitioned parameter with no elements."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 class ShardSource(ABC):
@@ -229,16 +239,37 @@ class ShardSource(ABC):
         """A frozen parameter or a buffer as a value that is saved, but not loaded into."""
         return whole(read(named).detach(), writes=self.is_first_rank, reads=False)
 
+    #: Whether entering a swap needs every rank, so that an absent one must be named.
+    swap_is_collective: bool = False
+    #: Whether leaving it does, too.
+    restore_is_collective: bool = False
+    #: The DeepSpeed engine that trains the model, if there is one.
+    engine: Any = None
+
     @abstractmethod
     def swap_targets(self) -> list[Tensor]:
-        """The local tensors that a swap overwrites."""
+        """The local tensors that a swap overwrites and that nothing else could restore."""
 
     @abstractmethod
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the swap targets with the average, of which this rank holds ``tensors``."""
+        """Overwrite the model with the average, of which this rank holds ``tensors``."""
 
-    #: Whether entering a swap needs every rank, so that an absent one must be named.
-    swap_is_collective: bool = False
+    def keep(self, tensors: Sequence[Tensor]) -> None:
+        """Overwrite the model for good: with what it trains from, where that is another copy."""
+        self.swap_in(tensors)
+
+    def back_up(self) -> Backup:
+        """Copies of what :meth:`restore` cannot make from anything else; never communicates."""
+        return [(target, target.detach().clone()) for target in self.swap_targets()]
+
+    def restore(self, backup: Backup) -> None:
+        """Undo :meth:`swap_in`, exactly."""
+        self.settle()
+        copy_into([target for target, _ in backup], [original for _, original in backup])
+        # Also what the body of a swap moved or replaced, if it still has its shape.
+        for now, (before, original) in zip(self.swap_targets(), backup, strict=True):
+            if now.data_ptr() != before.data_ptr():
+                copy_into([now], [original])
 
     def settle(self) -> None:  # noqa: B027 - most frameworks have nothing to do
         """Bring the registered parameters into their sharded form, if the framework has one."""
@@ -257,6 +288,13 @@ class ShardSource(ABC):
                     "(load_state_dict(assign=True), resizing, re-wrapping); make the ShardedEMA "
                     "after such changes"
                 )
+
+    def self_check(self) -> None:  # noqa: B027 - most frameworks hold a parameter only once
+        """Check what this rank holds twice against each other; never communicates.
+
+        Raises:
+            BindError: the two contradict each other; the parameter is named.
+        """
 
     def agreement_record(self) -> dict[str, str]:
         """What must be equal on all ranks, by parameter name; empty if nothing can differ."""
@@ -281,6 +319,13 @@ def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copy tensor by tensor, converting dtype and device."""
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+@torch.no_grad()
+def is_rounded(weights: Tensor, master: Tensor) -> bool:
+    """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
+    rounded = master.to(weights.device, weights.dtype)
+    return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
 
 
 def digest(tensor: Tensor) -> str:

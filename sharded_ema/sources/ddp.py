@@ -1,36 +1,21 @@
-"""DistributedDataParallel: replicas that share the work.
-
-All replicas hold the same parameters after every step, so each keeps the shadow of 1/R of them
-and nothing is communicated until somebody wants the whole average: a swap gathers it once, in
-blocks of bounded size.
-"""
+"""DistributedDataParallel: replicas that share the work."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_ema.errors import StateError
-from sharded_ema.layout import Box, FlatRange, divide
-from sharded_ema.sources.base import Inventory, Shard, ShardSource, digest, read
-from sharded_ema.values import FlatShard, range_pieces
-
-# Elements that one gather brings to every rank (64 MiB of fp32).
-GATHER_NUMEL = 1 << 24
+from sharded_ema.sources.base import Inventory, digest
+from sharded_ema.sources.replicas import ReplicatedSource
 
 
-class DDPSource(ShardSource):
+class DDPSource(ReplicatedSource):
     """Each replica averages a slice of the parameters.
 
     Args:
         ddp: the DistributedDataParallel module inside the target.
         inventory: the tensors of the target.
-        shard_replicas: ``False`` keeps the whole shadow on every replica, so that a swap needs
-            no communication.
+        shard_replicas: see :class:`ReplicatedSource`.
     """
 
     kind = "ddp"
@@ -38,76 +23,8 @@ class DDPSource(ShardSource):
     def __init__(
         self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
-        self.inventory = inventory
+        super().__init__(inventory, ddp.process_group, shard_replicas=shard_replicas)
         self._ddp = ddp
-        self._group = ddp.process_group
-        self.ranks = dist.get_process_group_ranks(self._group)
-        self._rank = dist.get_rank(self._group)
-        self.swap_is_collective = shard_replicas and len(self.ranks) > 1
-        tensors = [named.tensor for named in inventory.averaged]
-        num_parts = len(self.ranks) if shard_replicas else 1
-        # A buffer may differ between replicas (batch statistics), so nobody can keep another's
-        # slice of it; and where C order is not memory order a slice would not be a view.
-        shared = [isinstance(t, nn.Parameter) for t in tensors]
-        self._parts = divide(
-            [t.numel() if s else 0 for t, s in zip(tensors, shared, strict=True)],
-            num_parts,
-            indivisible=[not t.is_contiguous() for t in tensors],
-        )
-        mine = {s.index: s.range for s in self._parts[self._rank if shard_replicas else 0]}
-        writes = shard_replicas or self.is_first_rank
-        self.shards = []
-        for i, named in enumerate(inventory.averaged):
-            shape = tuple(named.tensor.shape)
-            span = mine.get(i, FlatRange(0, 0))
-            if not shared[i]:
-                shard = Shard(named, shape, Box.whole(shape), writes=self.is_first_rank)
-            elif span.numel == named.tensor.numel():
-                shard = Shard(named, shape, Box.whole(shape), writes=writes)
-            else:
-                shard = Shard(named, shape, Box.whole(shape), span, writes=writes)
-            self.shards.append(shard)
-        self._views: dict[int, tuple[int, Tensor]] = {}
-
-    def live(self) -> list[Tensor]:
-        return [
-            read(shard.name) if shard.range is None else self._slice(i, shard.range)
-            for i, shard in enumerate(self.shards)
-        ]
-
-    def _slice(self, index: int, span: FlatRange) -> Tensor:
-        """A view of a slice, made again only when the parameter moved."""
-        parameter = self.shards[index].name.tensor
-        pointer, view = self._views.get(index, (0, parameter))
-        if index not in self._views or pointer != parameter.data_ptr():
-            if span.numel and not parameter.is_contiguous():
-                raise StateError(
-                    f"parameter {self.shards[index].name.fqn} changed its memory format after the "
-                    "average was made; make a new ShardedEMA after model.to(memory_format=...)"
-                )
-            flat = parameter.detach()
-            flat = flat.view(-1)[span.start : span.stop] if span.numel else flat.new_empty(0)
-            pointer, view = parameter.data_ptr(), flat
-            self._views[index] = (pointer, view)
-        return view
-
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        out: list[Tensor] = []
-        for shard, tensor in zip(self.shards, tensors, strict=True):
-            if shard.range is None:
-                pieces = [(shard.box, tensor)]
-            else:
-                pieces = range_pieces(shard.shape, shard.range, tensor)
-            out.append(
-                FlatShard(
-                    shard.shape,
-                    pieces,
-                    dtype=tensor.dtype,
-                    device=tensor.device,
-                    writes=shard.writes,
-                )
-            )
-        return out
 
     def agreement_record(self) -> dict[str, str]:
         """Digests of parameters that are not DDP's to keep equal: outside it, or ignored by it."""
@@ -119,72 +36,3 @@ class DDPSource(ShardSource):
             for n in named
             if isinstance(n.tensor, nn.Parameter) and id(n.tensor) not in kept
         }
-
-    def swap_targets(self) -> list[Tensor]:
-        return [read(shard.name) for shard in self.shards]
-
-    @torch.no_grad()
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        targets = self.swap_targets()
-        for shard, target, tensor in zip(self.shards, targets, tensors, strict=True):
-            if shard.range is None:
-                target.copy_(tensor)
-        if not self.swap_is_collective:
-            return
-        self._broadcast_strided(targets)
-        for device in sorted({t.device for t in targets}, key=str):
-            self._gather(device, tensors, targets)
-
-    def _broadcast_strided(self, targets: Sequence[Tensor]) -> None:
-        """Hand out the tensors that one replica keeps whole because they cannot be sliced."""
-        for owner, slices in enumerate(self._parts):
-            for part in slices:
-                target = targets[part.index]
-                if target.is_contiguous():
-                    continue
-                # The owner's target already holds the average, converted as everybody needs it.
-                whole = target.contiguous()
-                dist.broadcast(whole, self.ranks[owner], group=self._group)
-                target.copy_(whole)
-
-    def _gather(
-        self, device: torch.device, tensors: Sequence[Tensor], targets: Sequence[Tensor]
-    ) -> None:
-        """All slices on ``device`` to all replicas, a bounded block of each at a time."""
-        dtype = tensors[0].dtype
-        own: list[Tensor] = []
-        streams: list[list[Tensor]] = []
-        for rank, slices in enumerate(self._parts):
-            stream = []
-            for part in slices:
-                target = targets[part.index]
-                if target.is_contiguous() and target.device == device:
-                    stream.append(target.view(-1)[part.range.start : part.range.stop])
-                    if rank == self._rank:
-                        own.append(tensors[part.index].reshape(-1))
-            streams.append(stream)
-        longest = max(sum(t.numel() for t in stream) for stream in streams)
-        block = min(longest, max(1, GATHER_NUMEL // len(self.ranks)))
-        if not longest:
-            return
-        send = torch.zeros(block, dtype=dtype, device=device)
-        received = torch.empty(len(self.ranks), block, dtype=dtype, device=device)
-        for start in range(0, longest, block):
-            for position, piece in _window(own, start, start + block):
-                send[position : position + piece.numel()].copy_(piece)
-            dist.all_gather(list(received), send, group=self._group)
-            for row, stream in zip(received, streams, strict=True):
-                for position, piece in _window(stream, start, start + block):
-                    piece.copy_(row[position : position + piece.numel()])
-
-
-def _window(stream: Sequence[Tensor], start: int, stop: int) -> list[tuple[int, Tensor]]:
-    """Parts of the concatenated 1-D tensors that lie in ``start:stop``, with their position."""
-    found = []
-    offset = 0
-    for tensor in stream:
-        low, high = max(start, offset), min(stop, offset + tensor.numel())
-        if low < high:
-            found.append((low - start, tensor[low - offset : high - offset]))
-        offset += tensor.numel()
-    return found

@@ -28,6 +28,7 @@ LEVEL = {
     "sharded_ema.checkpoint.reading": 3,
     "sharded_ema.checkpoint": 4,
     "sharded_ema.health": 4,
+    "sharded_ema.engine_checkpoint": 4,
     "sharded_ema.snapshot": 5,
     "sharded_ema.averager": 5,
     "sharded_ema.ema": 6,

@@ -158,7 +158,7 @@ def test_bad_settings(arguments: dict[str, Any], error: type[Exception], match: 
 def test_models_that_cannot_be_averaged() -> None:
     with pytest.raises(BindError, match="meta device"):
         ShardedEMA(nn.Linear(2, 2, device="meta"))
-    with pytest.raises(BindError, match=r"weight has shape \(0,\).*ZeRO-3"):
+    with pytest.raises(BindError, match=r"weight has shape \(0,\)"):
         linear = nn.Linear(2, 2)
         linear.weight = nn.Parameter(torch.empty(0))
         ShardedEMA(linear)
