@@ -31,6 +31,9 @@ class Block(nn.Module):
 
 
 class Ragged(nn.Module):
+    #: 0-d and strided parameters, where the framework can train them.
+    odd_tensors = True
+
     def __init__(self) -> None:
         super().__init__()
         self.inp = nn.Linear(7, 10)
@@ -39,10 +42,15 @@ class Ragged(nn.Module):
         self.tied = nn.Linear(7, 10, bias=False)
         self.tied.weight = self.inp.weight
         self.one = nn.Parameter(torch.full((1,), 1.5))
-        self.scalar = nn.Parameter(torch.tensor(0.5))
-        self.transposed = nn.Parameter(torch.randn(5, 2).t() / 5)
+        scalar, transposed = torch.tensor(0.5), torch.randn(5, 2).t() / 5
         self.conv = nn.Conv2d(3, 2, 2)
-        self.conv.weight.data = self.conv.weight.data.contiguous(memory_format=torch.channels_last)
+        if self.odd_tensors:
+            weight = self.conv.weight.data.contiguous(memory_format=torch.channels_last)
+            self.conv.weight.data = weight
+        else:
+            scalar, transposed = scalar.view(1), transposed.contiguous()
+        self.scalar = nn.Parameter(scalar)
+        self.transposed = nn.Parameter(transposed)
         self.frozen = nn.Parameter(torch.arange(5.0), requires_grad=False)
         self.register_buffer("running", torch.zeros(3))
         self.register_buffer("count", torch.zeros((), dtype=torch.int64))
