@@ -49,6 +49,10 @@ class Box:
             for offset, size, extent in zip(self.offsets, self.sizes, shape, strict=True)
         )
 
+    def shifted(self, offsets: Sequence[int]) -> Box:
+        """The same block, counted from where ``offsets`` is the origin's place."""
+        return Box(tuple(o + by for o, by in zip(self.offsets, offsets, strict=True)), self.sizes)
+
     def overlaps(self, other: Box) -> bool:
         """Whether the two boxes share at least one element."""
         if not self.numel or not other.numel:

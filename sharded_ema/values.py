@@ -161,8 +161,9 @@ def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
     )
 
 
-def range_pieces(shape: Sequence[int], span: FlatRange, flat: Tensor) -> list[Piece]:
-    """A 1-D tensor that holds elements ``span`` of a tensor of ``shape``, as blocks (views)."""
+def range_pieces(box: Box, span: FlatRange, flat: Tensor) -> list[Piece]:
+    """A 1-D tensor that holds elements ``span`` of ``box``, as blocks (views)."""
     return [
-        (box, flat[start : start + box.numel].view(box.sizes)) for start, box in span.boxes(shape)
+        (part.shifted(box.offsets), flat[start : start + part.numel].view(part.sizes))
+        for start, part in span.boxes(box.sizes)
     ]

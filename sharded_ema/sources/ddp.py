@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.sources.base import Inventory, digest
-from sharded_ema.sources.replicas import ReplicatedSource
+from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
 
 
 class DDPSource(ReplicatedSource):
@@ -23,7 +24,12 @@ class DDPSource(ReplicatedSource):
     def __init__(
         self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
-        super().__init__(inventory, ddp.process_group, shard_replicas=shard_replicas)
+        super().__init__(
+            inventory,
+            dist.get_process_group_ranks(ddp.process_group),
+            equal_copies(inventory, ddp.process_group),
+            shard_replicas=shard_replicas,
+        )
         self._ddp = ddp
 
     def agreement_record(self) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Replicas that share the work, whatever keeps them equal.
 
-All replicas hold the same parameters after every step, so each keeps the shadow of 1/R of them
-and nothing is communicated until somebody wants the whole average: a swap gathers it once, in
-blocks of bounded size.
+Tensors that are equal on R ranks after every step need be averaged once: each rank keeps the
+shadow of 1/R of them, and nothing is communicated until somebody wants the whole average. A swap
+gathers it then, once, in blocks of bounded size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -21,53 +23,182 @@ from sharded_ema.values import FlatShard, range_pieces
 # Elements that one gather brings to every rank (64 MiB of fp32).
 GATHER_NUMEL = 1 << 24
 
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+class Replicas:
+    """Tensors of which every replica holds equal copies and keeps a slice.
+
+    Args:
+        groups: process groups of this rank; its replicas are the ranks that it reaches through one
+            or several of them, as along the axes of a mesh. None: it is the only one.
+        tensors: what is divided, of the same size and memory order on all replicas.
+    """
+
+    def __init__(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
+        self._groups = groups
+        self.size = math.prod(dist.get_world_size(group) for group in groups)
+        rank = 0
+        for group in groups:  # coordinates along the groups, as digits of one number
+            rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+        # Where C order is not memory order a slice would not be a view.
+        self._parts: list[list[Slice]] = divide(
+            [t.numel() for t in tensors],
+            self.size,
+            indivisible=[not t.is_contiguous() for t in tensors],
+        )
+        self._rank = rank
+        mine = {part.index: part.range for part in self._parts[rank]}
+        #: This rank's elements of every tensor, in C order.
+        self.spans = [mine.get(i, FlatRange(0, 0)) for i in range(len(tensors))]
+
+    @torch.no_grad()
+    def gather(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Fill whole ``targets`` from the slices of all replicas, ``tensors`` being this rank's.
+
+        Collective over the groups, one after another from the last: along each, the replicas hand
+        on what they have by then, already converted to what the targets are.
+        """
+        for target, tensor, span in zip(targets, tensors, self.spans, strict=True):
+            if span.numel == target.numel():
+                target.copy_(tensor)
+            elif span.numel:
+                target.view(-1)[span.start : span.stop].copy_(tensor)
+        known = 1
+        for group in reversed(self._groups):
+            size = dist.get_world_size(group)
+            first = self._rank // (known * size) * (known * size)
+            blocks = [
+                [s for part in self._parts[start : start + known] for s in part]
+                for start in range(first, first + known * size, known)
+            ]
+            _broadcast_strided(group, blocks, targets)
+            kinds = {(t.device, t.dtype) for t in targets}
+            for device, dtype in sorted(kinds, key=str):
+                _all_gather(group, [list(_views(b, targets, device, dtype)) for b in blocks])
+            known *= size
+
+
+def _broadcast_strided(
+    group: dist.ProcessGroup, blocks: Sequence[Sequence[Slice]], targets: Sequence[Tensor]
+) -> None:
+    """Hand out the tensors that one replica keeps whole because they cannot be sliced."""
+    for owner, slices in enumerate(blocks):
+        for part in slices:
+            target = targets[part.index]
+            if not target.is_contiguous():
+                whole = target.contiguous()
+                dist.broadcast(whole, group=group, group_src=owner)
+                target.copy_(whole)
+
+
+def _views(
+    slices: Sequence[Slice], targets: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    for part in slices:
+        target = targets[part.index]
+        if target.is_contiguous() and target.device == device and target.dtype == dtype:
+            yield target.view(-1)[part.range.start : part.range.stop]
+
+
+def _all_gather(group: dist.ProcessGroup, streams: Sequence[Sequence[Tensor]]) -> None:
+    """Fill each member's stream of 1-D tensors from that member, a bounded block at a time."""
+    longest = max(sum(t.numel() for t in stream) for stream in streams)
+    if not longest:
+        return
+    block = min(longest, max(1, GATHER_NUMEL // len(streams)))
+    example = next(t for stream in streams for t in stream)
+    own = dist.get_rank(group)
+    send = example.new_zeros(block)
+    received = example.new_empty(len(streams), block)
+    for start in range(0, longest, block):
+        for position, piece in _window(streams[own], start, start + block):
+            send[position : position + piece.numel()].copy_(piece)
+        dist.all_gather(list(received), send, group=group)
+        for row, stream in zip(received, streams, strict=True):
+            for position, piece in _window(stream, start, start + block):
+                piece.copy_(row[position : position + piece.numel()])
+
+
+def _window(stream: Sequence[Tensor], start: int, stop: int) -> list[tuple[int, Tensor]]:
+    """Parts of the concatenated 1-D tensors that lie in ``start:stop``, with their position."""
+    found = []
+    offset = 0
+    for tensor in stream:
+        low, high = max(start, offset), min(stop, offset + tensor.numel())
+        if low < high:
+            found.append((low - start, tensor[low - offset : high - offset]))
+        offset += tensor.numel()
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where an averaged tensor lies.
+
+    Attributes:
+        box: this rank's block of the global tensor.
+        groups: groups over which the block is replicated, see :class:`Replicas`.
+        writes: whether of the equal copies this rank's is the one to write, if it is not divided.
+    """
+
+    box: Box
+    groups: Groups
+    writes: bool
+
 
 class ReplicatedSource(ShardSource):
-    """Each replica averages a slice of the parameters.
+    """Each rank averages its block of every tensor, or of a replicated one a slice of the block.
 
     Args:
         inventory: the tensors of the target.
-        group: process group of the replicas.
-        shard_replicas: ``False`` keeps the whole shadow on every replica, so that a swap needs
+        ranks: global ranks that share the model.
+        places: where each averaged tensor lies. A buffer has no replicas: its values may differ
+            (batch statistics), so nobody can keep another's slice of it.
+        shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
             no communication.
     """
 
     def __init__(
-        self, inventory: Inventory, group: dist.ProcessGroup, *, shard_replicas: bool
+        self,
+        inventory: Inventory,
+        ranks: list[int],
+        places: Sequence[Place],
+        *,
+        shard_replicas: bool,
     ) -> None:
         self.inventory = inventory
-        self._group = group
-        self.ranks = dist.get_process_group_ranks(group)
-        self._rank = dist.get_rank(group)
-        self.swap_is_collective = shard_replicas and len(self.ranks) > 1
-        tensors = [named.tensor for named in inventory.averaged]
-        num_parts = len(self.ranks) if shard_replicas else 1
-        # A buffer may differ between replicas (batch statistics), so nobody can keep another's
-        # slice of it; and where C order is not memory order a slice would not be a view.
-        shared = [isinstance(t, nn.Parameter) for t in tensors]
-        self._parts: list[list[Slice]] = divide(
-            [t.numel() if s else 0 for t, s in zip(tensors, shared, strict=True)],
-            num_parts,
-            indivisible=[not t.is_contiguous() for t in tensors],
-        )
-        mine = {s.index: s.range for s in self._parts[self._rank if shard_replicas else 0]}
-        writes = shard_replicas or self.is_first_rank
-        self.shards = []
-        for i, named in enumerate(inventory.averaged):
-            shape = tuple(named.tensor.shape)
-            span = mine.get(i, FlatRange(0, 0))
-            if not shared[i]:
-                shard = Shard(named, shape, Box.whole(shape), writes=self.is_first_rank)
-            elif span.numel == named.tensor.numel():
-                shard = Shard(named, shape, Box.whole(shape), writes=writes)
-            else:
-                shard = Shard(named, shape, Box.whole(shape), span, writes=writes)
-            self.shards.append(shard)
+        self.ranks = ranks
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for i, place in enumerate(places):
+            groups = place.groups if shard_replicas else ()
+            alike.setdefault(tuple(group.group_name for group in groups), []).append(i)
+        self._replicas: list[tuple[list[int], Replicas]] = []
+        found: dict[int, Shard] = {}
+        for members in alike.values():
+            groups = places[members[0]].groups if shard_replicas else ()
+            replicas = Replicas(groups, [self.target_tensor(i) for i in members])
+            self._replicas.append((members, replicas))
+            for i, span in zip(members, replicas.spans, strict=True):
+                named, place = inventory.averaged[i], places[i]
+                found[i] = Shard(
+                    named,
+                    tuple(named.tensor.shape),
+                    place.box,
+                    None if span.numel == place.box.numel else span,
+                    writes=place.writes or replicas.size > 1,
+                )
+        self.shards = [found[i] for i in range(len(places))]
+        self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
         self._views: dict[int, tuple[int, Tensor]] = {}
 
-    def averaged_tensor(self, index: int) -> Tensor:
-        """What is averaged for the parameter at ``index``: itself, or a more precise copy."""
+    def target_tensor(self, index: int) -> Tensor:
+        """This rank's tensor of the parameter at ``index``, which a swap overwrites."""
         return read(self.inventory.averaged[index])
+
+    def averaged_tensor(self, index: int) -> Tensor:
+        """What is averaged for it: itself, or a more precise copy."""
+        return self.target_tensor(index)
 
     def live(self) -> list[Tensor]:
         return [
@@ -92,91 +223,36 @@ class ReplicatedSource(ShardSource):
         return view
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        out: list[Tensor] = []
-        for shard, tensor in zip(self.shards, tensors, strict=True):
-            if shard.range is None:
-                pieces = [(shard.box, tensor)]
-            else:
-                pieces = range_pieces(shard.shape, shard.range, tensor)
-            out.append(
-                FlatShard(
-                    shard.shape,
-                    pieces,
-                    dtype=tensor.dtype,
-                    device=tensor.device,
-                    writes=shard.writes,
-                )
-            )
-        return out
+        return [self.piece(s, t) for s, t in zip(self.shards, tensors, strict=True)]
+
+    def piece(self, shard: Shard, tensor: Tensor) -> FlatShard:
+        """A shadow as a value of the global shape."""
+        if shard.range is not None:
+            pieces = range_pieces(shard.box, shard.range, tensor)
+        else:
+            pieces = [(shard.box, tensor)] if shard.box.numel else []
+        return FlatShard(
+            shard.shape, pieces, dtype=tensor.dtype, device=tensor.device, writes=shard.writes
+        )
 
     def swap_targets(self) -> list[Tensor]:
-        return [read(shard.name) for shard in self.shards]
+        return [self.target_tensor(i) for i in range(len(self.shards))]
 
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
         self.fill(self.swap_targets(), tensors)
 
-    @torch.no_grad()
     def fill(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
-        """Fill whole ``targets`` from the slices that the replicas hold, ``tensors`` being ours."""
-        for shard, target, tensor in zip(self.shards, targets, tensors, strict=True):
-            if shard.range is None:
-                target.copy_(tensor)
-        if not self.swap_is_collective:
-            return
-        self._broadcast_strided(targets)
-        for device in sorted({t.device for t in targets}, key=str):
-            self._gather(device, tensors, targets)
-
-    def _broadcast_strided(self, targets: Sequence[Tensor]) -> None:
-        """Hand out the tensors that one replica keeps whole because they cannot be sliced."""
-        for owner, slices in enumerate(self._parts):
-            for part in slices:
-                target = targets[part.index]
-                if target.is_contiguous():
-                    continue
-                # The owner's target already holds the average, converted as everybody needs it.
-                whole = target.contiguous()
-                dist.broadcast(whole, self.ranks[owner], group=self._group)
-                target.copy_(whole)
-
-    def _gather(
-        self, device: torch.device, tensors: Sequence[Tensor], targets: Sequence[Tensor]
-    ) -> None:
-        """All slices on ``device`` to all replicas, a bounded block of each at a time."""
-        dtype = tensors[0].dtype
-        own: list[Tensor] = []
-        streams: list[list[Tensor]] = []
-        for rank, slices in enumerate(self._parts):
-            stream = []
-            for part in slices:
-                target = targets[part.index]
-                if target.is_contiguous() and target.device == device:
-                    stream.append(target.view(-1)[part.range.start : part.range.stop])
-                    if rank == self._rank:
-                        own.append(tensors[part.index].reshape(-1))
-            streams.append(stream)
-        longest = max(sum(t.numel() for t in stream) for stream in streams)
-        block = min(longest, max(1, GATHER_NUMEL // len(self.ranks)))
-        if not longest:
-            return
-        send = torch.zeros(block, dtype=dtype, device=device)
-        received = torch.empty(len(self.ranks), block, dtype=dtype, device=device)
-        for start in range(0, longest, block):
-            for position, piece in _window(own, start, start + block):
-                send[position : position + piece.numel()].copy_(piece)
-            dist.all_gather(list(received), send, group=self._group)
-            for row, stream in zip(received, streams, strict=True):
-                for position, piece in _window(stream, start, start + block):
-                    piece.copy_(row[position : position + piece.numel()])
+        """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
+        for members, replicas in self._replicas:
+            replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
 
 
-def _window(stream: Sequence[Tensor], start: int, stop: int) -> list[tuple[int, Tensor]]:
-    """Parts of the concatenated 1-D tensors that lie in ``start:stop``, with their position."""
-    found = []
-    offset = 0
-    for tensor in stream:
-        low, high = max(start, offset), min(stop, offset + tensor.numel())
-        if low < high:
-            found.append((low - start, tensor[low - offset : high - offset]))
-        offset += tensor.numel()
-    return found
+def equal_copies(inventory: Inventory, group: dist.ProcessGroup) -> list[Place]:
+    """The places of a model that every rank of ``group`` holds whole."""
+    first = dist.get_rank(group) == 0
+    return [
+        Place(
+            Box.whole(n.tensor.shape), (group,) if isinstance(n.tensor, nn.Parameter) else (), first
+        )
+        for n in inventory.averaged
+    ]

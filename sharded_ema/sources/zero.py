@@ -142,7 +142,7 @@ class PartitionedSource(ShardSource):
             if shard.range is None
             else FlatShard(
                 shard.shape,
-                range_pieces(shard.shape, shard.range, tensor),
+                range_pieces(shard.box, shard.range, tensor),
                 dtype=tensor.dtype,
                 device=tensor.device,
             )
@@ -322,7 +322,7 @@ class Zero3Source(PartitionedSource):
         shape, piece = global_shape(named.tensor), _weights(named.tensor)
         return FlatShard(
             shape,
-            range_pieces(shape, _piece(named.tensor), piece),
+            range_pieces(Box.whole(shape), _piece(named.tensor), piece),
             dtype=piece.dtype,
             device=piece.device,
             reads=False,

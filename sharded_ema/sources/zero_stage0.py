@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_ema.errors import BindError
 from sharded_ema.sources.base import Backup, Inventory, is_rounded, read
-from sharded_ema.sources.replicas import ReplicatedSource
+from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
 
 
 class Zero0Source(ReplicatedSource):
@@ -40,7 +40,12 @@ class Zero0Source(ReplicatedSource):
     ) -> None:
         self.engine = engine
         self._places = _places(engine.optimizer)
-        super().__init__(inventory, group, shard_replicas=shard_replicas)
+        super().__init__(
+            inventory,
+            dist.get_process_group_ranks(group),
+            equal_copies(inventory, group),
+            shard_replicas=shard_replicas,
+        )
 
     def averaged_tensor(self, index: int) -> Tensor:
         named = self.inventory.averaged[index]
@@ -70,7 +75,7 @@ class Zero0Source(ReplicatedSource):
         return [read(n) for n in averaged if id(n.tensor) not in self._places]
 
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        self.fill([read(n) for n in self.inventory.averaged], tensors)
+        self.fill(super().swap_targets(), tensors)
 
     def back_up(self) -> Backup:
         # What is restored are the masters, rounded; so that must be what is there now.
