@@ -13,7 +13,6 @@ from sharded_ema.agreement import Ranks
 from sharded_ema.config import Settings, as_patterns, as_profiles
 from sharded_ema.errors import (
     AbsentRankError,
-    BindError,
     ConfigError,
     EMAError,
     NonFiniteError,
@@ -322,14 +321,8 @@ class Averager:
         records = self._ranks.agree(
             verdict, "ema.attach()" if bind else "the first agreement of all ranks"
         )
-        for rank, record in enumerate(records):
-            for name in {**records[0], **record}:
-                if records[0].get(name) != record.get(name):
-                    raise BindError(
-                        f"parameter {name} is not sharded but differs between rank 0 and rank "
-                        f"{rank}; a checkpoint would keep one of the two. Wrap the model in "
-                        "DistributedDataParallel or fully_shard, or broadcast its parameters"
-                    )
+        if not self._agreed:
+            self._source.compare(records)
         self._agreed = True
 
     def _check_health(self, live: Sequence[Tensor]) -> None:

@@ -182,7 +182,8 @@ class ShardedEMA(Averager):
         meta = snapshot.read_meta(state)
         if strict:
             check_schedules(meta, self._settings.profiles)
-        snapshot.check_names(own, state, meta, strict=strict)
+        others = self._source.elsewhere
+        snapshot.check_names(own, state, meta, elsewhere=others, strict=strict)
         self._unusable = before or "load_state_dict() failed midway"
         snapshot.copy_state(own, state)
         self._take_meta(meta)
@@ -260,7 +261,11 @@ class ShardedEMA(Averager):
         def check() -> None:
             self._prepare(usable=False)
             own.update(snapshot.make_averages(self._source, self._shadow))
-            plans.append(snapshot.plan_load(reader.catalog, own, profiles, strict=strict))
+            others = self._source.elsewhere
+            plan = snapshot.plan_load(
+                reader.catalog, own, profiles, elsewhere=others, strict=strict
+            )
+            plans.append(plan)
 
         self._ranks.agree(check, f"ema.load({path})")
         (plan,) = plans

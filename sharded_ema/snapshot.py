@@ -132,6 +132,7 @@ def plan_load(
     own: Mapping[str, Tensor],
     profiles: Mapping[str, Schedule] | None,
     *,
+    elsewhere: frozenset[str],
     strict: bool,
 ) -> LoadPlan:
     """Check a checkpoint against this average before anything is overwritten.
@@ -139,6 +140,7 @@ def plan_load(
     Args:
         own: this object's averages by key.
         profiles: schedules that must be the stored ones; ``None`` to accept others.
+        elsewhere: names that are averaged on other ranks only.
 
     Raises:
         CheckpointMismatchError: no average in it, or names, shapes or schedules do not fit.
@@ -162,22 +164,28 @@ def plan_load(
         for key, tensor in catalog.tensors.items()
         if key.startswith(prefix)
     }
-    _check(own, stored, meta, strict=strict, where=str(catalog.path))
+    _check(own, stored, meta, elsewhere, strict=strict, where=str(catalog.path))
     return LoadPlan(prefix, [key for key in own if key in stored], meta)
 
 
 def check_names(
-    own: Mapping[str, Tensor], state: Mapping[str, Any], meta: Mapping[str, Any], *, strict: bool
+    own: Mapping[str, Tensor],
+    state: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    elsewhere: frozenset[str],
+    strict: bool,
 ) -> None:
     """The same for a state dict in memory."""
     shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
-    _check(own, shapes, meta, strict=strict, where="the state")
+    _check(own, shapes, meta, elsewhere, strict=strict, where="the state")
 
 
 def _check(
     own: Mapping[str, Tensor],
     stored: Mapping[str, Sequence[int]],
     meta: Mapping[str, Any],
+    elsewhere: frozenset[str],
     *,
     strict: bool,
     where: str,
@@ -197,8 +205,9 @@ def _check(
             f"profiles {sorted(meta['profiles'])}"
         )
     averages = tuple(f"{name}." for name in meta["profiles"])
+    known = own.keys() | {start + name for start in averages for name in elsewhere}
     missing = [key for key in own if key not in stored]
-    extra = [key for key in stored if key.startswith(averages) and key not in own]
+    extra = [key for key in stored if key.startswith(averages) and key not in known]
     if strict and (missing or extra):
         raise CheckpointMismatchError(
             f"{where} does not fit this model: it lacks {_some(missing)} and has unknown "

@@ -218,10 +218,17 @@ class ShardSource(ABC):
     inventory: Inventory
     shards: list[Shard]
 
+    #: Names that are averaged on other ranks only, as those of other pipeline stages.
+    elsewhere: frozenset[str] = frozenset()
+
     @property
     def is_first_rank(self) -> bool:
         """Whether this rank writes what all ranks hold alike."""
         return not self.ranks or dist.get_rank() == self.ranks[0]
+
+    def writes_whole(self, fqn: str) -> bool:
+        """Whether of those that hold the tensor ``fqn`` whole this rank is the one to write it."""
+        return self.is_first_rank
 
     @abstractmethod
     def live(self) -> list[Tensor]:
@@ -237,7 +244,8 @@ class ShardSource(ABC):
 
     def extra_value(self, named: Named) -> Tensor:
         """A frozen parameter or a buffer as a value that is saved, but not loaded into."""
-        return whole(read(named).detach(), writes=self.is_first_rank, reads=False)
+        writes = self.writes_whole(named.fqn)
+        return whole(read(named).detach(), writes=writes, reads=False)
 
     #: Whether entering a swap needs every rank, so that an absent one must be named.
     swap_is_collective: bool = False
@@ -299,6 +307,21 @@ class ShardSource(ABC):
     def agreement_record(self) -> dict[str, str]:
         """What must be equal on all ranks, by parameter name; empty if nothing can differ."""
         return {}
+
+    def compare(self, records: Sequence[dict[str, str]]) -> None:
+        """Compare the records of all ranks.
+
+        Raises:
+            BindError: they differ; the parameter and the rank are named.
+        """
+        for rank, record in enumerate(records):
+            for name in {**records[0], **record}:
+                if records[0].get(name) != record.get(name):
+                    raise BindError(
+                        f"parameter {name} is not sharded but differs between rank 0 and rank "
+                        f"{rank}; a checkpoint would keep one of the two. Wrap the model in "
+                        "DistributedDataParallel or fully_shard, or broadcast its parameters"
+                    )
 
 
 def read_buffer(named: Named) -> Tensor:

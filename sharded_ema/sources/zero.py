@@ -30,12 +30,12 @@ from sharded_ema.sources.base import (
     Inventory,
     Named,
     Shard,
-    ShardSource,
     copy_into,
     global_shape,
     is_rounded,
     read,
 )
+from sharded_ema.sources.zero_pipeline import EngineSource
 from sharded_ema.values import FlatShard, range_pieces, whole
 
 
@@ -54,22 +54,14 @@ class Partition:
     range: FlatRange
 
 
-class PartitionedSource(ShardSource):
-    """Each rank averages its partition of the master weights.
-
-    Args:
-        engine: a DeepSpeed engine.
-        inventory: the tensors of its module, all trainable ones among the optimizer's.
-        ranks: global ranks that share the model.
-    """
+class PartitionedSource(EngineSource):
+    """Each rank averages its partition of the master weights; see :class:`EngineSource`."""
 
     swap_is_collective = True
     restore_is_collective = True
 
-    def __init__(self, engine: Any, inventory: Inventory, ranks: list[int]) -> None:
-        self.engine = engine
-        self.inventory = inventory
-        self.ranks = ranks
+    def __init__(self, engine: Any, inventory: Inventory) -> None:
+        super().__init__(engine, inventory)
         layout = self.layout()
         self.shards = []
         self._partitions: list[Partition | None] = []
@@ -78,9 +70,11 @@ class PartitionedSource(ShardSource):
             partition = layout[id(named.tensor)] if is_parameter(named) else None
             self._partitions.append(partition)
             if partition is None:
-                shard = Shard(named, shape, Box.whole(shape), writes=self.is_first_rank)
+                writes = self.writes_whole(named.fqn)
+                shard = Shard(named, shape, Box.whole(shape), writes=writes)
             else:
-                shard = Shard(named, shape, Box.whole(shape), partition.range)
+                writes = not self.is_borrowed(named.fqn)
+                shard = Shard(named, shape, Box.whole(shape), partition.range, writes=writes)
             self.shards.append(shard)
         self._pointers: list[int] = []
         self._views: list[Tensor] = []
@@ -145,6 +139,7 @@ class PartitionedSource(ShardSource):
                 range_pieces(shard.box, shard.range, tensor),
                 dtype=tensor.dtype,
                 device=tensor.device,
+                writes=shard.writes,
             )
             for shard, tensor in zip(self.shards, tensors, strict=True)
         ]

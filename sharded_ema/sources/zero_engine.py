@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch.distributed as dist
 from torch.optim import Optimizer
 
 from sharded_ema.errors import BindError, EMAWarning, UnsupportedLayoutError
@@ -58,13 +57,12 @@ def make_engine_source(
         )
     _refuse_storage(engine)
     inventory = take_inventory(engine.module, include, exclude, buffers)
-    _refuse_parallel(engine, inventory)
+    _refuse_experts(inventory)
     trained = {id(p) for group in _parameter_groups(optimizer) for p in group}
     _set_aside_untrained(inventory, trained)
-    group = engine.seq_data_parallel_group
     if name in _PARTITIONED:
-        return _PARTITIONED[name](engine, inventory, dist.get_process_group_ranks(group))
-    return Zero0Source(engine, inventory, group, shard_replicas=shard_replicas)
+        return _PARTITIONED[name](engine, inventory)
+    return Zero0Source(engine, inventory, shard_replicas=shard_replicas)
 
 
 def _parameter_groups(optimizer: Any) -> list[list[Any]]:
@@ -110,17 +108,12 @@ def _refuse_storage(engine: Any) -> None:
         )
 
 
-def _refuse_parallel(engine: Any, inventory: Inventory) -> None:
+def _refuse_experts(inventory: Inventory) -> None:
     for named in (*inventory.averaged, *inventory.frozen, *inventory.excluded):
         if not getattr(named.tensor, "allreduce", True):
             raise UnsupportedLayoutError(
                 f"parameter {named.fqn} is an expert of DeepSpeed's MoE, which is not supported"
             )
-    if engine.mp_world_size > 1:
-        raise UnsupportedLayoutError(
-            f"the engine has a model-parallel size of {engine.mp_world_size}; tensor and pipeline "
-            "parallelism of DeepSpeed are not supported"
-        )
 
 
 def _set_aside_untrained(inventory: Inventory, trained: set[int]) -> None:

@@ -7,45 +7,43 @@ which is what is averaged, and the model's weights are the masters, rounded.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sharded_ema.errors import BindError
 from sharded_ema.sources.base import Backup, Inventory, is_rounded, read
 from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
+from sharded_ema.sources.zero_pipeline import EngineSource
 
 
-class Zero0Source(ReplicatedSource):
+class Zero0Source(EngineSource, ReplicatedSource):
     """Each replica averages a slice of the masters, or of the parameters where they are one.
 
     Args:
         engine: a DeepSpeed engine.
         inventory: the tensors of its module.
-        group: process group of the replicas.
         shard_replicas: see :class:`ReplicatedSource`.
     """
 
     kind = "zero-0"
 
-    def __init__(
-        self,
-        engine: Any,
-        inventory: Inventory,
-        group: dist.ProcessGroup,
-        *,
-        shard_replicas: bool,
-    ) -> None:
-        self.engine = engine
+    def __init__(self, engine: Any, inventory: Inventory, *, shard_replicas: bool) -> None:
+        EngineSource.__init__(self, engine, inventory)
         self._places = _places(engine.optimizer)
-        super().__init__(
+        ReplicatedSource.__init__(
+            self,
             inventory,
-            dist.get_process_group_ranks(group),
-            equal_copies(inventory, group),
+            self.ranks,
+            equal_copies(inventory, self.replicas),
             shard_replicas=shard_replicas,
         )
+        self.shards = [
+            replace(shard, writes=shard.writes and not self.is_borrowed(shard.name.fqn))
+            for shard in self.shards
+        ]
 
     def averaged_tensor(self, index: int) -> Tensor:
         named = self.inventory.averaged[index]
