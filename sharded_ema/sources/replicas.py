@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharded_ema.errors import StateError
 from sharded_ema.layout import Box, FlatRange, Slice, divide
-from sharded_ema.sources.base import Inventory, Shard, ShardSource, read
+from sharded_ema.sources.base import Inventory, Named, Shard, ShardSource, read
 from sharded_ema.values import FlatShard, range_pieces
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -153,8 +153,7 @@ class ReplicatedSource(ShardSource):
     Args:
         inventory: the tensors of the target.
         ranks: global ranks that share the model.
-        places: where each averaged tensor lies. A buffer has no replicas: its values may differ
-            (batch statistics), so nobody can keep another's slice of it.
+        places: where each averaged tensor lies.
         shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
             no communication.
     """
@@ -169,18 +168,20 @@ class ReplicatedSource(ShardSource):
     ) -> None:
         self.inventory = inventory
         self.ranks = ranks
+        self.places = list(places) if shard_replicas else [replace(p, groups=()) for p in places]
+        # Tensors with the same replicas are divided together, so that the shares come out even.
         alike: dict[tuple[str, ...], list[int]] = {}
-        for i, place in enumerate(places):
-            groups = place.groups if shard_replicas else ()
-            alike.setdefault(tuple(group.group_name for group in groups), []).append(i)
+        for i, place in enumerate(self.places):
+            alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
         self._replicas: list[tuple[list[int], Replicas]] = []
         found: dict[int, Shard] = {}
         for members in alike.values():
-            groups = places[members[0]].groups if shard_replicas else ()
-            replicas = Replicas(groups, [self.target_tensor(i) for i in members])
+            replicas = Replicas(
+                self.places[members[0]].groups, [self.target_tensor(i) for i in members]
+            )
             self._replicas.append((members, replicas))
             for i, span in zip(members, replicas.spans, strict=True):
-                named, place = inventory.averaged[i], places[i]
+                named, place = inventory.averaged[i], self.places[i]
                 found[i] = Shard(
                     named,
                     tuple(named.tensor.shape),
@@ -247,12 +248,16 @@ class ReplicatedSource(ShardSource):
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
 
 
-def equal_copies(inventory: Inventory, group: dist.ProcessGroup) -> list[Place]:
-    """The places of a model that every rank of ``group`` holds whole."""
-    first = dist.get_rank(group) == 0
-    return [
-        Place(
-            Box.whole(n.tensor.shape), (group,) if isinstance(n.tensor, nn.Parameter) else (), first
-        )
-        for n in inventory.averaged
-    ]
+def leads(groups: Groups) -> bool:
+    """Whether this rank is the first of its replicas, which writes what is not divided."""
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
+def whole_copy(named: Named, groups: Groups) -> Place:
+    """The place of a tensor that all ranks reached over ``groups`` hold whole.
+
+    A buffer has no replicas: its values may differ (batch statistics), so nobody can keep
+    another's slice of it.
+    """
+    shared = groups if isinstance(named.tensor, nn.Parameter) else ()
+    return Place(Box.whole(named.tensor.shape), shared, writes=leads(groups))
