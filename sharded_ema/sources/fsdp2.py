@@ -59,14 +59,9 @@ class FSDP2Source(ReplicatedSource):
             [self._place(named) for named in inventory.averaged],
             shard_replicas=shard_replicas,
         )
-        # The usual case has whole local tensors of DTensors only, and a short way to them.
-        self._tensors = [named.tensor for named in inventory.averaged]
-        self._fixed = all(
-            isinstance(shard.name.tensor, DTensor)
-            and isinstance(shard.name.tensor, nn.Parameter)
-            and shard.range is None
-            for shard in self.shards
-        )
+        # Parameter objects stay; only averaged buffers must be looked up every time.
+        self._fixed = all(isinstance(n.tensor, nn.Parameter) for n in inventory.averaged)
+        self._held = [(n.tensor, isinstance(n.tensor, DTensor)) for n in inventory.averaged]
 
     def _place(self, named: Named) -> Place:
         groups = self._meshes.replicas(named.fqn, named.tensor)
@@ -80,10 +75,10 @@ class FSDP2Source(ReplicatedSource):
     def target_tensor(self, index: int) -> Tensor:
         return local(self.inventory.averaged[index])
 
-    def live(self) -> list[Tensor]:
+    def averaged_tensors(self) -> list[Tensor]:
         if self._fixed:
-            return [tensor._local_tensor for tensor in self._tensors]  # type: ignore[attr-defined]
-        return super().live()
+            return [t._local_tensor if sharded else t for t, sharded in self._held]  # type: ignore[attr-defined]
+        return super().averaged_tensors()
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [

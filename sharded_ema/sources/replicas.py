@@ -191,7 +191,9 @@ class ReplicatedSource(ShardSource):
                 )
         self.shards = [found[i] for i in range(len(places))]
         self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
-        self._views: dict[int, tuple[int, Tensor]] = {}
+        self._sliced = any(shard.range is not None for shard in self.shards)
+        self._pointers: list[int] = []
+        self._live: list[Tensor] = []
 
     def target_tensor(self, index: int) -> Tensor:
         """This rank's tensor of the parameter at ``index``, which a swap overwrites."""
@@ -201,27 +203,23 @@ class ReplicatedSource(ShardSource):
         """What is averaged for it: itself, or a more precise copy."""
         return self.target_tensor(index)
 
-    def live(self) -> list[Tensor]:
-        return [
-            self.averaged_tensor(i) if shard.range is None else self._slice(i, shard.range)
-            for i, shard in enumerate(self.shards)
-        ]
+    def averaged_tensors(self) -> list[Tensor]:
+        """What is averaged for every parameter, whole."""
+        return [self.averaged_tensor(i) for i in range(len(self.shards))]
 
-    def _slice(self, index: int, span: FlatRange) -> Tensor:
-        """A view of a slice, made again only when the tensor moved."""
-        tensor = self.averaged_tensor(index)
-        pointer, view = self._views.get(index, (0, tensor))
-        if index not in self._views or pointer != tensor.data_ptr():
-            if span.numel and not tensor.is_contiguous():
-                raise StateError(
-                    f"parameter {self.shards[index].name.fqn} changed its memory format after the "
-                    "average was made; make a new ShardedEMA after model.to(memory_format=...)"
-                )
-            flat = tensor.detach()
-            flat = flat.view(-1)[span.start : span.stop] if span.numel else flat.new_empty(0)
-            pointer, view = tensor.data_ptr(), flat
-            self._views[index] = (pointer, view)
-        return view
+    def live(self) -> list[Tensor]:
+        tensors = self.averaged_tensors()
+        if not self._sliced:
+            return tensors
+        # Views are made again only when a tensor moved.
+        pointers = list(map(Tensor.data_ptr, tensors))
+        if pointers != self._pointers:
+            self._live = [
+                tensor if shard.range is None else _cut(shard, shard.range, tensor)
+                for shard, tensor in zip(self.shards, tensors, strict=True)
+            ]
+            self._pointers = pointers
+        return self._live
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [self.piece(s, t) for s, t in zip(self.shards, tensors, strict=True)]
@@ -246,6 +244,18 @@ class ReplicatedSource(ShardSource):
         """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
         for members, replicas in self._replicas:
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
+
+
+def _cut(shard: Shard, span: FlatRange, tensor: Tensor) -> Tensor:
+    """A slice as a view."""
+    if not span.numel:
+        return tensor.detach().new_empty(0)
+    if not tensor.is_contiguous():
+        raise StateError(
+            f"parameter {shard.name.fqn} changed its memory format after the average was made; "
+            "make a new ShardedEMA after model.to(memory_format=...)"
+        )
+    return tensor.detach().view(-1)[span.start : span.stop]
 
 
 def leads(groups: Groups) -> bool:

@@ -20,7 +20,7 @@ from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.errors import BindError, EMAError, UnsupportedLayoutError
 from sharded_ema.sources import replicas
 from tests.dist.pool import WorkerPool
-from tests.dist.ragged import assert_equal, build, rank
+from tests.dist.ragged import as_float, assert_equal, build, rank, reference_step
 from tests.dist.test_average import averages
 from tests.dist.test_consolidated import read
 
@@ -107,6 +107,27 @@ def load_other_slices() -> None:
 
 def test_state_of_whole_blocks_loads_into_slices(worlds: Worlds) -> None:
     worlds[4].run(load_other_slices)
+
+
+def move_in_memory(mode: str) -> None:
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.5, **run.options)
+    expected = as_float(run.gather())
+    run.bare.double()
+    for _ in range(2):
+        with torch.no_grad():
+            for parameter in run.bare.parameters():
+                local = parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+                local.add_(1)
+        ema.update()
+        reference_step(expected, run.gather(), 0.5)
+    assert_equal(averages(ema), expected)
+    ema.close()
+
+
+@pytest.mark.parametrize("mode", ["hsdp", "ddp", "tp_fsdp2"])
+def test_slices_follow_parameters_that_move(worlds: Worlds, mode: str) -> None:
+    worlds[4].run(move_in_memory, mode)
 
 
 def attach_with_odd_value(mode: str, name: str) -> tuple[str, str]:
