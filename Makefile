@@ -33,6 +33,7 @@ format: $(VENV)/.test
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
+	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs

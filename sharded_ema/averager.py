@@ -23,6 +23,7 @@ from sharded_ema.errors import (
 from sharded_ema.health import Health
 from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
+from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
 from sharded_ema.sources import Backup, make_source
 from sharded_ema.state import Action, Clock, Shadow
@@ -201,10 +202,11 @@ class Averager:
     def swap(self, profile: str | None = None) -> Iterator[None]:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
-        Do not enter between a forward and its backward. Entering is collective under DDP with
-        sharded replicas and under DeepSpeed, and in every layout the first time if :meth:`attach`
-        was never called: every rank must come. Leaving is collective under DeepSpeed alone, where
-        an exception on one rank is raised on all; elsewhere it is safe on one rank alone.
+        Do not enter between a forward and its backward. Entering is collective where replicas
+        share the work (DDP; meshes that replicate parameters, or leave some plain) and under
+        DeepSpeed, and in every layout the first time if :meth:`attach` was never called: every
+        rank must come. Leaving is collective under DeepSpeed alone, where an exception on one
+        rank is raised on all; elsewhere it is safe on one rank alone.
 
         Args:
             profile: which average; may be left out if there is only one.
@@ -310,7 +312,7 @@ class Averager:
         if self._agreed and bind is None:
             return
 
-        def verdict() -> dict[str, str]:
+        def verdict() -> dict[str, tuple[Box, str]]:
             if bind is not None:
                 bind()
             if self._agreed:

@@ -52,8 +52,9 @@ class ShardedEMA(Averager):
     iterates: Polyak and Juditsky (1992); Tarvainen and Valpola (2017), equation 1.
 
     Args:
-        target: a plain module, a DistributedDataParallel module, one that ``fully_shard`` was
-            applied to, or a DeepSpeed engine; wrap and materialise it first.
+        target: a plain module, a DistributedDataParallel module, one whose parameters are DTensors
+            (``fully_shard``, HSDP, tensor and expert parallelism), or a DeepSpeed engine; wrap
+            and materialise it first.
         schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
             (``"half_life:2000"``), or a dict of several by profile name.
         update_every: applied optimizer steps between updates; the decays of the steps between are
@@ -67,8 +68,8 @@ class ShardedEMA(Averager):
         shadow_dtype: dtype of the shadow; below fp32 it must be forced with ``force_dtype``.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.
-        shard_replicas: under DDP and DeepSpeed without ZeRO keep 1/R of the shadow on each of R
-            replicas.
+        shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
+            a mesh that replicate, plain parameters beside DTensors) keep 1/R on each.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
             before the shadow is touched (reads the parameters twice and waits for the device), or
             ``"allow"``.

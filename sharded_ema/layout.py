@@ -53,6 +53,14 @@ class Box:
         """The same block, counted from where ``offsets`` is the origin's place."""
         return Box(tuple(o + by for o, by in zip(self.offsets, offsets, strict=True)), self.sizes)
 
+    def inside(self, other: Box) -> Box | None:
+        """The same block, counted from the start of ``other``; ``None`` if it juts out."""
+        offsets = [o - by for o, by in zip(self.offsets, other.offsets, strict=True)]
+        if min(offsets, default=0) < 0:
+            return None
+        part = Box(tuple(offsets), self.sizes)
+        return part if part.fits(other.sizes) else None
+
     def overlaps(self, other: Box) -> bool:
         """Whether the two boxes share at least one element."""
         if not self.numel or not other.numel:

@@ -19,6 +19,7 @@ import xxhash
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_ema.agreement import refuse_differing
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
 from sharded_ema.values import whole
@@ -89,6 +90,11 @@ class Inventory:
     frozen: list[Named] = field(default_factory=list)
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
+
+    @property
+    def parameters(self) -> list[Named]:
+        """What of the averaged and the frozen tensors is a parameter, and no buffer."""
+        return [n for n in (*self.averaged, *self.frozen) if isinstance(n.tensor, nn.Parameter)]
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -304,24 +310,20 @@ class ShardSource(ABC):
             BindError: the two contradict each other; the parameter is named.
         """
 
-    def agreement_record(self) -> dict[str, str]:
-        """What must be equal on all ranks, by parameter name; empty if nothing can differ."""
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
+        """Blocks that must be equal wherever they lie, by parameter name, with their digests.
+
+        The names are the same on all ranks; empty if nothing can differ.
+        """
         return {}
 
-    def compare(self, records: Sequence[dict[str, str]]) -> None:
+    def compare(self, records: Sequence[dict[str, tuple[Box, str]]]) -> None:
         """Compare the records of all ranks.
 
         Raises:
             BindError: they differ; the parameter and the rank are named.
         """
-        for rank, record in enumerate(records):
-            for name in {**records[0], **record}:
-                if records[0].get(name) != record.get(name):
-                    raise BindError(
-                        f"parameter {name} is not sharded but differs between rank 0 and rank "
-                        f"{rank}; a checkpoint would keep one of the two. Wrap the model in "
-                        "DistributedDataParallel or fully_shard, or broadcast its parameters"
-                    )
+        refuse_differing(records)
 
 
 def read_buffer(named: Named) -> Tensor:
@@ -349,6 +351,11 @@ def is_rounded(weights: Tensor, master: Tensor) -> bool:
     """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
     rounded = master.to(weights.device, weights.dtype)
     return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
+
+
+def whole_digest(tensor: Tensor) -> tuple[Box, str]:
+    """The record of a tensor that every rank should hold alike."""
+    return Box.whole(tensor.shape), digest(tensor)
 
 
 def digest(tensor: Tensor) -> str:

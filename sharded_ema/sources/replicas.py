@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharded_ema.errors import StateError
 from sharded_ema.layout import Box, FlatRange, Slice, divide
-from sharded_ema.sources.base import Inventory, Shard, ShardSource, read
+from sharded_ema.sources.base import Inventory, Named, Shard, ShardSource, read
 from sharded_ema.values import FlatShard, range_pieces
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -153,8 +153,7 @@ class ReplicatedSource(ShardSource):
     Args:
         inventory: the tensors of the target.
         ranks: global ranks that share the model.
-        places: where each averaged tensor lies. A buffer has no replicas: its values may differ
-            (batch statistics), so nobody can keep another's slice of it.
+        places: where each averaged tensor lies.
         shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
             no communication.
     """
@@ -169,18 +168,20 @@ class ReplicatedSource(ShardSource):
     ) -> None:
         self.inventory = inventory
         self.ranks = ranks
+        self.places = list(places) if shard_replicas else [replace(p, groups=()) for p in places]
+        # Tensors with the same replicas are divided together, so that the shares come out even.
         alike: dict[tuple[str, ...], list[int]] = {}
-        for i, place in enumerate(places):
-            groups = place.groups if shard_replicas else ()
-            alike.setdefault(tuple(group.group_name for group in groups), []).append(i)
+        for i, place in enumerate(self.places):
+            alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
         self._replicas: list[tuple[list[int], Replicas]] = []
         found: dict[int, Shard] = {}
         for members in alike.values():
-            groups = places[members[0]].groups if shard_replicas else ()
-            replicas = Replicas(groups, [self.target_tensor(i) for i in members])
+            replicas = Replicas(
+                self.places[members[0]].groups, [self.target_tensor(i) for i in members]
+            )
             self._replicas.append((members, replicas))
             for i, span in zip(members, replicas.spans, strict=True):
-                named, place = inventory.averaged[i], places[i]
+                named, place = inventory.averaged[i], self.places[i]
                 found[i] = Shard(
                     named,
                     tuple(named.tensor.shape),
@@ -190,7 +191,9 @@ class ReplicatedSource(ShardSource):
                 )
         self.shards = [found[i] for i in range(len(places))]
         self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
-        self._views: dict[int, tuple[int, Tensor]] = {}
+        self._sliced = any(shard.range is not None for shard in self.shards)
+        self._pointers: list[int] = []
+        self._live: list[Tensor] = []
 
     def target_tensor(self, index: int) -> Tensor:
         """This rank's tensor of the parameter at ``index``, which a swap overwrites."""
@@ -200,27 +203,23 @@ class ReplicatedSource(ShardSource):
         """What is averaged for it: itself, or a more precise copy."""
         return self.target_tensor(index)
 
-    def live(self) -> list[Tensor]:
-        return [
-            self.averaged_tensor(i) if shard.range is None else self._slice(i, shard.range)
-            for i, shard in enumerate(self.shards)
-        ]
+    def averaged_tensors(self) -> list[Tensor]:
+        """What is averaged for every parameter, whole."""
+        return [self.averaged_tensor(i) for i in range(len(self.shards))]
 
-    def _slice(self, index: int, span: FlatRange) -> Tensor:
-        """A view of a slice, made again only when the tensor moved."""
-        tensor = self.averaged_tensor(index)
-        pointer, view = self._views.get(index, (0, tensor))
-        if index not in self._views or pointer != tensor.data_ptr():
-            if span.numel and not tensor.is_contiguous():
-                raise StateError(
-                    f"parameter {self.shards[index].name.fqn} changed its memory format after the "
-                    "average was made; make a new ShardedEMA after model.to(memory_format=...)"
-                )
-            flat = tensor.detach()
-            flat = flat.view(-1)[span.start : span.stop] if span.numel else flat.new_empty(0)
-            pointer, view = tensor.data_ptr(), flat
-            self._views[index] = (pointer, view)
-        return view
+    def live(self) -> list[Tensor]:
+        tensors = self.averaged_tensors()
+        if not self._sliced:
+            return tensors
+        # Views are made again only when a tensor moved.
+        pointers = list(map(Tensor.data_ptr, tensors))
+        if pointers != self._pointers:
+            self._live = [
+                tensor if shard.range is None else _cut(shard, shard.range, tensor)
+                for shard, tensor in zip(self.shards, tensors, strict=True)
+            ]
+            self._pointers = pointers
+        return self._live
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [self.piece(s, t) for s, t in zip(self.shards, tensors, strict=True)]
@@ -247,12 +246,28 @@ class ReplicatedSource(ShardSource):
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
 
 
-def equal_copies(inventory: Inventory, group: dist.ProcessGroup) -> list[Place]:
-    """The places of a model that every rank of ``group`` holds whole."""
-    first = dist.get_rank(group) == 0
-    return [
-        Place(
-            Box.whole(n.tensor.shape), (group,) if isinstance(n.tensor, nn.Parameter) else (), first
+def _cut(shard: Shard, span: FlatRange, tensor: Tensor) -> Tensor:
+    """A slice as a view."""
+    if not span.numel:
+        return tensor.detach().new_empty(0)
+    if not tensor.is_contiguous():
+        raise StateError(
+            f"parameter {shard.name.fqn} changed its memory format after the average was made; "
+            "make a new ShardedEMA after model.to(memory_format=...)"
         )
-        for n in inventory.averaged
-    ]
+    return tensor.detach().view(-1)[span.start : span.stop]
+
+
+def leads(groups: Groups) -> bool:
+    """Whether this rank is the first of its replicas, which writes what is not divided."""
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
+def whole_copy(named: Named, groups: Groups) -> Place:
+    """The place of a tensor that all ranks reached over ``groups`` hold whole.
+
+    A buffer has no replicas: its values may differ (batch statistics), so nobody can keep
+    another's slice of it.
+    """
+    shared = groups if isinstance(named.tensor, nn.Parameter) else ()
+    return Place(Box.whole(named.tensor.shape), shared, writes=leads(groups))

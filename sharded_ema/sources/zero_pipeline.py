@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from sharded_ema.errors import UnsupportedLayoutError
+from sharded_ema.layout import Box
 from sharded_ema.sources.base import Inventory, ShardSource
 
 
@@ -54,10 +55,11 @@ class EngineSource(ShardSource):
     def writes_whole(self, fqn: str) -> bool:
         return dist.get_rank(self.replicas) == 0 and not self.is_borrowed(fqn)
 
-    def agreement_record(self) -> dict[str, str]:
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
         # DeepSpeed keeps equal what it replicates; what is told here is who averages what.
-        return {n.fqn: "" for n in self.inventory.averaged} if self.is_pipeline else {}
+        nothing = (Box((), ()), "")
+        return {n.fqn: nothing for n in self.inventory.averaged} if self.is_pipeline else {}
 
-    def compare(self, records: Sequence[dict[str, str]]) -> None:
+    def compare(self, records: Sequence[dict[str, tuple[Box, str]]]) -> None:
         own = {named.fqn for named in self.inventory.averaged}
         self.elsewhere = frozenset(name for record in records for name in record) - own

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_ema.errors import BindError
 from sharded_ema.sources.base import Backup, Inventory, is_rounded, read
-from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
+from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
 from sharded_ema.sources.zero_pipeline import EngineSource
 
 
@@ -37,7 +37,7 @@ class Zero0Source(EngineSource, ReplicatedSource):
             self,
             inventory,
             self.ranks,
-            equal_copies(inventory, self.replicas),
+            [whole_copy(named, (self.replicas,)) for named in inventory.averaged],
             shard_replicas=shard_replicas,
         )
         self.shards = [

@@ -6,18 +6,45 @@ strided and 0-d parameters, and buffers of several kinds.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
-MODES = ("fsdp2", "fsdp2_mixed", "fsdp2_bf16", "ddp", "ddp_bf16")
+# Every layout, with the numbers of ranks that it can have here.
+WORLDS: dict[str, tuple[int, ...]] = {
+    "fsdp2": (2, 3, 4),
+    "fsdp2_mixed": (2, 3, 4),
+    "fsdp2_bf16": (2, 3, 4),
+    "fsdp2_dim1": (2, 3),
+    "ddp": (2, 3, 4),
+    "ddp_bf16": (2, 3, 4),
+    "hsdp": (4,),
+    "hsdp_whole": (4,),
+    "tp": (2,),
+    "tp_fsdp2": (4,),
+    "ep_fsdp2": (4,),
+}
+MODES = tuple(WORLDS)
+
+
+def sizes(mode: str, wanted: Sequence[int] = (2, 3, 4)) -> list[int]:
+    """Those of the wanted numbers of ranks that a mode can have, or the most that it can."""
+    return [n for n in wanted if n in WORLDS[mode]] or [max(WORLDS[mode])]
 
 
 class Block(nn.Module):
@@ -30,6 +57,21 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+class Experts(nn.Module):
+    """All experts see all tokens; expert parallelism gives each rank some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 10, 2) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, DTensor):
+            return torch.einsum("bi,eio->bo", x, weight)
+        mine = torch.einsum("bi,eio->bo", x, weight.to_local())
+        return DTensor.from_local(mine, weight.device_mesh, [Partial()]).full_tensor()
+
+
 class Ragged(nn.Module):
     #: 0-d and strided parameters, where the framework can train them.
     odd_tensors = True
@@ -39,6 +81,7 @@ class Ragged(nn.Module):
         self.inp = nn.Linear(7, 10)
         self.blocks = nn.ModuleList([Block(10, 5), Block(10, 3)])
         self.out = nn.Linear(10, 2)
+        self.experts = Experts()
         self.tied = nn.Linear(7, 10, bias=False)
         self.tied.weight = self.inp.weight
         self.one = nn.Parameter(torch.full((1,), 1.5))
@@ -63,7 +106,7 @@ class Ragged(nn.Module):
         # Mixed precision converts what it shards; what it ignores stays as it is.
         scalar, skew = self.scalar.to(h.dtype), self.transposed.t().to(h.dtype)
         kernel, bias = self.conv.weight.to(h.dtype), self.conv.bias.to(h.dtype)
-        h = self.out(h) * self.one + scalar + h[:, :5] @ skew
+        h = self.experts(h) + self.out(h) * self.one + scalar + h[:, :5] @ skew
         image = x[:, :3, None, None].expand(-1, 3, 3, 3).to(h.dtype)
         h = h + nn.functional.conv2d(image, kernel, bias).mean((2, 3))
         return h + self.frozen.sum() / 10
@@ -78,16 +121,20 @@ class Run:
         bare: the module inside wrappers, on which names are bare.
         optimizer: AdamW over the trainable parameters.
         unsynced: parameters whose gradients no wrapper averages.
+        stream: which data this rank sees; the same on the ranks of one tensor-parallel group.
+        options: for the ShardedEMA.
     """
 
     target: nn.Module
     bare: Ragged
     optimizer: torch.optim.Optimizer
-    unsynced: list[nn.Parameter] = field(default_factory=list)
+    unsynced: list[nn.Parameter]
+    stream: int
+    options: dict[str, Any]
 
     def step(self, index: int, *, backward_only: bool = False) -> float:
-        """One optimizer step on data that depends on the rank and ``index`` alone."""
-        generator = torch.Generator().manual_seed(1000 * index + rank())
+        """One optimizer step on data that depends on the stream and ``index`` alone."""
+        generator = torch.Generator().manual_seed(1000 * index + self.stream)
         dtype = next(p.dtype for p in self.bare.parameters())
         x = torch.randn(4, 7, generator=generator).to(dtype)
         loss = self.target(x).float().square().mean()
@@ -124,23 +171,67 @@ def build(mode: str, seed: int = 0) -> Run:
     if mode.endswith("_bf16"):
         bare = bare.bfloat16()
     target: nn.Module = bare
-    unsynced: list[nn.Parameter] = []
+    # fully_shard refuses strided and 0-d parameters; its users leave them replicated.
+    unsynced = [bare.transposed, bare.conv.weight, bare.scalar]
+    stream = rank()
     if mode.startswith("fsdp2"):
-        mesh = init_device_mesh("cpu", (world(),))
-        policy: dict[str, Any] = {}
-        if mode == "fsdp2_mixed":
-            policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
-        # fully_shard refuses strided and 0-d parameters; its users leave them replicated.
-        unsynced = [bare.transposed, bare.conv.weight, bare.scalar]
-        for block in bare.blocks:
-            fully_shard(block, mesh=mesh, **policy)
-        fully_shard(bare, mesh=mesh, ignored_params=set(unsynced), **policy)
+        shard(bare, init_device_mesh("cpu", (world(),)), unsynced, mode)
+    elif mode.startswith("hsdp"):
+        axes = ("replicate", "shard")
+        shard(bare, init_device_mesh("cpu", (2, 2), mesh_dim_names=axes), unsynced, mode)
+    elif mode == "tp":
+        unsynced += split_layers(bare, init_device_mesh("cpu", (2,)))
+        stream = 0
+    elif mode == "tp_fsdp2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        split_layers(bare, mesh["tp"])
+        shard(bare, mesh["dp"], unsynced, mode)
+        stream = mesh.get_local_rank("dp")
+    elif mode == "ep_fsdp2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        weight = distribute_tensor(bare.experts.weight.detach(), mesh["ep"], [ShardPlacement(0)])
+        bare.experts.weight = nn.Parameter(weight)
+        fully_shard(bare.experts, mesh=mesh["dp"])
+        shard(bare, init_device_mesh("cpu", (4,)), unsynced, mode)
+        stream = mesh.get_local_rank("dp")
     elif mode.startswith("ddp"):
-        target = DistributedDataParallel(bare)
-    elif mode != "plain":
+        target, unsynced = DistributedDataParallel(bare), []
+    elif mode == "plain":
+        unsynced = []
+    else:
         raise ValueError(mode)
     trainable = [p for p in bare.parameters() if p.requires_grad]
-    return Run(target, bare, torch.optim.AdamW(trainable, lr=1e-2), unsynced)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    options = {"shard_replicas": False} if mode.endswith("_whole") else {}
+    return Run(target, bare, optimizer, unsynced, stream, options)
+
+
+def shard(bare: Ragged, mesh: DeviceMesh, ignored: list[nn.Parameter], mode: str) -> None:
+    """``fully_shard`` over ``mesh``."""
+    options: dict[str, Any] = {"mesh": mesh}
+    if mode == "fsdp2_mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if mode == "fsdp2_dim1":  # along which it wants even shards
+        options["shard_placement_fn"] = lambda p: ShardPlacement(
+            int(p.dim() > 1 and p.shape[1] % world() == 0)
+        )
+    for block in bare.blocks:
+        fully_shard(block, **options)
+    fully_shard(bare, ignored_params=set(ignored), **options)
+
+
+def split_layers(bare: Ragged, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Tensor parallelism of all linear layers; returns what is left replicated as plain tensors."""
+    plan: dict[str, ParallelStyle] = {"out": RowwiseParallel(input_layouts=Replicate())}
+    for name in ("inp", "tied"):
+        plan[name] = ColwiseParallel(output_layouts=Replicate())
+    for index in range(len(bare.blocks)):
+        # Local outputs of an uneven layer would be taken for those of an even one.
+        plan[f"blocks.{index}.up"] = ColwiseParallel(use_local_output=False)
+        plan[f"blocks.{index}.down"] = RowwiseParallel()
+    parallelize_module(bare, mesh, plan)
+    bare.tied.weight = bare.inp.weight
+    return [bare.one, bare.conv.bias, bare.experts.weight]
 
 
 def reference_step(average: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:

@@ -36,7 +36,7 @@ def prove(folder: Path, average: dict[str, Tensor], raw: dict[str, Tensor]) -> N
     assert metadata["kind"] == "ema" and metadata["num_updates"] == "5"
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "tp_fsdp2"])
 def test_consolidated_file_is_the_average(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     average, raw = worlds[4].run(consolidated_run, mode, str(tmp_path / "ema"))[0]
     report = consolidate(tmp_path / "ema", tmp_path / "out", progress=False)
