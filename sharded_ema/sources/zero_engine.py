@@ -19,7 +19,7 @@ from sharded_ema.sources.zero import Zero3Source, Zero12Source, is_parameter
 from sharded_ema.sources.zero_stage0 import Zero0Source
 
 #: The oldest DeepSpeed that the tests ran on.
-OLDEST = (0, 16, 9)
+OLDEST = (0, 19, 8)
 
 _PARTITIONED: dict[str, type[Zero12Source] | type[Zero3Source]] = {
     "DeepSpeedZeroOptimizer": Zero12Source,
