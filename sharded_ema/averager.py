@@ -25,7 +25,7 @@ from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
 from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
-from sharded_ema.sources import Backup, make_source
+from sharded_ema.sources import Backup, adapters_of, make_source
 from sharded_ema.state import Action, Clock, Shadow
 
 
@@ -42,7 +42,7 @@ class Averager:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str = "copy",
-        frozen: str = "save",
+        frozen: str | None = None,
         shadow_dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
         shard_replicas: bool = True,
@@ -57,7 +57,7 @@ class Averager:
             update_every=update_every,
             start_step=start_step,
             buffers=buffers,
-            frozen=frozen,
+            frozen=frozen or ("skip" if adapters_of(target) else "save"),
             nonfinite=nonfinite,
             total_steps=total_steps,
         )

@@ -43,9 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--like",
         metavar="DIR",
-        help="model directory to take configuration from "
+        help="model or PEFT adapter directory to take configuration from "
         "and, if it has weights, to check names and shapes against",
     )
+    merge.add_argument("--adapter", help="PEFT adapter to write, if the model had several")
     merge.add_argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
     merge.add_argument(
         "--tied",
@@ -72,6 +73,7 @@ def run(arguments: argparse.Namespace) -> Report:
         like=arguments.like,
         jobs=arguments.jobs,
         tied=arguments.tied,
+        adapter=arguments.adapter,
         progress=not arguments.no_progress,
     )
 

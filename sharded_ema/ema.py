@@ -64,7 +64,8 @@ class ShardedEMA(Averager):
         include, exclude: shell-style patterns over parameter names.
         buffers: ``"copy"`` stores buffers as they are, ``"average"`` averages floating ones,
             ``"ignore"`` leaves them out. Integer buffers are never averaged.
-        frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not.
+        frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not;
+            default ``"save"``, but ``"skip"`` for a model with PEFT adapters.
         shadow_dtype: dtype of the shadow; below fp32 it must be forced with ``force_dtype``.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.

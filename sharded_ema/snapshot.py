@@ -60,6 +60,7 @@ def make_meta(
             for named in (*inventory.averaged, *inventory.frozen)
             if named.aliases
         },
+        "adapters": inventory.adapters,
         "buffers": settings.buffers,
         "frozen": settings.frozen,
         "absent": {"count": len(absent), "names": absent[:_MAX_ABSENT_NAMES]},

@@ -16,7 +16,7 @@ from sharded_ema.sources.base import (
     Named,
     Shard,
     ShardSource,
-    copy_into,
+    adapters_of,
     take_inventory,
 )
 from sharded_ema.sources.ddp import DDPSource
@@ -24,7 +24,7 @@ from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
 from sharded_ema.sources.plain import PlainSource
 from sharded_ema.sources.zero_engine import make_engine_source, refuse_partitioned
 
-__all__ = ["Backup", "Inventory", "Named", "Shard", "ShardSource", "copy_into", "make_source"]
+__all__ = ["Backup", "Inventory", "Named", "Shard", "ShardSource", "adapters_of", "make_source"]
 
 
 def make_source(

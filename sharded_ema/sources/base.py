@@ -84,12 +84,14 @@ class Inventory:
         frozen: parameters with ``requires_grad=False``.
         excluded: trainable parameters that the patterns leave out.
         buffers: persistent buffers.
+        adapters: names of the PEFT adapters in it.
     """
 
     averaged: list[Named] = field(default_factory=list)
     frozen: list[Named] = field(default_factory=list)
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
+    adapters: list[str] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[Named]:
@@ -108,6 +110,13 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
         if child is not None:
             wrapped = name in _WRAPPED or (is_ddp and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
+
+
+def adapters_of(model: nn.Module) -> list[str]:
+    """Names of the PEFT adapters of a model; none for what is no module."""
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    configs = (getattr(module, "peft_config", None) for module in modules)
+    return sorted({name for config in configs if isinstance(config, dict) for name in config})
 
 
 def take_inventory(
@@ -129,7 +138,7 @@ def take_inventory(
         BindError: a parameter is on the meta device or has no elements, or none is left.
         ConfigError: a pattern matches nothing that can be averaged.
     """
-    found = Inventory()
+    found = Inventory(adapters=adapters_of(model))
     parameters: dict[int, Named] = {}
     for prefix, module in walk(model):
         for attribute, parameter in module._parameters.items():

@@ -30,9 +30,16 @@ from sharded_ema.checkpoint.reading.stream import (
 )
 from sharded_ema.config import DEFAULT_PROFILE, META_KEY
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
+from sharded_ema.tools.adapters import adapter_tensors
 from sharded_ema.tools.casting import caster, target_dtype
 from sharded_ema.tools.contents import Average, find_average, num_bytes
-from sharded_ema.tools.huggingface import Model, copy_description, index_bytes, read_model
+from sharded_ema.tools.huggingface import (
+    ADAPTER_WEIGHTS,
+    Model,
+    copy_description,
+    index_bytes,
+    read_model,
+)
 from sharded_ema.tools.report import Report
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
@@ -62,6 +69,7 @@ def consolidate(
     like: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     tied: str = "drop",
+    adapter: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Write one average as a model directory that ``from_pretrained`` loads.
@@ -75,9 +83,11 @@ def consolidate(
         max_shard_size: bytes per output file, such as ``"5GB"``; a larger tensor gets its own.
         prefix: key prefix of the average if the checkpoint holds several.
         like: a Hugging Face directory. Its configuration and tokenizer files are copied; if it has
-            safetensors weights, names and shapes must be theirs.
+            safetensors weights, names and shapes must be theirs. The directory of a PEFT adapter
+            makes the output one: ``adapter_model.safetensors``, with PEFT's names.
         jobs: output files written at a time.
         tied: ``"drop"`` writes tied weights under one name, ``"emit"`` under all their names.
+        adapter: write the PEFT adapter of this name; needed if the model had several.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -97,10 +107,14 @@ def consolidate(
     _check_target(target, catalog.path)
     report = Report("consolidate", str(src))
     model = read_model(Path(like)) if like is not None else None
-    outputs = _plan_outputs(average, dtype, tied, model, report)
+    if adapter is not None or (model is not None and model.is_adapter):
+        outputs = _plan_adapter(average, adapter, dtype, model, report)
+        files = [(ADAPTER_WEIGHTS, outputs)]
+    else:
+        outputs = _plan_outputs(average, dtype, tied, model, report)
+        files = _plan_files(outputs, _parse_size(max_shard_size))
     if not report.ok:
         return report
-    files = _plan_files(outputs, _parse_size(max_shard_size))
     _check_space(target, sum(o.num_bytes for o in outputs))
     staging = commit.temporary(target, uuid_module.uuid4().hex)
     try:
@@ -141,6 +155,23 @@ def _check_target(target: Path, source: Path) -> None:
         raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointExistsError(f"{target} already exists; nothing was written")
+
+
+def _plan_adapter(
+    average: Average,
+    adapter: str | None,
+    dtype: str | None,
+    model: Model | None,
+    report: Report,
+) -> list[Output]:
+    """The tensors of a PEFT adapter; PEFT reads them from one file."""
+    named = adapter_tensors(average, adapter)
+    left = len(average.tensors) - len(named)
+    if left:
+        report.notes.append(f"{left} tensors in the checkpoint are not the adapter's")
+    if model is not None and model.shapes is not None:
+        _compare(named, model, report)
+    return [Output(n, tensor, target_dtype(tensor.dtype, dtype)) for n, tensor in named.items()]
 
 
 def _plan_outputs(

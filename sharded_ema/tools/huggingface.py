@@ -15,6 +15,8 @@ from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.layout import Shape
 
 _INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
@@ -32,10 +34,12 @@ class Model:
     Attributes:
         path: the directory.
         shapes: of its tensors by name in file order; ``None`` if it holds no safetensors weights.
+        is_adapter: whether it is a PEFT adapter, and no whole model.
     """
 
     path: Path
     shapes: dict[str, Shape] | None
+    is_adapter: bool = False
 
 
 def read_model(path: Path) -> Model:
@@ -47,6 +51,7 @@ def read_model(path: Path) -> Model:
     """
     if not path.is_dir():
         raise CheckpointNotFoundError(f"there is no model directory at {path}")
+    is_adapter = (path / ADAPTER_CONFIG).is_file()
     if (path / _INDEX).is_file():
         try:
             files = list(
@@ -55,11 +60,12 @@ def read_model(path: Path) -> Model:
         except (ValueError, KeyError, AttributeError) as error:
             raise CheckpointCorruptError(f"{path / _INDEX} is no index: {error!r}") from error
     else:
-        files = ["model.safetensors"] if (path / "model.safetensors").is_file() else []
+        names = (ADAPTER_WEIGHTS,) if is_adapter else ("model.safetensors",)
+        files = [name for name in names if (path / name).is_file()]
     shapes = {
         name: entry.shape for file in files for name, entry in read_header(path / file)[0].items()
     }
-    return Model(path, shapes if files else None)
+    return Model(path, shapes if files else None, is_adapter)
 
 
 def copy_description(model: Model, target: Path) -> list[str]:
