@@ -201,6 +201,11 @@ def _refuse_unusable(named: Named) -> None:
             f"parameter {named.fqn} is an expanded view, whose elements share memory; make it "
             "contiguous"
         )
+    if named.tensor.requires_grad and named.tensor.dtype == torch.float4_e2m1fn_x2:
+        raise BindError(
+            f"parameter {named.fqn} packs two elements into a byte; average the parameters before "
+            "they are quantised"
+        )
     if named.tensor.is_meta:
         raise BindError(
             f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
 from sharded_ema.sources.base import Inventory, whole_digest
 from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
@@ -17,6 +18,9 @@ class DDPSource(ReplicatedSource):
         ddp: the DistributedDataParallel module inside the target.
         inventory: the tensors of the target.
         shard_replicas: see :class:`ReplicatedSource`.
+
+    Raises:
+        UnsupportedLayoutError: the module had DTensors before it was wrapped.
     """
 
     kind = "ddp"
@@ -24,6 +28,14 @@ class DDPSource(ReplicatedSource):
     def __init__(
         self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
+        for named in inventory.parameters:
+            # What DDP on a mesh leaves where it took a DTensor's local tensor out.
+            if hasattr(named.tensor, "_st_info"):
+                raise UnsupportedLayoutError(
+                    f"parameter {named.fqn} is the local tensor of a DTensor, in which "
+                    "DistributedDataParallel hides tensor parallelism; replicate the model with "
+                    "fully_shard on a mesh of two axes instead"
+                )
         super().__init__(
             inventory,
             dist.get_process_group_ranks(ddp.process_group),

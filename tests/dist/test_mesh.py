@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.two_tensor import TwoTensor
 
@@ -76,6 +77,8 @@ def gather_in_small_blocks() -> list[int]:
                 count = torch.arange(float(full.numel())) + 4
                 wanted = count.view(2, 3).t() if name == "strided" else count.view(full.shape)
                 assert torch.equal(full.float(), wanted.to(full.dtype).float()), name
+        ema.copy_to()
+        assert torch.equal(model.plain.detach(), torch.arange(11.0) + 4)
     finally:
         replicas.GATHER_NUMEL = whole
     ema.close()
@@ -162,7 +165,10 @@ def refusals() -> list[tuple[str, str, str]]:
     row = init_device_mesh("cpu", (4,))
     sharded = on(row, [ShardPlacement(0)], 8)
     part = DTensor.from_local(torch.ones(3), pairs, [ShardPlacement(0)], run_check=False)
-    models = {
+    hidden = nn.Sequential(nn.Linear(4, 8))
+    parallelize_module(hidden, mesh["b"], {"0": ColwiseParallel()})
+    models: dict[str, nn.Module] = {
+        "hidden": DistributedDataParallel(hidden, device_mesh=mesh["a"]),
         "partial": Held(weight=partial),
         "subclass": Held(weight=kind),
         "descending": Held(weight=on(down, [ShardPlacement(0), Replicate()], 8)),
@@ -175,8 +181,9 @@ def test_layouts_without_a_part_on_each_rank_are_refused_by_name(worlds: Worlds)
     for found in worlds[4].run(refusals):
         for case, name, message in found:
             assert name == UnsupportedLayoutError.__name__, case
-            assert "parameter weight" in message
+            assert "parameter weight" in message or "parameter 0.weight" in message, case
         messages = {case: message for case, _, message in found}
+        assert "DistributedDataParallel" in messages["hidden"]
         assert "Partial" in messages["partial"]
         assert "TwoTensor" in messages["subclass"]
         assert "ascend" in messages["descending"]

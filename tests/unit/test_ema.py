@@ -438,6 +438,7 @@ def test_parameters_that_cannot_be_averaged_are_named() -> None:
     for parameter, match in (
         (torch.randn(3, dtype=torch.complex64), "parameter p is complex"),
         (torch.randn(1).expand(4), "parameter p is an expanded view"),
+        (torch.empty(4, dtype=torch.float4_e2m1fn_x2), "parameter p packs two elements"),
     ):
         model = nn.Linear(2, 2)
         model.register_parameter("p", nn.Parameter(parameter))
