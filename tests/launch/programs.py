@@ -74,6 +74,11 @@ class TrainingRun:
             if "loss" in name
         }
 
+    def line(self, start: str) -> str:
+        """The one line of its output that begins so."""
+        (line,) = [line for line in self.text.splitlines() if line.startswith(start)]
+        return line
+
     def checkpoint(self, step: int) -> Path:
         return self.out / "checkpoints" / f"step_{step:06d}"
 
@@ -143,8 +148,7 @@ def finished(
 
 def consolidate(run: TrainingRun) -> Path:
     """Export the last average by the command that the run itself printed."""
-    (line,) = [line for line in run.text.splitlines() if line.startswith("export ")]
-    command = line.split()[2:]
+    command = run.line("export ").split()[2:]
     assert command[0] == "consolidate" and command[-2:] == ["--like", str(run.out / "hf")]
     execute("-m", "sharded_ema", *command, "--no-progress").good()
     return Path(command[2])

@@ -141,7 +141,7 @@ def test_same_seed_gives_the_same_run(base: TrainingRun, again: TrainingRun) -> 
 
 
 def test_resume_auto_from_nothing_starts_from_scratch_and_says_so(again: TrainingRun) -> None:
-    (line,) = [line for line in again.text.splitlines() if line.startswith("resume ")]
+    line = again.line("resume ")
     assert "starting from scratch" in line and str(again.out) in line
     assert list(again.rows()) == [1, 2, 3, 4, 5, 6]
 
