@@ -4,15 +4,25 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
 
-.PHONY: train test test-gpu lint format bench docs clean
+.PHONY: train train-deepspeed test test-gpu lint format bench docs clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
+define TRAIN_AND_CHECK
+rm -rf $(RUN)
+OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --out $(RUN) $(FLAGS)
+$(BIN)/sharded-ema inspect $(RUN)/ema
+$(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export --like $(RUN)/hf
+$(BIN)/python launch/check_export.py $(RUN)/export $(RUN)
+endef
+
 train: $(VENV)/.train
-	rm -rf $(RUN)
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --out $(RUN)
-	$(BIN)/sharded-ema inspect $(RUN)/ema
-	$(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export --like $(RUN)/hf
-	$(BIN)/python launch/check_export.py $(RUN)/export $(RUN)
+	$(TRAIN_AND_CHECK)
+
+# The same under DeepSpeed ZeRO-3.
+train-deepspeed: RUN = runs/deepspeed
+train-deepspeed: FLAGS = --parallel zero3
+train-deepspeed: $(VENV)/.deepspeed
+	$(TRAIN_AND_CHECK)
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
@@ -53,7 +63,8 @@ $(VENV)/.%: pyproject.toml constraints.txt $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
 	touch $@
 
-EXTRAS_train := train
-EXTRAS_test  := train,test
-EXTRAS_docs  := docs
+EXTRAS_train     := train
+EXTRAS_deepspeed := train,deepspeed
+EXTRAS_test      := train,deepspeed,test
+EXTRAS_docs      := docs
 .PRECIOUS: $(VENV)/.torch

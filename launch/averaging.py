@@ -25,18 +25,15 @@ def build_average(model: nn.Module, options: Options) -> ShardedEMA | None:
     )
 
 
-def describe(
-    ema: ShardedEMA | None, model: nn.Module, options: Options, ranks: Ranks
-) -> Iterator[str]:
+def describe(ema: ShardedEMA | None, options: Options, ranks: Ranks) -> Iterator[str]:
     """Lines that tell what is averaged, how far back, and what that costs each rank."""
     shadows = ranks.gather(ema.memory["shadow"] if ema else 0)
     if ema is None:
         yield "average    none (--ema keeps one)"
         return
-    averaged = sum(p.requires_grad for p in model.parameters())
     every, start = options.ema_update_every, options.ema_start_step
     cadence = f"every {every} steps" if every > 1 else "after every step"
-    yield f"average    {averaged} parameter tensors, {cadence}, from step {start} on"
+    yield f"average    {len(ema.names)} parameter tensors, {cadence}, from step {start} on"
     last = max(1, options.steps - start)
     for name, schedule in options.profiles.items():
         yield f"  {name:<8} {_schedule_text(schedule)}: {_decay_text(schedule, last)}"

@@ -1,17 +1,14 @@
-"""The model to train: its configuration, weights, parallel wrapping and optimizer."""
+"""The model to train: its configuration, weights, optimizer and learning rate."""
 
 from __future__ import annotations
 
 import copy
 import math
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -22,7 +19,7 @@ from transformers import (
 )
 
 from options import Options
-from ranks import Ranks, RunError
+from ranks import RunError
 
 VOCABULARY = 256  # a token is a byte
 
@@ -73,58 +70,28 @@ def build_model(
     if options.activation_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
     if options.compile:
-        for block in _blocks(model):
+        for block in blocks(model):
             block.compile()
     return model.to(device)
 
 
-def parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
-    """Wrap the model as ``--parallel`` says; FSDP2: one group for each block, one for the rest."""
-    if options.parallel == "ddp":
-        return DistributedDataParallel(
-            model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
-        )
-    if options.parallel == "fsdp2":
-        # The parameters, and with them optimizer and average, stay as they are: only the gathered
-        # copies are bfloat16, and gradients are summed in float32.
-        policy = MixedPrecisionPolicy()
-        if options.dtype == "bfloat16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for block in _blocks(model):
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    return model
-
-
-def _blocks(model: PreTrainedModel) -> list[nn.Module]:
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks, by the class names that the model declares."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
 
 
-def precision(options: Options, device: torch.device) -> AbstractContextManager[Any]:
-    """Context of every forward pass: autocast where nothing else lowers the precision."""
-    if options.dtype == "bfloat16" and not options.pure_bf16 and options.parallel != "fsdp2":
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
-
-
-def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
-    """Exchange gradients only in the last micro-batch of an optimizer step."""
-    if isinstance(model, FSDPModule):
-        model.set_requires_gradient_sync(last)
-    if isinstance(model, DistributedDataParallel) and not last:
-        return model.no_sync()
-    return nullcontext()
-
-
-def build_optimizer(model: nn.Module, options: Options) -> torch.optim.AdamW:
-    """AdamW; weight decay for matrices only, as usual for transformers."""
+def parameter_groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:
+    """What is trained; weight decay for matrices only, as usual for transformers."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
+
+
+def build_optimizer(groups: list[dict[str, Any]], options: Options) -> torch.optim.AdamW:
+    """AdamW over some parameter groups."""
     # fused: one call for all tensors; the plain loop costs more than the model on small shards.
     return torch.optim.AdamW(
         groups, lr=options.lr, betas=(options.beta1, options.beta2), fused=True

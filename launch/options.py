@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import deepspeed_config
 from sharded_ema.errors import ConfigError
 from sharded_ema.schedules import Constant, HalfLife, Schedule, parse_schedule
 
 # Kept apart from the parser so that "was it given?" can be told: --model excludes them.
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
+ZERO_STAGES = ("zero0", "zero1", "zero2", "zero3")
 EMA_DECAY = 0.95  # 20 steps: fits the 400 of the default run, not a long one
 
 
 @dataclass(frozen=True)
 class Options:
-    """The parsed command line; every field is the flag of the same name."""
+    """The parsed command line; every field is the flag of the same name.
+
+    Attributes:
+        deepspeed: its whole configuration; None where it is not used.
+    """
 
     data: list[Path]
     data_bytes: int
@@ -43,6 +51,7 @@ class Options:
     clip_norm: float
     seed: int
     parallel: str
+    deepspeed: dict[str, Any] | None
     dtype: str
     pure_bf16: bool
     activation_checkpointing: bool
@@ -170,9 +179,17 @@ def build_parser() -> argparse.ArgumentParser:
     system = parser.add_argument_group("parallelism and precision")
     system.add_argument(
         "--parallel",
-        choices=("fsdp2", "ddp", "none"),
-        help="(default: fsdp2 under torchrun with several ranks, else none)",
+        choices=("fsdp2", "ddp", "none", *ZERO_STAGES),
+        help="(default: fsdp2 with several ranks, else none); zero0 to zero3 are DeepSpeed's",
     )
+    system.add_argument(
+        "--deepspeed",
+        type=Path,
+        metavar="FILE",
+        help="configuration of DeepSpeed, with the stage; instead of --parallel",
+    )
+    # The deepspeed launcher adds it; the environment says the same.
+    system.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     system.add_argument(
         "--dtype",
         choices=("float32", "bfloat16"),
@@ -225,10 +242,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     _check_model(parser, values)
     _check_system(parser, values, ranks)
+    if values["parallel"] in ZERO_STAGES:
+        _check_deepspeed(parser, values, ranks)
     values["profiles"] = _profiles(parser, values)
     values["ema_start_step"] = values["ema_start_step"] or 0
     values["ema_update_every"] = values["ema_update_every"] or 1
-    for name in ("ema", "ema_decay", "ema_half_life", "ema_profile"):
+    for name in ("ema", "ema_decay", "ema_half_life", "ema_profile", "local_rank"):
         del values[name]
     if values["batch_size"] < ranks * values["accumulation"]:
         parser.error(
@@ -258,15 +277,44 @@ def _check_model(parser: argparse.ArgumentParser, values: dict) -> None:
 
 
 def _check_system(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+    if values["deepspeed"] is not None:
+        _read_deepspeed(parser, values)
     if values["parallel"] is None:
         values["parallel"] = "fsdp2" if ranks > 1 else "none"
     if values["parallel"] == "none" and ranks > 1:
-        parser.error(f"--parallel none runs in one process, but torchrun started {ranks}")
+        parser.error(f"--parallel none runs in one process, but {ranks} were started")
     if values["parallel"] != "none" and "RANK" not in os.environ:
-        parser.error(f"--parallel {values['parallel']} needs torchrun to start it")
+        launchers = "torchrun or deepspeed" if values["parallel"] in ZERO_STAGES else "torchrun"
+        parser.error(f"--parallel {values['parallel']} needs {launchers} to start it")
     if values["pure_bf16"] and values["dtype"] == "float32":
         parser.error("--pure-bf16 contradicts --dtype float32")
     values["dtype"] = values["dtype"] or ("bfloat16" if values["pure_bf16"] else "float32")
+
+
+def _read_deepspeed(parser: argparse.ArgumentParser, values: dict) -> None:
+    """Read the file, whose stage is then what --parallel stands for."""
+    path, parallel = values["deepspeed"], values["parallel"]
+    try:
+        values["deepspeed"] = deepspeed_config.read_config(path)
+        stage = f"zero{deepspeed_config.zero_stage(values['deepspeed'])}"
+    except ConfigError as error:
+        parser.error(str(error))
+    if parallel not in (None, stage):
+        parser.error(f"--parallel {parallel} contradicts --deepspeed {path}, which says {stage}")
+    values["parallel"] = stage
+
+
+def _check_deepspeed(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+    for name in ("pure_bf16", "compile"):
+        if values[name]:
+            parser.error(f"--{name.replace('_', '-')} does not go with DeepSpeed")
+    if importlib.util.find_spec("deepspeed") is None:
+        parser.error("DeepSpeed is not installed: pip install 'sharded-ema[deepspeed]'")
+    stage = {"zero_optimization": {"stage": ZERO_STAGES.index(values["parallel"])}}
+    try:
+        values["deepspeed"] = deepspeed_config.complete(values["deepspeed"] or stage, values, ranks)
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def _profiles(parser: argparse.ArgumentParser, values: dict) -> dict[str, Schedule]:

@@ -85,7 +85,8 @@ def start_ranks(distributed: bool) -> Iterator[Ranks]:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+        here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE")  # deepspeed's
+        _share_cores(int(here or "1"))
     if not distributed:
         yield Ranks(0, 1, device)
         return

@@ -1,8 +1,9 @@
 """Checkpoints of a run: what is in one, when one counts, and how a run takes it up again.
 
-``OUT/checkpoints/step_000100`` holds ``train/`` (model and optimizer, stock DCP), ``ema/`` (the
-library's own format) and ``trainer.json``. The file ``OUT/checkpoints/latest`` names the last
-complete one; a directory beyond it was never finished.
+``OUT/checkpoints/step_000100`` holds ``train/`` (model and optimizer, stock DCP; or the files of
+DeepSpeed in its place), ``ema/`` (the library's own format) and ``trainer.json``. The file
+``OUT/checkpoints/latest`` names the last complete one; a directory beyond it was never finished.
+That is DeepSpeed's layout too: the root is its save directory and a step is a tag.
 """
 
 from __future__ import annotations
@@ -10,20 +11,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.optim import Optimizer
-
+import deepspeed_config
+from engine import Engine
 from options import Options
 from ranks import Ranks, RunError
 from sharded_ema import ShardedEMA
@@ -61,8 +54,7 @@ class Checkpoints:
     def save(
         self,
         step: int,
-        model: nn.Module,
-        optimizer: Optimizer,
+        engine: Engine,
         ema: ShardedEMA | None,
         settings: dict[str, Any],
         results: dict[str, Any],
@@ -70,10 +62,7 @@ class Checkpoints:
         """Write one checkpoint with all ranks, then let ``latest`` name it and drop old ones."""
         target = self.path(step)
         self._ranks.on_first(lambda: self._prepare(target))
-        with _quiet_alone() as alone:
-            dcp.save(_train_state(model, optimizer), checkpoint_id=target / "train", no_dist=alone)
-        if ema is not None:
-            ema.save(target / "ema", step=step)
+        engine.save(target, ema, step)
         record = {"step": step, "settings": settings, "results": results}
         self._ranks.on_first(lambda: self._commit(target, record))
         return target
@@ -137,28 +126,13 @@ def _read_checkpoint(path: Path) -> Checkpoint:
         raise RunError(f"{record} cannot be read: {error!r}") from None
 
 
-def load_train_state(checkpoint: Checkpoint, model: nn.Module, optimizer: Optimizer) -> None:
-    """Restore model and optimizer, on whatever number of ranks.
-
-    Before the average is attached: giving a fresh optimizer its state takes a step of no effect,
-    which the average must not count.
-    """
-    state = _train_state(model, optimizer)
-    try:
-        with _quiet_alone() as alone:
-            dcp.load(state, checkpoint_id=checkpoint.path / "train", no_dist=alone)
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise RunError(f"{checkpoint.path / 'train'} cannot be loaded: {first!r}") from None
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
-
-
-def run_settings(options: Options, config: dict[str, Any], digest: str) -> dict[str, Any]:
+def run_settings(
+    options: Options, config: dict[str, Any], digest: str, ranks: int
+) -> dict[str, Any]:
     """What a checkpoint records of its run.
 
     ``fixed`` cannot change without making it another run; ``free`` may, and the user is told.
+    ``state`` cannot change because the training state could not be loaded.
     The averages of both must have the same names, if both have any.
     """
     fixed = {f"model.{key}": value for key, value in config.items() if key not in _VOLATILE}
@@ -170,7 +144,12 @@ def run_settings(options: Options, config: dict[str, Any], digest: str) -> dict[
         "text": digest,
     }
     free = {name: getattr(options, name) for name in _FREE}
-    return {"fixed": fixed, "free": free, "averages": sorted(options.profiles)}
+    return {
+        "fixed": fixed,
+        "free": free,
+        "state": deepspeed_config.state_layout(options.deepspeed, ranks),
+        "averages": sorted(options.profiles),
+    }
 
 
 _FREE = (
@@ -188,7 +167,7 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str
         One text for each harmless difference.
 
     Raises:
-        RunError: the data, the seed or the model differ.
+        RunError: the data, the seed or the model differ, or the training state cannot be loaded.
     """
     # Through JSON, as the recorded ones went: it makes lists of tuples and strings of keys.
     settings = json.loads(json.dumps(settings))
@@ -201,6 +180,14 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str
             f"cannot resume {checkpoint.path}: it belongs to another run: {'; '.join(fatal)}. "
             f"Give the same flags as then, or start afresh in another --out"
         )
+    why = deepspeed_config.why_not_resumable(
+        checkpoint.settings.get("state", deepspeed_config.TORCH_STATE), settings["state"]
+    )
+    if why:
+        raise RunError(
+            f"cannot resume {checkpoint.path}: {why}. The average loads in any layout and on any "
+            f"number of ranks: ema.load({str(checkpoint.path / 'ema')!r})"
+        )
     return _differences(checkpoint.settings["free"], settings["free"])
 
 
@@ -211,19 +198,6 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
-
-
-def _train_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    return {"model": model_state, "optimizer": optimizer_state}
-
-
-@contextmanager
-def _quiet_alone() -> Iterator[bool]:
-    """Whether this is a run of one process; DCP warns of that even where it was told."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield not dist.is_initialized()
 
 
 def _latest(root: Path) -> Path | None:

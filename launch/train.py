@@ -16,23 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
+from transformers import PreTrainedModel
 
 from averaging import build_average, describe
 from corpus import Corpus, load_corpus
+from deepspeed_engine import DeepSpeedEngine
+from engine import Engine
 from evaluation import held_out_loss, token_losses
-from language_model import (
-    build_config,
-    build_model,
-    build_optimizer,
-    gradient_sync,
-    learning_rate,
-    parallelize,
-    precision,
-    save_description,
-)
+from language_model import build_config, build_model, learning_rate, save_description
 from options import Options, parse_options
 from plotting import plot_losses
 from ranks import Ranks, RunError, start_ranks
@@ -42,11 +35,11 @@ from run_checkpoint import (
     Checkpoints,
     check_settings,
     find_checkpoint,
-    load_train_state,
     run_directory,
     run_settings,
 )
 from sharded_ema import ShardedEMA
+from torch_engine import TorchEngine
 
 
 @dataclass
@@ -56,8 +49,7 @@ class Run:
     options: Options
     ranks: Ranks
     corpus: Corpus
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
+    engine: Engine
     ema: ShardedEMA | None
     checkpoints: Checkpoints
     settings: dict[str, Any]
@@ -70,31 +62,24 @@ class Run:
         if self.ranks.first:
             tqdm.write(text)
 
-    def train_step(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def train_step(self) -> tuple[torch.Tensor, torch.Tensor | float | None]:
         """One optimizer step; this rank's part of the mean loss, and the norm of the gradient."""
-        options, ranks = self.options, self.ranks
+        options, ranks, engine = self.options, self.ranks, self.engine
         self.step += 1
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.step, options)
         size, context = options.batch_size, options.context
         mine = range(size * ranks.rank // ranks.size, size * (ranks.rank + 1) // ranks.size)
         batch = self.corpus.batch(options.seed, self.step, mine, context).to(ranks.device)
         parts = batch.tensor_split(options.accumulation)
         loss = torch.zeros((), device=ranks.device)
         for number, part in enumerate(parts, start=1):
-            with gradient_sync(self.model, last=number == len(parts)):
-                with precision(options, ranks.device):
+            with engine.micro_batch(last=number == len(parts)):
+                with engine.precision():
                     # Divided by the whole batch, not by this part: shares need not be equal.
-                    share = token_losses(self.model, part).sum() / (size * context)
+                    share = token_losses(engine.model, part).sum() / (size * context)
                 # Gradients are averaged over the ranks; this makes it a sum.
-                (share * ranks.size).backward()
+                engine.backward(share * ranks.size)
             loss += share.detach()
-        norm = None
-        if options.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), options.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return loss, norm
+        return loss, engine.step(learning_rate(self.step, options))
 
     def evaluate(self) -> dict[str, float]:
         """Held-out loss of the raw weights and of each average; all ranks take part."""
@@ -107,15 +92,16 @@ class Run:
         return results
 
     def _held_out_loss(self) -> float:
-        options, ranks = self.options, self.ranks
+        options, engine = self.options, self.engine
         windows = self.corpus.held_out_windows(options.eval_sequences, options.context)
-        context = precision(options, ranks.device)
-        return held_out_loss(self.model, windows, ranks, options.batch_size, context)
+        return held_out_loss(
+            engine.model, windows, self.ranks, options.batch_size, engine.precision()
+        )
 
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         return self.checkpoints.save(
-            self.step, self.model, self.optimizer, self.ema, self.settings, self.results or {}
+            self.step, self.engine, self.ema, self.settings, self.results or {}
         )
 
 
@@ -144,19 +130,19 @@ def train(options: Options, ranks: Ranks) -> None:
     if len(set(ranks.gather(digest))) > 1:
         raise RunError("the ranks read different text; is --data the same on all machines?")
     config = ranks.everywhere(lambda: build_config(options))
-    settings = run_settings(options, config.to_dict(), digest)
+    settings = run_settings(options, config.to_dict(), digest, ranks.size)
     changes = check_settings(found, settings) if found else []
 
     bare = build_model(config, options, ranks.device)
     ranks.on_first(lambda: save_description(bare, out / "hf"))
-    model = parallelize(bare, options, ranks)
-    optimizer = build_optimizer(model, options)
+    numbers = sum(p.numel() for p in bare.parameters())  # of which an engine may keep a part
+    engine = build_engine(bare, options, ranks)
     if found:
-        load_train_state(found, model, optimizer)
-    ema = ranks.everywhere(lambda: take_up_average(model, optimizer, options, found))
+        engine.load(found.path)
+    ema = ranks.everywhere(lambda: take_up_average(engine, options, found))
     checkpoints = Checkpoints(out, options.keep_last, ranks)
-    run = Run(options, ranks, corpus, model, optimizer, ema, checkpoints, settings, out)
-    for line in introduction(run, found, changes):
+    run = Run(options, ranks, corpus, engine, ema, checkpoints, settings, out)
+    for line in introduction(run, numbers, found, changes):
         run.say(line)
     if found:
         run.step, run.results = found.step, found.results
@@ -196,17 +182,21 @@ def place(options: Options) -> tuple[Path, Checkpoint | None]:
     return out, found
 
 
+def build_engine(bare: PreTrainedModel, options: Options, ranks: Ranks) -> Engine:
+    """What trains the model, as ``--parallel`` or ``--deepspeed`` says."""
+    if options.deepspeed is not None:
+        return DeepSpeedEngine(bare, options, ranks)
+    return TorchEngine(bare, options, ranks)
+
+
 def take_up_average(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    options: Options,
-    found: Checkpoint | None,
+    engine: Engine, options: Options, found: Checkpoint | None
 ) -> ShardedEMA | None:
-    """Build the average, tie it to the optimizer, and load it if the checkpoint has it."""
-    ema = build_average(model, options)
+    """Build the average, tie it to the steps, and load it if the checkpoint has it."""
+    ema = build_average(engine.model, options)
     if ema is None:
         return None
-    ema.attach(optimizer)
+    engine.attach(ema)
     if found and found.has_average:
         step = ema.load(found.path / "ema")
         if step != found.step:
@@ -214,10 +204,11 @@ def take_up_average(
     return ema
 
 
-def introduction(run: Run, found: Checkpoint | None, changes: list[str]) -> Iterator[str]:
+def introduction(
+    run: Run, numbers: int, found: Checkpoint | None, changes: list[str]
+) -> Iterator[str]:
     """The first lines of a run: what is trained, how, on what, and what is averaged."""
     options, ranks = run.options, run.ranks
-    numbers = sum(p.numel() for p in run.model.parameters())
     stored = "bfloat16" if options.pure_bf16 else "float32"
     kind = run.settings["fixed"]["model.model_type"]
     yield f"model      {kind}, {numbers:,} parameters in {stored}"
@@ -234,7 +225,7 @@ def introduction(run: Run, found: Checkpoint | None, changes: list[str]) -> Iter
         f"steps      {options.steps} of {options.batch_size} x {options.context} bytes, "
         f"writing to {run.out}"
     )
-    yield from describe(run.ema, run.model, options, ranks)
+    yield from describe(run.ema, options, ranks)
     if found is None:
         if options.resume == "auto":
             yield f"resume     no complete checkpoint in {run.out}: starting from scratch"

@@ -6,180 +6,37 @@ Starting torchrun costs more than training here, so the runs are fixtures that t
 from __future__ import annotations
 
 import csv
-import importlib
 import json
 import math
-import os
-import random
 import shutil
 import struct
-import subprocess
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
-from torch.distributed.checkpoint import FileSystemReader, StorageReader
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sharded_ema.checkpoint.reader import SafetensorsStorageReader
 from sharded_ema.schedules import parse_schedule
+from tests.launch.programs import (
+    AVERAGE,
+    TrainingRun,
+    assert_same,
+    average_of,
+    check_export,
+    consolidate,
+    finished,
+    train,
+    weights_of,
+)
 
 pytestmark = pytest.mark.dist
 
-ROOT = Path(__file__).resolve().parents[2]
-LAUNCH = ROOT / "launch"
-# A run that has not ended by then hangs; the slowest takes about a tenth of it.
-TIMEOUT = 150.0
-TINY = (
-    *("--hidden-size", "32", "--layers", "1", "--heads", "2", "--kv-heads", "1"),
-    *("--context", "32", "--batch-size", "6", "--steps", "6", "--data-bytes", "300000"),
-    *("--eval-every", "3", "--eval-sequences", "4", "--save-every", "2", "--keep-last", "3"),
-    # The rate is high and at its peak soon, so that six steps part the average from the weights.
-    *("--log-every", "1", "--warmup-steps", "1", "--lr", "0.02"),
-)
 PROFILES = {"fast": "0.5", "slow": "half_life:4", "wide": "power:0.1"}
 
 
-@dataclass(frozen=True)
-class Finished:
-    """A process that has ended."""
-
-    code: int
-    out: str
-    err: str
-
-    def good(self) -> Finished:
-        """Itself, if it ended well; else the test fails with what it wrote."""
-        assert self.code == 0, f"exit code {self.code}\n{self.out}\n{self.err[-4000:]}"
-        return self
-
-    def errors(self, program: str) -> list[str]:
-        """The lines that tell the user what is wrong."""
-        return [line for line in self.err.splitlines() if line.startswith(f"{program}: error:")]
-
-
-@dataclass(frozen=True)
-class TrainingRun:
-    """A finished training run and its output directory."""
-
-    out: Path
-    text: str
-
-    def rows(self) -> dict[int, dict[str, float]]:
-        """The rows of metrics.jsonl by step."""
-        lines = (self.out / "metrics.jsonl").read_text().splitlines()
-        return {row["step"]: row for row in map(json.loads, lines)}
-
-    def losses(self) -> dict[tuple[int, str], float]:
-        """Every loss by step and name."""
-        return {
-            (step, name): value
-            for step, row in self.rows().items()
-            for name, value in row.items()
-            if "loss" in name
-        }
-
-    def checkpoint(self, step: int) -> Path:
-        return self.out / "checkpoints" / f"step_{step:06d}"
-
-
-def execute(*argv: str | Path) -> Finished:
-    """Run Python with ``argv``, as on a machine with nothing but this checkout and CPUs."""
-    env = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "SHARDED_EMA_IMPL")
-    }
-    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    # Two ranks need two GPUs where there are any; on CPUs the runs are the same everywhere.
-    env["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, timeout=TIMEOUT
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
-
-
-def train(ranks: int | None, *flags: str | Path) -> Finished:
-    """Start the training program: by torchrun with ``ranks``, or with None as one process."""
-    torchrun: Sequence[str] = ()
-    if ranks is not None:
-        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return execute(*torchrun, LAUNCH / "train.py", *TINY, *flags)
-
-
-def check_export(export: Path, run: TrainingRun) -> Finished:
-    return execute(LAUNCH / "check_export.py", export, run.out, "--sample-bytes", "4")
-
-
-def load_tensors(reader: StorageReader) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, whole, by the means of any user of DCP."""
-    state = {
-        key: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for key, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata) and key != "_meta"
-    }
-    dcp.load(state, storage_reader=reader, no_dist=True)
-    return state
-
-
-def average_of(checkpoint: Path) -> dict[str, Tensor]:
-    return load_tensors(SafetensorsStorageReader(checkpoint / "ema", verify=True))
-
-
-def weights_of(checkpoint: Path) -> dict[str, Tensor]:
-    """The raw weights by the names of the bare model, from the stock checkpoint beside ours."""
-    found = load_tensors(FileSystemReader(checkpoint / "train"))
-    return {
-        key.removeprefix("model."): value
-        for key, value in found.items()
-        if key.startswith("model.")
-    }
-
-
-def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys() and want
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-
-
 # ---------------------------------------------------------------------- the runs that tests share
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("training")
-
-
-@pytest.fixture(scope="module")
-def corpus(folder: Path) -> Path:
-    """Some text with a little structure to learn, the same in every session."""
-    draw = random.Random(7)
-    words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(80)]
-    path = folder / "corpus"
-    path.mkdir()
-    for number in range(3):
-        text = " ".join(draw.choice(words) for _ in range(9000))
-        (path / f"{number}.txt").write_text(text)
-    return path
-
-
-def finished(
-    folder: Path, name: str, corpus: Path, ranks: int | None, *flags: str | Path
-) -> TrainingRun:
-    out = folder / name
-    done = train(ranks, "--data", corpus, "--out", out, *flags).good()
-    return TrainingRun(out, done.out)
-
-
-AVERAGE = ("--ema", "--ema-decay", "0.9")
 
 
 @pytest.fixture(scope="module")
@@ -190,12 +47,7 @@ def base(folder: Path, corpus: Path) -> TrainingRun:
 
 @pytest.fixture(scope="module")
 def export(base: TrainingRun) -> Path:
-    """The last average of ``base``, consolidated by the command that the run itself printed."""
-    (line,) = [line for line in base.text.splitlines() if line.startswith("export ")]
-    command = line.split()[2:]
-    assert command[0] == "consolidate" and command[-2:] == ["--like", str(base.out / "hf")]
-    execute("-m", "sharded_ema", *command, "--no-progress").good()
-    return Path(command[2])
+    return consolidate(base)
 
 
 @pytest.fixture(scope="module")
@@ -289,7 +141,7 @@ def test_same_seed_gives_the_same_run(base: TrainingRun, again: TrainingRun) -> 
 
 
 def test_resume_auto_from_nothing_starts_from_scratch_and_says_so(again: TrainingRun) -> None:
-    (line,) = [line for line in again.text.splitlines() if line.startswith("resume ")]
+    line = again.line("resume ")
     assert "starting from scratch" in line and str(again.out) in line
     assert list(again.rows()) == [1, 2, 3, 4, 5, 6]
 
@@ -404,21 +256,9 @@ def test_unknown_schedule(corpus: Path, tmp_path: Path) -> None:
     ],
 )
 def test_contradictory_flags(
-    flags: list[str],
-    words: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    flags: list[str], words: str, usage_error: Callable[[list[str]], str]
 ) -> None:
-    # In this process: the whole program takes five seconds to come to its flags.
-    monkeypatch.syspath_prepend(LAUNCH)
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    options: Any = importlib.import_module("options")
-    with pytest.raises(SystemExit) as ended:
-        options.parse_options(flags)
-    assert ended.value.code == 2
-    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
-    assert len(lines) == 1 and words in lines[0]
+    assert words in usage_error(flags)
 
 
 def test_contradictory_flags_end_the_program(tmp_path: Path) -> None:

@@ -1,0 +1,123 @@
+"""Training by PyTorch alone: FSDP2, DDP, or one process."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedModel
+
+from engine import Engine
+from language_model import blocks, build_optimizer, parameter_groups
+from options import Options
+from ranks import Ranks, RunError
+from sharded_ema import ShardedEMA
+
+
+class TorchEngine(Engine):
+    """A model wrapped as ``--parallel`` says; its training state is a stock DCP checkpoint."""
+
+    def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
+        self._options = options
+        self._device = ranks.device
+        self.model = parallelize(bare, options, ranks)
+        self.optimizer = build_optimizer(parameter_groups(self.model, options), options)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where nothing else lowers the precision."""
+        options = self._options
+        if options.dtype == "bfloat16" and not options.pure_bf16 and options.parallel != "fsdp2":
+            return torch.autocast(self._device.type, torch.bfloat16)
+        return nullcontext()
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        """Exchange gradients only in the last micro-batch of an optimizer step."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        if isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return nullcontext()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> torch.Tensor | float | None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if self._options.clip_norm:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._options.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return norm
+
+    def attach(self, ema: ShardedEMA) -> None:
+        ema.attach(self.optimizer)
+
+    def save(self, path: Path, ema: ShardedEMA | None, step: int) -> None:
+        """Model and optimizer go to ``path/train``."""
+        with _quiet_alone() as alone:
+            dcp.save(self._state(), checkpoint_id=path / "train", no_dist=alone)
+        if ema is not None:
+            ema.save(path / "ema", step=step)
+
+    def load(self, path: Path) -> None:
+        """On whatever number of ranks.
+
+        Giving a fresh optimizer its state takes a step of no effect, which an average attached
+        before would count.
+        """
+        state = self._state()
+        try:
+            with _quiet_alone() as alone:
+                dcp.load(state, checkpoint_id=path / "train", no_dist=alone)
+        except CheckpointException as error:
+            first = next(iter(error.failures.values()))[0]
+            raise RunError(f"{path / 'train'} cannot be loaded: {first!r}") from None
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+        )
+
+    def _state(self) -> dict[str, Any]:
+        model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+
+def parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
+    """Wrap the model as ``--parallel`` says; FSDP2: one group for each block, one for the rest."""
+    if options.parallel == "ddp":
+        return DistributedDataParallel(
+            model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
+        )
+    if options.parallel == "fsdp2":
+        # The parameters, and with them optimizer and average, stay as they are: only the gathered
+        # copies are bfloat16, and gradients are summed in float32.
+        policy = MixedPrecisionPolicy()
+        if options.dtype == "bfloat16":
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        for block in blocks(model):
+            fully_shard(block, mp_policy=policy)
+        fully_shard(model, mp_policy=policy)
+    return model
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[bool]:
+    """Whether this is a run of one process; DCP warns of that even where it was told."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+        yield not dist.is_initialized()
