@@ -1,12 +1,14 @@
 """DeepSpeed without ZeRO (stage 0): replicas that share the work.
 
 In fp32 the optimizer trains the parameters themselves. In 16-bit it keeps an fp32 master of each,
-which is what is averaged, and the model's weights are the masters, rounded.
+which is what is averaged, and the model's weights are the masters, rounded. Not at the very start:
+to make its state the optimizer takes one step without gradients, whose weight decay reaches the
+masters and not yet the weights (DeepSpeed 0.19.8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +19,9 @@ from sharded_ema.errors import BindError
 from sharded_ema.sources.base import Backup, Inventory, is_rounded, read
 from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
 from sharded_ema.sources.zero_pipeline import EngineSource
+
+# How far weight decay may have moved a master; weights that were loaded behind it are further off.
+_DECAYED = 2.0**-6
 
 
 class Zero0Source(EngineSource, ReplicatedSource):
@@ -33,6 +38,7 @@ class Zero0Source(EngineSource, ReplicatedSource):
     def __init__(self, engine: Any, inventory: Inventory, *, shard_replicas: bool) -> None:
         EngineSource.__init__(self, engine, inventory)
         self._places = _places(engine.optimizer)
+        self._copies: set[int] = set()
         ReplicatedSource.__init__(
             self,
             inventory,
@@ -60,39 +66,44 @@ class Zero0Source(EngineSource, ReplicatedSource):
     @torch.no_grad()
     def self_check(self) -> None:
         for index, named in enumerate(self.inventory.averaged):
-            if not is_rounded(read(named), self.averaged_tensor(index)):
+            seen, master = read(named).float(), self.averaged_tensor(index).float()
+            if not torch.allclose(seen, master, rtol=_DECAYED, atol=_DECAYED, equal_nan=True):
                 raise BindError(
                     f"the weights of parameter {named.fqn} are not the masters of "
                     f"{type(self.engine.optimizer).__name__} in {named.tensor.dtype}: load "
                     "weights before deepspeed.initialize, or with engine.load_checkpoint"
                 )
 
+    def _is_copy(self, index: int) -> bool:
+        """Whether the weights are the masters, rounded, and can be made from them again."""
+        named = self.inventory.averaged[index]
+        kept = id(named.tensor) in self._places
+        return kept and is_rounded(named.tensor, self.averaged_tensor(index))
+
     def swap_targets(self) -> list[Tensor]:
-        """The parameters that are no copy of a master, and averaged buffers."""
-        averaged = self.inventory.averaged
-        return [read(n) for n in averaged if id(n.tensor) not in self._places]
+        targets = super().swap_targets()
+        return [t for i, t in enumerate(targets) if i not in self._copies]
 
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
         self.fill(super().swap_targets(), tensors)
 
     def back_up(self) -> Backup:
-        # What is restored are the masters, rounded; so that must be what is there now.
-        self.self_check()
+        self._copies = {i for i in range(len(self.shards)) if self._is_copy(i)}
         return super().back_up()
 
     @torch.no_grad()
-    def _refresh(self) -> None:
-        for index, named in enumerate(self.inventory.averaged):
-            if id(named.tensor) in self._places:
-                named.tensor.copy_(self.averaged_tensor(index))
+    def _refresh(self, indices: Iterable[int]) -> None:
+        """Make weights from their masters again."""
+        for index in indices:
+            self.target_tensor(index).copy_(self.averaged_tensor(index))
 
     def restore(self, backup: Backup) -> None:
         super().restore(backup)
-        self._refresh()
+        self._refresh(self._copies)
 
     def keep(self, tensors: Sequence[Tensor]) -> None:
         self.fill([self.averaged_tensor(i) for i in range(len(self.shards))], tensors)
-        self._refresh()
+        self._refresh(range(len(self.shards)))
 
 
 def _places(optimizer: Any) -> dict[int, tuple[int, int, int]]:

@@ -148,6 +148,7 @@ def build(
     seed: int = 0,
     zero_init: bool = False,
     lr: float = 1e-2,
+    weight_decay: float = 0.01,
     **changes: Any,
 ) -> Engine:
     """The ragged model in an engine with two parameter groups, the same weights on all ranks."""
@@ -161,7 +162,11 @@ def build(
         if parameter.requires_grad:
             (matrices if wide else others).append(parameter)
     optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}], lr=lr
+        [
+            {"params": matrices, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ],
+        lr=lr,
     )
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return Engine(engine, stage)

@@ -224,6 +224,31 @@ def test_exception_in_a_swap(worlds: Worlds, stage: int) -> None:
     assert not first or "rank 1 left the swap() block with KeyError" in first[0]
 
 
+def decayed_at_the_start() -> None:
+    """DeepSpeed's first, empty step decays the masters of stage 0 and leaves the weights."""
+    run = build(0, "bf16", weight_decay=0.5)
+    weights, masters = run.weights(), run.masters()
+    assert any(not torch.equal(weights[n], m.to(run.dtype)) for n, m in masters.items())
+    ema = ShardedEMA(run.engine, 0.9)
+    ema.attach()
+    with ema.swap():
+        assert_equal(
+            {n: w for n, w in run.weights().items() if n in masters},
+            {n: m.to(run.dtype) for n, m in masters.items()},
+        )
+    assert_equal(run.weights(), weights)
+    assert_equal(run.masters(), masters)
+    run.step(0)
+    with ema.swap():
+        assert ema.memory["swap_backup"] == 0
+    ema.close()
+    run.engine.destroy()
+
+
+def test_masters_that_weight_decay_moved_before_the_first_step(worlds: Worlds) -> None:
+    worlds[2].run(decayed_at_the_start)
+
+
 def keep_for_good(stage: int, precision: str) -> None:
     run = build(stage, precision)
     ema = ShardedEMA(run.engine, 0.9)
