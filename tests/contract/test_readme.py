@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import support
+
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
@@ -60,3 +62,9 @@ def test_links_lead_to_files() -> None:
         for target in re.findall(r"\]\(([^)#]+)\)", page):
             if not target.startswith("http"):
                 assert (ROOT / target).exists(), target
+
+
+def test_the_table_of_layouts_is_that_of_the_tests() -> None:
+    listed = [mode for row in support.ROWS for mode in row.modes]
+    assert sorted(listed) == sorted(support.worlds()), "every mode belongs to one row"
+    assert support.table() in README, "bring it up to date: python -m tests.support"

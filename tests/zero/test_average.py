@@ -14,39 +14,10 @@ from sharded_ema.errors import BindError, EMAError
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import as_float, assert_equal, rank, reference_step
 from tests.dist.test_average import averages
+from tests.zero.cases import CASES, PLAIN
 from tests.zero.engines import Engine, Model, build
 
 Worlds = dict[int, WorkerPool]
-
-ROUND_ROBIN = {"zero": {"round_robin_gradients": True}}
-OFFLOAD = {
-    "zero": {"offload_optimizer": {"device": "cpu"}},
-    "zero_force_ds_cpu_optimizer": False,
-}
-# World size, stage, precision, and what else the engine is made with.
-PLAIN = [(2, stage, precision, {}) for stage in range(4) for precision in ("fp32", "bf16")]
-CASES: list[tuple[int, int, str, dict[str, Any]]] = [
-    *PLAIN,
-    (2, 1, "bf16", ROUND_ROBIN),
-    (2, 2, "bf16", ROUND_ROBIN),
-    (4, 1, "fp32", ROUND_ROBIN),
-    (4, 1, "bf16", ROUND_ROBIN),
-    (4, 3, "fp32", {}),
-    (4, 3, "bf16", {}),
-    (4, 0, "bf16", {}),
-    (2, 1, "bf16", {"data_types": {"grad_accum_dtype": "fp32"}}),  # BF16_Optimizer
-    (2, 1, "bf16", OFFLOAD),
-    (2, 2, "bf16", OFFLOAD),
-    (2, 3, "bf16", OFFLOAD),
-    (2, 3, "bf16", {"zero": {"sub_group_size": 40}}),
-    (2, 3, "bf16", {"zero": {"stage3_param_persistence_threshold": 0}}),
-    (2, 3, "bf16", {"zero": {"offload_param": {"device": "cpu"}}}),
-    (2, 3, "bf16", {"zero_init": True}),
-    (4, 3, "bf16", {"zero": {"zero_hpz_partition_size": 2}}),
-    (2, 0, "fp16", {}),
-    (2, 1, "fp16", {}),
-    (2, 3, "fp16", {}),
-]
 
 
 def label(case: tuple[int, int, str, dict[str, Any]]) -> str:

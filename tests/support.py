@@ -1,0 +1,88 @@
+"""What is supported, as the tests know it: the table in the README is made of theirs.
+
+``python -m tests.support`` writes the table; a test fails when it is not up to date.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.dist.ragged import WORLDS
+from tests.zero.cases import CASES
+
+README = Path(__file__).parents[1] / "README.md"
+BEGIN, END = "<!-- begin: python -m tests.support -->\n", "<!-- end -->\n"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of layout.
+
+    Attributes:
+        layout: what users call it.
+        keeps: what a rank keeps the shadow of.
+        swap: what entering a swap takes.
+        modes: names in the tables of the tests; a layout is supported if its modes are there.
+    """
+
+    layout: str
+    keeps: str
+    swap: str
+    modes: tuple[str, ...]
+
+
+ROWS = (
+    Row("DDP", "1/R of the parameters", "one gather", ("ddp", "ddp_bf16")),
+    Row(
+        "FSDP2: fp32, mixed precision, bf16; shards of any dimension",
+        "its shard",
+        "local copy",
+        ("fsdp2", "fsdp2_mixed", "fsdp2_bf16", "fsdp2_dim1"),
+    ),
+    Row("HSDP (FSDP2 on two axes)", "1/R of its shard", "one gather", ("hsdp", "hsdp_whole")),
+    Row(
+        "tensor and expert parallelism, with or without FSDP2",
+        "its shard; 1/R of what is replicated",
+        "one gather",
+        ("tp", "tp_fsdp2", "ep_fsdp2"),
+    ),
+    Row("DeepSpeed without ZeRO (stage 0)", "1/R of the masters", "one gather", ("zero0",)),
+    Row(
+        "DeepSpeed ZeRO 1, 2, 3", "its master partition", "one gather", ("zero1", "zero2", "zero3")
+    ),
+)
+
+
+def worlds() -> dict[str, set[int]]:
+    """Every mode of the tests, with the numbers of ranks that it is tested on."""
+    found = {mode: set(sizes) for mode, sizes in WORLDS.items()}
+    for size, stage, *_ in CASES:
+        found.setdefault(f"zero{stage}", set()).add(size)
+    return found
+
+
+def table() -> str:
+    """The table in Markdown."""
+    return BEGIN + "".join(f"{line}\n" for line in _lines()) + END
+
+
+def _lines() -> Iterator[str]:
+    tested = worlds()
+    yield "| layout | each rank keeps the shadow of | entering a swap | tested on ranks |"
+    yield "|---|---|---|---|"
+    yield "| one process | everything | local copy | 1 |"
+    for row in ROWS:
+        sizes = sorted(set().union(*(tested[mode] for mode in row.modes)))
+        yield f"| {row.layout} | {row.keeps} | {row.swap} | {', '.join(map(str, sizes))} |"
+
+
+def main() -> None:
+    text = README.read_text()
+    start, stop = text.index(BEGIN), text.index(END) + len(END)
+    README.write_text(text[:start] + table() + text[stop:])
+
+
+if __name__ == "__main__":
+    main()
