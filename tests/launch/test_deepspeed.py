@@ -317,6 +317,25 @@ def test_configuration_against_the_flags(
     assert re.search(words, line)
 
 
+def test_sections_that_are_off_or_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(LAUNCH)
+    config = importlib.import_module("deepspeed_config")
+    given = config.read_config(
+        config_file(
+            tmp_path,
+            fp16={"enabled": "auto", "loss_scale": 0},
+            torch_autocast={"enabled": False},
+            zero_optimization={"stage": 2, "reduce_bucket_size": "auto"},
+        )
+    )
+    flags = {"batch_size": 4, "accumulation": 1, "clip_norm": 1.0, "dtype": "float32"}
+    got = config.complete(given, flags, 2)
+    assert "fp16" not in got and "torch_autocast" not in got
+    assert got["zero_optimization"] == {"stage": 2}
+
+
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
 def test_ready_configuration_is_completed_from_the_flags(
     file: Path, monkeypatch: pytest.MonkeyPatch
