@@ -56,7 +56,7 @@ def complete(config: Config, flags: Mapping[str, Any], ranks: int) -> Config:
         ConfigError: a contradiction; the message has the key and the flag.
     """
     config = json.loads(json.dumps(config))  # a copy, all the way down
-    _refuse(config)
+    _refuse_or_drop(config)
     for key, value, flag in _decided(flags, ranks, optimizer="optimizer" in config):
         parent = _section(config, key[:-1])
         found = parent.get(key[-1], AUTO)
@@ -84,10 +84,11 @@ def _section(config: Config, names: Sequence[str]) -> Config:
     return config
 
 
-def _refuse(config: Config) -> None:
+def _refuse_or_drop(config: Config) -> None:
+    """Refuse what this program does not do, and drop the sections that turn it off."""
     for name, why in _TAKEN.items():
-        value = config.get(name)
-        if value and not (isinstance(value, dict) and value.get("enabled", True) is False):
+        value = config.pop(name, None)
+        if value and not (isinstance(value, dict) and value.get("enabled") in (False, AUTO)):
             raise ConfigError(f"the DeepSpeed configuration has {name!r}: {why}")
     if "optimizer" in config:
         kind = _section(config, ["optimizer"]).get("type")
@@ -97,7 +98,8 @@ def _refuse(config: Config) -> None:
                 'with "AdamW"'
             )
     for name in ("offload_optimizer", "offload_param"):
-        if (_section(config, ["zero_optimization"]).get(name) or {}).get("device") == "nvme":
+        target = _section(config, ["zero_optimization"]).get(name)
+        if isinstance(target, dict) and target.get("device") == "nvme":
             raise ConfigError(
                 f"zero_optimization.{name} is to NVMe, where no average can follow the weights; "
                 'offload to "cpu"'

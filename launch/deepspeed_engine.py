@@ -33,10 +33,6 @@ class DeepSpeedEngine(Engine):
         deepspeed = _start_deepspeed(ranks.device)
         _check_config(config)
         groups = parameter_groups(bare, options)
-        # Every step sets its rate. The one that some of DeepSpeed's optimizers take at their start
-        # must change nothing; weight decay would move the masters away from the weights.
-        for group in groups:
-            group["lr"] = 0.0
         own = "optimizer" in config
         self.model, *_ = deepspeed.initialize(
             model=bare,

@@ -183,15 +183,10 @@ def test_bf16_export_loses_what_training_said(bf16: TrainingRun) -> None:
     assert "they agree" in check_export(consolidate(bf16), bf16).good().out
 
 
-def test_start_without_compiler_or_step(
-    folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DeepSpeed compiles nothing, and the step that stage 0 takes at its start changes nothing.
-
-    By its weight decay it would move the masters away from the weights, which attach() refuses.
-    """
+def test_run_without_compiler(folder: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed compiles nothing unless it is asked to. Stage 0, which no other run has."""
     monkeypatch.setenv("PATH", os.devnull)
-    flags = ("--parallel", "zero0", "--dtype", "bfloat16", "--weight-decay", "0.5", "--steps", "2")
+    flags = ("--parallel", "zero0", "--dtype", "bfloat16", "--steps", "2")
     run = finished(folder, "zero0", corpus, 1, *flags, *AVERAGE)
     assert run.rows()[2]["ema/num_updates"] == 2
 
@@ -315,6 +310,25 @@ def test_configuration_against_the_flags(
 ) -> None:
     line = usage_error(["--deepspeed", str(config_file(tmp_path, **sections))], ranks=2)
     assert re.search(words, line)
+
+
+def test_sections_that_are_off_or_left_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(LAUNCH)
+    config = importlib.import_module("deepspeed_config")
+    given = config.read_config(
+        config_file(
+            tmp_path,
+            fp16={"enabled": "auto", "loss_scale": 0},
+            torch_autocast={"enabled": False},
+            zero_optimization={"stage": 2, "reduce_bucket_size": "auto"},
+        )
+    )
+    flags = {"batch_size": 4, "accumulation": 1, "clip_norm": 1.0, "dtype": "float32"}
+    got = config.complete(given, flags, 2)
+    assert "fp16" not in got and "torch_autocast" not in got
+    assert got["zero_optimization"] == {"stage": 2}
 
 
 @pytest.mark.parametrize("file", sorted(CONFIGS.glob("*.json")), ids=lambda path: path.stem)
