@@ -6,6 +6,8 @@ strided and 0-d parameters, and buffers of several kinds.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,11 +15,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-MODES = ("fsdp2", "fsdp2_mixed", "fsdp2_bf16", "ddp", "ddp_bf16")
+FSDP1: dict[str, dict[str, Any]] = {
+    "fsdp1": {"sharding_strategy": ShardingStrategy.FULL_SHARD},
+    "fsdp1_flat": {"sharding_strategy": ShardingStrategy.FULL_SHARD, "use_orig_params": False},
+    "fsdp1_grad_op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP},
+    "fsdp1_no_shard": {"sharding_strategy": ShardingStrategy.NO_SHARD},
+    "fsdp1_mixed": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)},
+    "fsdp1_bf16": {},
+    "fsdp1_hybrid": {"sharding_strategy": ShardingStrategy.HYBRID_SHARD},
+    "fsdp1_hybrid_flat": {
+        "sharding_strategy": ShardingStrategy._HYBRID_SHARD_ZERO2,
+        "use_orig_params": False,
+    },
+}
+MODES = ("fsdp2", "fsdp2_mixed", "fsdp2_bf16", "ddp", "ddp_bf16", *FSDP1)
+
+
+def sizes(mode: str, wanted: Sequence[int] = (2, 3, 4)) -> list[int]:
+    """Those of the wanted world sizes that a mode runs on, or the one that it needs."""
+    return [4] if "hybrid" in mode else list(wanted)  # 2 x 2
 
 
 class Block(nn.Module):
@@ -101,12 +129,18 @@ class Run:
         with torch.no_grad():
             return self.target(x).detach().clone()
 
-    def gather(self) -> dict[str, Tensor]:
-        """Full trainable parameters by bare name, by PyTorch's own means."""
+    def gather(self, *, frozen: bool = False) -> dict[str, Tensor]:
+        """Full parameters by bare name, by PyTorch's own means: the trainable ones, or all."""
         for module in self.bare.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return {name: whole(p) for name, p in self.bare.named_parameters() if p.requires_grad}
+        is_fsdp1 = isinstance(self.target, FSDP)
+        with FSDP.summon_full_params(self.target, writeback=False) if is_fsdp1 else nullcontext():
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): whole(p)
+                for name, p in self.bare.named_parameters()
+                if p.requires_grad or frozen
+            }
 
 
 def build(mode: str, seed: int = 0) -> Run:
@@ -117,7 +151,9 @@ def build(mode: str, seed: int = 0) -> Run:
         bare = bare.bfloat16()
     target: nn.Module = bare
     unsynced: list[nn.Parameter] = []
-    if mode.startswith("fsdp2"):
+    if mode in FSDP1:
+        target, unsynced = wrap_fsdp1(bare, mode)
+    elif mode.startswith("fsdp2"):
         mesh = init_device_mesh("cpu", (world(),))
         policy: dict[str, Any] = {}
         if mode == "fsdp2_mixed":
@@ -133,6 +169,24 @@ def build(mode: str, seed: int = 0) -> Run:
         raise ValueError(mode)
     trainable = [p for p in bare.parameters() if p.requires_grad]
     return Run(target, bare, torch.optim.AdamW(trainable, lr=1e-2), unsynced)
+
+
+def wrap_fsdp1(bare: Ragged, mode: str) -> tuple[FSDP, list[nn.Parameter]]:
+    settings = {"use_orig_params": True, **FSDP1[mode]}
+    # FSDP1 refuses 0-d parameters, and where it shows flat ones, frozen among trainable ones.
+    unsynced = [bare.scalar]
+    ignored = unsynced if settings["use_orig_params"] else [*unsynced, bare.frozen]
+    if "hybrid" in mode:
+        axes = ("replicate", "shard")
+        settings["device_mesh"] = init_device_mesh("cpu", (2, world() // 2), mesh_dim_names=axes)
+    target = FSDP(
+        bare,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        ignored_states=ignored,
+        device_id=torch.device("cpu"),
+        **settings,
+    )
+    return target, unsynced
 
 
 def reference_step(average: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:

@@ -18,6 +18,7 @@ from tests.dist.ragged import (
     build,
     rank,
     reference_step,
+    sizes,
     whole,
     world,
 )
@@ -62,8 +63,7 @@ def train_and_compare(mode: str, steps: int) -> None:
     ema.close()
 
 
-@pytest.mark.parametrize("size", [2, 3, 4])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "size"), [(m, n) for m in MODES for n in sizes(m)])
 def test_equals_plain_loop_over_50_steps(worlds: Worlds, mode: str, size: int) -> None:
     worlds[size].run(train_and_compare, mode, 50)
 
@@ -114,7 +114,8 @@ def count_collectives(mode: str) -> tuple[int, int]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_collectives(worlds: Worlds, mode: str) -> None:
-    for ours, control in worlds[3].run(count_collectives, mode):
+    (size,) = sizes(mode, [3])
+    for ours, control in worlds[size].run(count_collectives, mode):
         assert ours == 0
         assert control > 0
 
@@ -123,7 +124,7 @@ def measure_memory(mode: str) -> dict[str, int]:
     run = build(mode)
     ema = ShardedEMA(run.target, {"a": 0.9, "b": 0.99})
     memory = ema.memory
-    total = sum(p.numel() for p in run.bare.parameters() if p.requires_grad)
+    total = sum(t.numel() for t in run.gather().values())
     replicated = sum(p.numel() for p in run.unsynced)
     ema.close()
     return {**memory, "total": 4 * 2 * total, "replicated": 4 * 2 * replicated}
@@ -174,7 +175,8 @@ def evaluate_first(mode: str) -> None:
 def test_evaluation_forward_before_update_and_swap_changes_nothing(
     worlds: Worlds, mode: str
 ) -> None:
-    worlds[3].run(evaluate_first, mode)
+    (size,) = sizes(mode, [3])
+    worlds[size].run(evaluate_first, mode)
 
 
 def optimizer_state(run: Run) -> list[Tensor]:
@@ -222,7 +224,8 @@ def swap_with_exception(mode: str, failing_rank: int) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_swap_with_exception_on_one_rank(worlds: Worlds, mode: str) -> None:
-    worlds[3].run(swap_with_exception, mode, 1)
+    (size,) = sizes(mode, [3])
+    worlds[size].run(swap_with_exception, mode, 1)
 
 
 def swap_mid_accumulation(mode: str) -> None:
