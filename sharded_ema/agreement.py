@@ -6,13 +6,14 @@ group: a background save and a training collective that met there would wait for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sharded_ema.errors import AbsentRankError, EMAError, StateError, error_classes
+from sharded_ema.errors import AbsentRankError, BindError, EMAError, StateError, error_classes
+from sharded_ema.layout import Box
 
 T = TypeVar("T")
 
@@ -172,3 +173,30 @@ def raise_joint_failure(
     others = f" (and ranks {sorted(failures)[1:]})" if len(failures) > 1 else ""
     cls = error_classes().get(name, EMAError)
     raise cls(f"rank {first}{others}: {message}", failures) from cause
+
+
+def refuse_differing(records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
+    """Refuse blocks that several ranks should hold alike and do not.
+
+    Args:
+        records: of every rank, by parameter name, the block it holds and a digest of that.
+
+    Raises:
+        BindError: two ranks differ in a block, or in what parameters there are.
+    """
+    seen: dict[tuple[str, Box], tuple[int, str]] = {}
+    for rank, record in enumerate(records):
+        for name in records[0].keys() ^ record.keys():
+            raise _differing(name, 0, rank)
+        for name, (box, digest) in record.items():
+            first, expected = seen.setdefault((name, box), (rank, digest))
+            if digest != expected:
+                raise _differing(name, first, rank)
+
+
+def _differing(name: str, first: int, second: int) -> BindError:
+    return BindError(
+        f"parameter {name} is not sharded but differs between rank {first} and rank {second}; a "
+        "checkpoint would keep one of the two. Wrap the model in DistributedDataParallel or "
+        "fully_shard, or broadcast its parameters"
+    )

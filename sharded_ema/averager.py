@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sharded_ema.agreement import Ranks
+from sharded_ema.agreement import Ranks, refuse_differing
 from sharded_ema.config import Settings, as_patterns, as_profiles
 from sharded_ema.errors import (
     AbsentRankError,
-    BindError,
     ConfigError,
     EMAError,
     NonFiniteError,
@@ -24,6 +23,7 @@ from sharded_ema.errors import (
 from sharded_ema.health import Health
 from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
+from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
 from sharded_ema.sources import Backup, make_source
 from sharded_ema.state import Action, Clock, Shadow
@@ -317,7 +317,7 @@ class Averager:
         if self._agreed and bind is None:
             return
 
-        def verdict() -> dict[str, str]:
+        def verdict() -> dict[str, tuple[Box, str]]:
             if bind is not None:
                 bind()
             if self._agreed:
@@ -328,14 +328,7 @@ class Averager:
         records = self._ranks.agree(
             verdict, "ema.attach()" if bind else "the first agreement of all ranks"
         )
-        for rank, record in enumerate(records):
-            for name in {**records[0], **record}:
-                if records[0].get(name) != record.get(name):
-                    raise BindError(
-                        f"parameter {name} is not sharded but differs between rank 0 and rank "
-                        f"{rank}; a checkpoint would keep one of the two. Wrap the model in "
-                        "DistributedDataParallel or fully_shard, or broadcast its parameters"
-                    )
+        refuse_differing(records)
         self._agreed = True
 
     def _check_health(self, live: Sequence[Tensor]) -> None:

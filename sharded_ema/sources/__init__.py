@@ -67,7 +67,7 @@ def make_source(
     inventory = take_inventory(target, include, exclude, buffers)
     refuse_partitioned(inventory)
     if any(isinstance(n.tensor, DTensor) for n in (*inventory.averaged, *inventory.frozen)):
-        return FSDP2Source(target, inventory)
+        return FSDP2Source(target, inventory, shard_replicas=shard_replicas)
     for module in modules:
         if isinstance(module, DistributedDataParallel):
             return DDPSource(module, inventory, shard_replicas=shard_replicas)

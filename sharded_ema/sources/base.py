@@ -96,6 +96,11 @@ class Inventory:
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
 
+    @property
+    def parameters(self) -> list[Named]:
+        """What of the averaged and the frozen tensors is a parameter, and no buffer."""
+        return [n for n in (*self.averaged, *self.frozen) if isinstance(n.tensor, nn.Parameter)]
+
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     """All modules with the prefix their tensors have in the bare model's ``state_dict()``.
@@ -316,8 +321,11 @@ class ShardSource(ABC):
             BindError: the two contradict each other; the parameter is named.
         """
 
-    def agreement_record(self) -> dict[str, str]:
-        """What must be equal on all ranks, by parameter name; empty if nothing can differ."""
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
+        """Blocks that must be equal wherever they lie, by parameter name, with their digests.
+
+        The names are the same on all ranks; empty if nothing can differ.
+        """
         return {}
 
 
@@ -346,6 +354,11 @@ def is_rounded(weights: Tensor, master: Tensor) -> bool:
     """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
     rounded = master.to(weights.device, weights.dtype)
     return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
+
+
+def whole_digest(tensor: Tensor) -> tuple[Box, str]:
+    """The record of a tensor that every rank should hold alike."""
+    return Box.whole(tensor.shape), digest(tensor)
 
 
 def digest(tensor: Tensor) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch.distributed as dist
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_ema.sources.base import Inventory, digest
-from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
+from sharded_ema.layout import Box
+from sharded_ema.sources.base import Inventory, whole_digest
+from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
 
 
 class DDPSource(ReplicatedSource):
@@ -27,18 +27,17 @@ class DDPSource(ReplicatedSource):
         super().__init__(
             inventory,
             dist.get_process_group_ranks(ddp.process_group),
-            equal_copies(inventory, ddp.process_group),
+            [whole_copy(named, (ddp.process_group,)) for named in inventory.averaged],
             shard_replicas=shard_replicas,
         )
         self._ddp = ddp
 
-    def agreement_record(self) -> dict[str, str]:
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
         """Digests of parameters that are not DDP's to keep equal: outside it, or ignored by it."""
         ignored: set[str] = getattr(self._ddp, "parameters_to_ignore", set())
         kept = {id(p) for n, p in self._ddp.module.named_parameters() if n not in ignored}
-        named = (*self.inventory.averaged, *self.inventory.frozen)
         return {
-            n.fqn: digest(n.tensor)
-            for n in named
-            if isinstance(n.tensor, nn.Parameter) and id(n.tensor) not in kept
+            n.fqn: whole_digest(n.tensor)
+            for n in self.inventory.parameters
+            if id(n.tensor) not in kept
         }

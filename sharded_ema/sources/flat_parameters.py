@@ -28,12 +28,12 @@ from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError
-from sharded_ema.layout import Box, FlatRange, Shape, c_strides
+from sharded_ema.layout import FlatRange, Shape, c_strides
 from sharded_ema.sources.base import Named, Registered, registered_parameters
 from sharded_ema.sources.replicas import Groups
-from sharded_ema.values import FlatShard, range_pieces
 
 _HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+_NO_SHARD = ShardingStrategy.NO_SHARD
 
 
 class Unit:
@@ -46,15 +46,8 @@ class Unit:
     def __init__(self, module: Any) -> None:
         self._module = module
         self.flat: Any = module._handle.flat_param
-        strategy = module.sharding_strategy
-        groups: Groups = ()
-        if strategy in _HYBRID:
-            groups = (module._inter_node_pg,)
-        elif strategy == ShardingStrategy.NO_SHARD:
-            groups = (module.process_group,)
         #: Process groups over which this rank's shard is replicated.
-        self.replicas = tuple(group for group in groups if dist.get_world_size(group) > 1)
-        self.is_first_replica = all(dist.get_rank(group) == 0 for group in self.replicas)
+        self.replicas = _groups(module, shards=module.sharding_strategy == _NO_SHARD)
 
     @property
     def shard(self) -> Tensor:
@@ -90,8 +83,8 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Place:
-    """Where a parameter lies in the flat parameter of a unit.
+class Flattened:
+    """A parameter in the flat parameter of a unit.
 
     Attributes:
         unit: the unit that flattened it.
@@ -109,25 +102,21 @@ class Place:
     offset: int
     range: FlatRange
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the optimizer trains the flat parameter."""
+        return self.tensor is self.unit.flat
+
     def local(self) -> Tensor:
         """This rank's elements (1-D), a view of its shard."""
         return self.unit.shard.narrow(0, self.offset, self.range.numel)
 
-    def is_trained(self) -> bool:
-        """Whether what the optimizer trains lies in the shard."""
-        is_flat = self.tensor is self.unit.flat
-        held = self.unit.shard if is_flat else self.local()
-        return self.tensor.data_ptr() == held.data_ptr()
-
-    def value(self, flat: Tensor, span: FlatRange, **access: bool) -> FlatShard:
-        """Elements ``span`` of the parameter as a value of its shape."""
-        return FlatShard(
-            self.shape,
-            range_pieces(Box.whole(self.shape), span, flat, self.order),
-            dtype=flat.dtype,
-            device=flat.device,
-            **access,
-        )
+    def is_detached(self) -> bool:
+        """Whether what the optimizer trains lies elsewhere than in the shard, for good."""
+        if not self.range.numel or not self.unit.is_idle:
+            return False
+        held = self.unit.shard if self.is_flat else self.local()
+        return self.tensor.data_ptr() != held.data_ptr()
 
 
 class FlatParameters:
@@ -144,9 +133,11 @@ class FlatParameters:
     def __init__(self, model: nn.Module) -> None:
         modules = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
         self.ranks = _ranks(modules)
+        #: Process groups that together lead to all of them.
+        self.groups = _groups(modules[0], shards=True) if modules else ()
         self.units = [Unit(m) for m in modules if m._handle is not None]
         # By module and the name there, because no parameter need be left to go by.
-        self._places: dict[int, dict[str, Place]] = {}
+        self._flattened: dict[int, dict[str, Flattened]] = {}
         for unit in self.units:
             self._add(unit)
 
@@ -163,7 +154,7 @@ class FlatParameters:
             start, count = (
                 (info.intra_param_start_idx, info.numel_in_shard) if info.in_shard else (0, 0)
             )
-            self._places.setdefault(id(module), {})[attribute] = Place(
+            self._flattened.setdefault(id(module), {})[attribute] = Flattened(
                 unit,
                 flat if flat._params is None else flat._params[index],
                 shape,
@@ -172,18 +163,18 @@ class FlatParameters:
                 FlatRange(start, start + count),
             )
         for tied in flat._shared_param_infos:
-            first = self._places[id(tied.prim_module)][tied.prim_param_name]
-            self._places.setdefault(id(tied.module), {})[tied.param_name] = first
+            first = self._flattened[id(tied.prim_module)][tied.prim_param_name]
+            self._flattened.setdefault(id(tied.module), {})[tied.param_name] = first
 
-    def place(self, named: Named) -> Place | None:
-        """Where a parameter lies; ``None`` if FSDP1 ignores it, and for a buffer."""
-        return self._places.get(id(named.owner), {}).get(named.attribute)
+    def find(self, named: Named) -> Flattened | None:
+        """A parameter where it lies; ``None`` for a buffer and for what FSDP1 ignores."""
+        return self._flattened.get(id(named.owner), {}).get(named.attribute)
 
     def registered(self, module: nn.Module) -> Iterator[Registered]:
         """The parameters of one module itself, whether they are flattened or not."""
-        mine = self._places.get(id(module), {})
-        for attribute, place in mine.items():
-            yield attribute, place, place.tensor, place.shape
+        mine = self._flattened.get(id(module), {})
+        for attribute, found in mine.items():
+            yield attribute, found, found.tensor, found.shape
         flat = {id(unit.flat) for unit in self.units}
         for attribute, identity, tensor, shape in registered_parameters(module):
             if attribute in mine or identity in flat:
@@ -219,6 +210,14 @@ def _memory_order(name: str, shape: Shape, strides: Sequence[int]) -> tuple[int,
             "contiguous before wrapping"
         )
     return order
+
+
+def _groups(module: Any, *, shards: bool) -> Groups:
+    """Process groups that lead to a unit's replicas, and with ``shards`` to its shards."""
+    groups = [module._inter_node_pg] if module.sharding_strategy in _HYBRID else []
+    if shards:
+        groups.append(module.process_group)
+    return tuple(group for group in groups if dist.get_world_size(group) > 1)
 
 
 def _ranks(modules: Sequence[Any]) -> list[int]:

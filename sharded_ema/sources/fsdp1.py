@@ -1,7 +1,7 @@
 """``FullyShardedDataParallel`` (FSDP1): each rank averages its shard of the flat parameters.
 
-Padding is never averaged, and frozen parameters, which may lie between trained ones, are not either.
-Units may be sharded, replicated (``NO_SHARD``) or both (``HYBRID_SHARD``), even within one model.
+Neither padding nor frozen parameters between the trained ones are averaged. Units may be sharded,
+replicated (``NO_SHARD``) or both (``HYBRID_SHARD``), even within one model.
 """
 
 from __future__ import annotations
@@ -13,152 +13,105 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import StateError, UnsupportedLayoutError
-from sharded_ema.layout import Box, FlatRange
+from sharded_ema.layout import Box
 from sharded_ema.sources.base import (
     Inventory,
     Named,
-    Shard,
-    ShardSource,
     digest,
     read,
     take_inventory,
+    whole_digest,
 )
-from sharded_ema.sources.flat_parameters import FlatParameters, Place
-from sharded_ema.sources.replicas import Groups, Replicas
-from sharded_ema.values import whole
+from sharded_ema.sources.flat_parameters import FlatParameters
+from sharded_ema.sources.replicas import Place, ReplicatedSource, leads, whole_copy
+from sharded_ema.values import FlatShard, range_pieces
 
 
-class FSDP1Source(ShardSource):
-    """Each rank averages its elements of the flat parameters, and plain parameters whole.
+class FSDP1Source(ReplicatedSource):
+    """Each rank averages its elements of the flat parameters, or slices of what is replicated.
 
     Args:
         flat: the flat parameters of the model.
         inventory: the tensors of the model.
-        shard_replicas: keep a slice of a replicated shard on each replica; ``False`` keeps all of
-            it on each, so that a swap needs no communication.
+        shard_replicas: see :class:`ReplicatedSource`.
     """
 
     kind = "fsdp1"
 
     def __init__(self, flat: FlatParameters, inventory: Inventory, *, shard_replicas: bool) -> None:
-        self.inventory = inventory
-        self.ranks = flat.ranks
         self._flat = flat
-        self._places = [flat.place(named) for named in inventory.averaged]
-        targets = self.swap_targets()
-        alike: dict[Groups, list[int]] = {}
-        for i, place in enumerate(self._places):
-            groups = place.unit.replicas if place and shard_replicas else ()
-            alike.setdefault(groups, []).append(i)
-        self._replicas = [
-            (members, Replicas(groups, [targets[i] for i in members]))
-            for groups, members in alike.items()
-        ]
-        self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
-        #: Of each swap target the elements that this rank averages.
-        self._spans = [FlatRange(0, 0)] * len(targets)
-        for members, replicas in self._replicas:
-            for i, span in zip(members, replicas.spans, strict=True):
-                self._spans[i] = span
-        self.shards = [
-            self._shard(named, place, span, divided=shard_replicas)
-            for named, place, span in zip(
-                inventory.averaged, self._places, self._spans, strict=True
-            )
-        ]
-        self._pointers: list[int] = []
-        self._views: list[Tensor | None] = []
-
-    def _shard(self, named: Named, place: Place | None, span: FlatRange, *, divided: bool) -> Shard:
-        box = Box.whole(named.shape)
-        if place is None:
-            return Shard(named, named.shape, box, writes=self.is_first_rank)
-        start = place.range.start
-        return Shard(
-            named,
-            named.shape,
-            box,
-            FlatRange(start + span.start, start + span.stop),
-            place.order,
-            writes=divided or place.unit.is_first_replica,
+        self._flattened = [flat.find(named) for named in inventory.averaged]
+        super().__init__(
+            inventory,
+            flat.ranks,
+            [self._place(named) for named in inventory.averaged],
+            shard_replicas=shard_replicas,
         )
+        self._pointers: list[int] = []
+        self._live: list[Tensor] = []
+
+    def _place(self, named: Named) -> Place:
+        found = self._flat.find(named)
+        if found is None:
+            return whole_copy(named, self._flat.groups)
+        groups = found.unit.replicas
+        return Place(Box.whole(named.shape), groups, leads(groups), found.range, found.order)
+
+    def target_tensor(self, index: int) -> Tensor:
+        found = self._flattened[index]
+        return read(self.inventory.averaged[index]) if found is None else found.local()
 
     def live(self) -> list[Tensor]:
         pointers = [unit.shard.data_ptr() for unit in self._flat.units]
-        pointers += [place.tensor.data_ptr() for place in self._places if place]
+        pointers += [read(named).data_ptr() for named in self.inventory.averaged]
         if pointers != self._pointers:
             self._refuse_detached()
-            self._views = [
-                place.local()[span.start : span.stop] if place else None
-                for place, span in zip(self._places, self._spans, strict=True)
-            ]
-            self._pointers = pointers
-        return [
-            read(shard.name) if view is None else view
-            for shard, view in zip(self.shards, self._views, strict=True)
-        ]
+            self._live, self._pointers = super().live(), pointers
+        return self._live
 
     def _refuse_detached(self) -> None:
-        """Refuse parameters that have left the shard, which is not what is trained then."""
-        for named, place in zip(self.inventory.averaged, self._places, strict=True):
-            if (
-                place is not None
-                and place.range.numel
-                and place.unit.is_idle
-                and not place.is_trained()
-            ):
+        """Refuse parameters that have left the shard, which then is not what is trained."""
+        for named, found in zip(self.inventory.averaged, self._flattened, strict=True):
+            if found is not None and found.is_detached():
                 raise StateError(
                     f"parameter {named.fqn} no longer lies in its FSDP unit's shard: something "
                     "assigned param.data, or model.to() came after the first forward. Change "
                     "parameters in place, and move the model before it is first used"
                 )
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [
-            whole(tensor, writes=shard.writes)
-            if place is None or shard.range is None
-            else place.value(tensor, shard.range, writes=shard.writes)
-            for shard, place, tensor in zip(self.shards, self._places, tensors, strict=True)
-        ]
-
     def extra_value(self, named: Named) -> Tensor:
-        place = self._flat.place(named)
-        if place is None:
+        found = self._flat.find(named)
+        if found is None:
             return super().extra_value(named)
-        return place.value(
-            place.local(), place.range, writes=place.unit.is_first_replica, reads=False
+        local = found.local()
+        return FlatShard(
+            named.shape,
+            range_pieces(Box.whole(named.shape), found.range, local, found.order),
+            dtype=local.dtype,
+            device=local.device,
+            writes=leads(found.unit.replicas),
+            reads=False,
         )
-
-    def swap_targets(self) -> list[Tensor]:
-        return [
-            place.local() if place else read(named)
-            for place, named in zip(self._places, self.inventory.averaged, strict=True)
-        ]
-
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        targets = self.swap_targets()
-        for members, replicas in self._replicas:
-            replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
 
     def settle(self) -> None:
         for unit in self._flat.units:
             unit.reshard()
 
     def registered(self, named: Named) -> Tensor | None:
-        place = self._flat.place(named)
-        if place is not None and place.tensor is place.unit.flat:
-            return place.tensor  # the modules have no parameter to compare with
-        return super().registered(named)
+        found = self._flat.find(named)
+        # The modules of a unit that shows the flat parameter have none that could be compared.
+        return found.tensor if found and found.is_flat else super().registered(named)
 
-    def agreement_record(self) -> dict[str, str]:
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
+        """Digests of plain parameters, and of what FSDP1 keeps equal but does not make so."""
         record = {}
-        for named in (*self.inventory.averaged, *self.inventory.frozen):
-            place = self._flat.place(named)
-            if place is None and isinstance(named.tensor, nn.Parameter):
-                record[named.fqn] = digest(named.tensor)
-            elif place is not None and place.unit.replicas:
-                # FSDP1 keeps replicas equal, but does not make them so.
-                record[named.fqn] = digest(place.local())
+        for named in self.inventory.parameters:
+            found = self._flat.find(named)
+            if found is None:
+                record[named.fqn] = whole_digest(named.tensor)
+            elif found.unit.replicas:
+                elements = Box((found.range.start,), (found.range.numel,))
+                record[named.fqn] = (elements, digest(found.local()))
         return record
 
 
@@ -178,9 +131,7 @@ def make_fsdp1_source(
     """
     for module in model.modules():
         if isinstance(module, (DistributedDataParallel, FSDPModule)):
-            other = (
-                "DistributedDataParallel" if not isinstance(module, FSDPModule) else "fully_shard"
-            )
+            other = "fully_shard" if isinstance(module, FSDPModule) else "DistributedDataParallel"
             raise UnsupportedLayoutError(
                 f"FullyShardedDataParallel (FSDP1) and {other} in one model are not supported; "
                 "HYBRID_SHARD shards within groups of ranks and replicates across them"

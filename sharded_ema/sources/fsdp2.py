@@ -1,121 +1,134 @@
-"""``fully_shard`` (FSDP2) on a 1-D mesh: parameters are DTensors, each rank averages its shard.
+"""Parameters that are DTensors: FSDP2 and HSDP, tensor and expert parallelism, and combinations.
 
-What this relies on, checked on PyTorch 2.13: the sharded ``nn.Parameter`` objects stay the same
-for the life of the model, and so does the memory of their local tensors. They are registered on
-the modules only while these are resharded; after a forward without backward the root's plain,
-gathered parameters stand in their place.
+A DTensor says itself which block of the global tensor its local tensor is, and over which axes of
+its mesh that block is replicated; nothing here depends on who made it.
+
+What this relies on, checked on PyTorch 2.13: the sharded ``nn.Parameter`` objects of
+``fully_shard`` stay the same for the life of the model, and so does the memory of their local
+tensors, which is contiguous. They are registered on the modules only while these are resharded;
+after a forward without backward the root's plain, gathered parameters stand in their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils.dlpack import from_dlpack
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
-from sharded_ema.sources.base import (
-    Inventory,
-    Named,
-    Shard,
-    ShardSource,
-    copy_into,
-    digest,
-    read,
-)
-from sharded_ema.values import FlatShard, whole
+from sharded_ema.sources.base import Inventory, Named, digest, read, whole_digest
+from sharded_ema.sources.meshes import Meshes
+from sharded_ema.sources.replicas import Place, ReplicatedSource, leads, whole_copy
+from sharded_ema.values import FlatShard
+
+_PLACEMENTS = (ShardPlacement, _StridedShard, Replicate)
 
 
-class FSDP2Source(ShardSource):
-    """Each rank averages the local tensors of its DTensors, and plain parameters whole.
+class FSDP2Source(ReplicatedSource):
+    """Each rank averages the local tensors of its DTensors, or slices of what is replicated.
 
     Args:
-        model: the module that ``fully_shard`` was applied to, settled.
+        model: the module whose parameters are DTensors, settled.
         inventory: its tensors.
+        shard_replicas: see :class:`ReplicatedSource`.
 
     Raises:
-        UnsupportedLayoutError: a parameter's mesh has more than one axis, is another one than the
-            first parameter's, or its placement is not ``Shard``.
+        UnsupportedLayoutError: a parameter has another placement than ``Shard`` and ``Replicate``,
+            its local tensor is no plain tensor, or its mesh has nothing to do with the others.
     """
 
     kind = "fsdp2"
 
-    def __init__(self, model: nn.Module, inventory: Inventory) -> None:
-        self.inventory = inventory
+    def __init__(self, model: nn.Module, inventory: Inventory, *, shard_replicas: bool) -> None:
         self._model = model
-        dtensors = [n for n in (*inventory.averaged, *inventory.frozen) if _is_dtensor(n)]
-        for named in dtensors:
-            _refuse_unsupported(named, dtensors[0])
-        mesh = dtensors[0].tensor.device_mesh  # type: ignore[attr-defined]
-        self.ranks = mesh.mesh.flatten().tolist()
-        self.shards = [self._shard(named) for named in inventory.averaged]
-        # The usual case has nothing but DTensors, and a short way to their local tensors.
-        self._tensors = [n.tensor for n in inventory.averaged]
-        self._fixed = all(map(_is_dtensor, inventory.averaged))
+        everything = (*inventory.averaged, *inventory.frozen, *inventory.buffers)
+        self._dtensors = [n for n in everything if isinstance(n.tensor, DTensor)]
+        for named in self._dtensors:
+            _refuse_unsupported(named)
+        self._meshes = Meshes(n.tensor.device_mesh for n in self._dtensors)  # type: ignore[attr-defined]
+        super().__init__(
+            inventory,
+            self._meshes.ranks,
+            [self._place(named) for named in inventory.averaged],
+            shard_replicas=shard_replicas,
+        )
+        # The usual case has whole local tensors of DTensors only, and a short way to them.
+        self._tensors = [named.tensor for named in inventory.averaged]
+        self._fixed = all(
+            isinstance(shard.name.tensor, DTensor)
+            and isinstance(shard.name.tensor, nn.Parameter)
+            and shard.range is None
+            for shard in self.shards
+        )
 
-    def _shard(self, named: Named) -> Shard:
-        shape = tuple(named.tensor.shape)
-        if _is_dtensor(named):
-            return Shard(named, shape, _box(named))
-        return Shard(named, shape, Box.whole(shape), writes=self.is_first_rank)
+    def _place(self, named: Named) -> Place:
+        if isinstance(named.tensor, DTensor):
+            groups = self._meshes.replicate_groups(named.tensor)
+            return Place(_box(named.tensor), groups, writes=leads(groups))
+        return whole_copy(named, self._meshes.others(None))
 
     def settle(self) -> None:
         reshard(self._model)
 
+    def target_tensor(self, index: int) -> Tensor:
+        return local(self.inventory.averaged[index])
+
     def live(self) -> list[Tensor]:
         if self._fixed:
             return [tensor._local_tensor for tensor in self._tensors]  # type: ignore[attr-defined]
-        return [local(shard.name) for shard in self.shards]
+        return super().live()
 
     def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        out: list[Tensor] = []
-        for shard, tensor in zip(self.shards, tensors, strict=True):
-            parameter = shard.name.tensor
-            if isinstance(parameter, DTensor):
-                # Without shape and stride an uneven shard would be taken for an even one.
-                out.append(
-                    DTensor.from_local(
-                        _own_storage(tensor),
-                        parameter.device_mesh,
-                        parameter.placements,
-                        run_check=False,
-                        shape=parameter.shape,
-                        stride=parameter.stride(),
-                    )
-                )
-            else:
-                out.append(whole(tensor, writes=self.is_first_rank))
-        return out
+        return [
+            _like(shard.name.tensor, tensor)
+            if isinstance(shard.name.tensor, DTensor) and not place.groups
+            else self.piece(shard, tensor)
+            for shard, place, tensor in zip(self.shards, self.places, tensors, strict=True)
+        ]
 
     def extra_value(self, named: Named) -> Tensor:
-        if not _is_dtensor(named):
+        tensor = read(named)
+        if not isinstance(tensor, DTensor):
             return super().extra_value(named)
-        tensor, box = local(named).detach(), _box(named)
+        box, block = _box(tensor), tensor._local_tensor.detach()
         return FlatShard(
-            named.tensor.shape,
-            [(box, tensor)] if box.numel else [],
-            dtype=tensor.dtype,
-            device=tensor.device,
+            tensor.shape,
+            [(box, block)] if box.numel else [],
+            dtype=block.dtype,
+            device=block.device,
+            writes=leads(self._meshes.replicate_groups(tensor)),
             reads=False,
         )
 
-    def swap_targets(self) -> list[Tensor]:
-        return self.live()
+    def self_check(self) -> None:
+        for named in self._dtensors:
+            tensor = read(named)
+            if isinstance(tensor, DTensor) and tensor._local_tensor.shape != _box(tensor).sizes:
+                raise UnsupportedLayoutError(
+                    f"parameter {named.fqn} has a local tensor of shape "
+                    f"{tuple(tensor._local_tensor.shape)} on rank {dist.get_rank()}, where its "
+                    f"placements {tensor.placements} say {_box(tensor).sizes}: PyTorch computes "
+                    "wrong offsets for this combination of sizes; choose sizes that the "
+                    "tensor-parallel axis divides"
+                )
 
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        copy_into(self.swap_targets(), tensors)
-
-    def agreement_record(self) -> dict[str, str]:
-        named = (*self.inventory.averaged, *self.inventory.frozen)
-        return {
-            n.fqn: digest(n.tensor)
-            for n in named
-            if isinstance(n.tensor, nn.Parameter) and not _is_dtensor(n)
-        }
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
+        """Digests of what no DTensor says is replicated, but lies on several ranks alike."""
+        found = {}
+        for named in self.inventory.parameters:
+            tensor = named.tensor
+            if not isinstance(tensor, DTensor):
+                found[named.fqn] = whole_digest(tensor)
+            elif self._meshes.others(tensor.device_mesh):
+                found[named.fqn] = (_box(tensor), digest(tensor._local_tensor))
+        return found
 
 
 def reshard(model: nn.Module) -> None:
@@ -127,8 +140,21 @@ def reshard(model: nn.Module) -> None:
 
 def local(named: Named) -> Tensor:
     """This rank's tensor. ``to_local()`` would cost a dispatch and a view per parameter."""
-    parameter = named.tensor
-    return parameter._local_tensor if isinstance(parameter, DTensor) else read(named)
+    tensor = read(named)
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _like(parameter: DTensor, tensor: Tensor) -> DTensor:
+    """A shadow as a DTensor with the layout of its parameter."""
+    return DTensor.from_local(
+        _own_storage(tensor),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        # Without shape and stride an uneven shard would be taken for an even one.
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -140,26 +166,22 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return from_dlpack(tensor) if tensor.storage_offset() and tensor.numel() else tensor
 
 
-def _is_dtensor(named: Named) -> bool:
-    return isinstance(named.tensor, DTensor)
-
-
-def _box(named: Named) -> Box:
-    (chunk,) = named.tensor.__create_chunk_list__()  # type: ignore[attr-defined]
+def _box(tensor: DTensor) -> Box:
+    (chunk,) = tensor.__create_chunk_list__()
     return Box(tuple(chunk.offsets), tuple(chunk.sizes))
 
 
-def _refuse_unsupported(named: Named, first: Named) -> None:
-    parameter, reference = named.tensor, first.tensor
-    assert isinstance(parameter, DTensor) and isinstance(reference, DTensor)
-    mesh, placements = parameter.device_mesh, parameter.placements
-    supported = "this version supports fully_shard on a 1-D mesh, DDP and unsharded modules"
-    if mesh.ndim != 1 or not all(type(p) is ShardPlacement for p in placements):
+def _refuse_unsupported(named: Named) -> None:
+    tensor = named.tensor
+    assert isinstance(tensor, DTensor)
+    if not all(type(placement) in _PLACEMENTS for placement in tensor.placements):
         raise UnsupportedLayoutError(
-            f"parameter {named.fqn} is a DTensor with placements {placements} on a {mesh.ndim}-D "
-            f"mesh; {supported} (no HSDP, tensor or expert parallelism yet)"
+            f"parameter {named.fqn} is a DTensor with placements {tensor.placements}; only Shard "
+            "and Replicate have a part of the tensor on each rank that can be averaged"
         )
-    if mesh != reference.device_mesh:
+    kind = type(tensor._local_tensor)
+    if kind not in (Tensor, nn.Parameter):
         raise UnsupportedLayoutError(
-            f"parameters {first.fqn} and {named.fqn} lie on different device meshes; {supported}"
+            f"the local tensor of parameter {named.fqn} is a {kind.__name__}; "
+            "only plain tensors can be averaged. Convert the model after making its average"
         )

@@ -13,8 +13,8 @@ from sharded_ema.sources.base import (
     Shard,
     ShardSource,
     copy_into,
-    digest,
     read,
+    whole_digest,
 )
 from sharded_ema.values import whole
 
@@ -55,6 +55,5 @@ class PlainSource(ShardSource):
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
         copy_into(self.swap_targets(), tensors)
 
-    def agreement_record(self) -> dict[str, str]:
-        named = (*self.inventory.averaged, *self.inventory.frozen)
-        return {n.fqn: digest(n.tensor) for n in named if isinstance(n.tensor, nn.Parameter)}
+    def agreement_record(self) -> dict[str, tuple[Box, str]]:
+        return {n.fqn: whole_digest(n.tensor) for n in self.inventory.parameters}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sharded_ema.errors import StateError
 from sharded_ema.layout import Box, FlatRange, Slice, divide
-from sharded_ema.sources.base import Inventory, Shard, ShardSource, read
+from sharded_ema.sources.base import Inventory, Named, Shard, ShardSource, read
 from sharded_ema.values import FlatShard, range_pieces
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -140,11 +140,21 @@ class Place:
         box: this rank's block of the global tensor.
         groups: groups over which the block is replicated, see :class:`Replicas`.
         writes: whether of the equal copies this rank's is the one to write, if it is not divided.
+        range: elements of the block that this rank has (1-D), or ``None`` for the block itself.
+        order: memory order in which ``range`` counts, see :class:`Shard`.
     """
 
     box: Box
     groups: Groups
     writes: bool
+    range: FlatRange | None = None
+    order: tuple[int, ...] | None = None
+
+    def part(self, span: FlatRange) -> FlatRange | None:
+        """Elements ``span`` of what this rank has, as elements of the block."""
+        if self.range is None:
+            return None if span.numel == self.box.numel else span
+        return FlatRange(self.range.start + span.start, self.range.start + span.stop)
 
 
 class ReplicatedSource(ShardSource):
@@ -153,8 +163,7 @@ class ReplicatedSource(ShardSource):
     Args:
         inventory: the tensors of the target.
         ranks: global ranks that share the model.
-        places: where each averaged tensor lies. A buffer has no replicas: its values may differ
-            (batch statistics), so nobody can keep another's slice of it.
+        places: where each averaged tensor lies.
         shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
             no communication.
     """
@@ -169,23 +178,28 @@ class ReplicatedSource(ShardSource):
     ) -> None:
         self.inventory = inventory
         self.ranks = ranks
+        self.places = list(places) if shard_replicas else [replace(p, groups=()) for p in places]
+        # Tensors with the same replicas are divided together, so that the shares come out even.
         alike: dict[tuple[str, ...], list[int]] = {}
-        for i, place in enumerate(places):
-            groups = place.groups if shard_replicas else ()
-            alike.setdefault(tuple(group.group_name for group in groups), []).append(i)
+        for i, place in enumerate(self.places):
+            alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
         self._replicas: list[tuple[list[int], Replicas]] = []
+        self._spans: dict[int, FlatRange] = {}
         found: dict[int, Shard] = {}
         for members in alike.values():
-            groups = places[members[0]].groups if shard_replicas else ()
-            replicas = Replicas(groups, [self.target_tensor(i) for i in members])
+            replicas = Replicas(
+                self.places[members[0]].groups, [self.target_tensor(i) for i in members]
+            )
             self._replicas.append((members, replicas))
             for i, span in zip(members, replicas.spans, strict=True):
-                named, place = inventory.averaged[i], places[i]
+                named, place = inventory.averaged[i], self.places[i]
+                self._spans[i] = span
                 found[i] = Shard(
                     named,
-                    tuple(named.tensor.shape),
+                    named.shape,
                     place.box,
-                    None if span.numel == place.box.numel else span,
+                    place.part(span),
+                    place.order,
                     writes=place.writes or replicas.size > 1,
                 )
         self.shards = [found[i] for i in range(len(places))]
@@ -202,7 +216,7 @@ class ReplicatedSource(ShardSource):
 
     def live(self) -> list[Tensor]:
         return [
-            self.averaged_tensor(i) if shard.range is None else self._slice(i, shard.range)
+            self.averaged_tensor(i) if shard.range is None else self._slice(i, self._spans[i])
             for i, shard in enumerate(self.shards)
         ]
 
@@ -228,7 +242,7 @@ class ReplicatedSource(ShardSource):
     def piece(self, shard: Shard, tensor: Tensor) -> FlatShard:
         """A shadow as a value of the global shape."""
         if shard.range is not None:
-            pieces = range_pieces(shard.box, shard.range, tensor)
+            pieces = range_pieces(shard.box, shard.range, tensor, shard.order)
         else:
             pieces = [(shard.box, tensor)] if shard.box.numel else []
         return FlatShard(
@@ -247,12 +261,16 @@ class ReplicatedSource(ShardSource):
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
 
 
-def equal_copies(inventory: Inventory, group: dist.ProcessGroup) -> list[Place]:
-    """The places of a model that every rank of ``group`` holds whole."""
-    first = dist.get_rank(group) == 0
-    return [
-        Place(
-            Box.whole(n.tensor.shape), (group,) if isinstance(n.tensor, nn.Parameter) else (), first
-        )
-        for n in inventory.averaged
-    ]
+def leads(groups: Groups) -> bool:
+    """Whether this rank is the first of its replicas, which writes what is not divided."""
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
+def whole_copy(named: Named, groups: Groups) -> Place:
+    """The place of a tensor that all ranks reached over ``groups`` hold whole.
+
+    A buffer has no replicas: its values may differ (batch statistics), so nobody can keep
+    another's slice of it.
+    """
+    shared = groups if isinstance(named.tensor, nn.Parameter) else ()
+    return Place(Box.whole(named.tensor.shape), shared, writes=leads(groups))

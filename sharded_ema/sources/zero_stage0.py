@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_ema.errors import BindError
 from sharded_ema.sources.base import Backup, Inventory, is_rounded, read
-from sharded_ema.sources.replicas import ReplicatedSource, equal_copies
+from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
 
 
 class Zero0Source(ReplicatedSource):
@@ -43,7 +43,7 @@ class Zero0Source(ReplicatedSource):
         super().__init__(
             inventory,
             dist.get_process_group_ranks(group),
-            equal_copies(inventory, group),
+            [whole_copy(named, (group,)) for named in inventory.averaged],
             shard_replicas=shard_replicas,
         )
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
     MixedPrecision,
@@ -24,12 +24,41 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
+from torch.distributed.tensor import Shard as ShardPlacement
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
+# Every layout, with the numbers of ranks that it can have here.
+WORLDS: dict[str, tuple[int, ...]] = {
+    "fsdp2": (2, 3, 4),
+    "fsdp2_mixed": (2, 3, 4),
+    "fsdp2_bf16": (2, 3, 4),
+    "fsdp2_dim1": (2, 3),
+    "ddp": (2, 3, 4),
+    "ddp_bf16": (2, 3, 4),
+    "hsdp": (4,),
+    "hsdp_whole": (4,),
+    "tp": (2,),
+    "tp_fsdp2": (4,),
+    "ep_fsdp2": (4,),
+    "fsdp1": (2, 3, 4),
+    "fsdp1_flat": (2, 3, 4),
+    "fsdp1_grad_op": (2, 3),
+    "fsdp1_no_shard": (2, 3),
+    "fsdp1_mixed": (2, 3),
+    "fsdp1_bf16": (2, 3),
+    "fsdp1_hybrid": (4,),
+    "fsdp1_hybrid_flat": (4,),
+}
 FSDP1: dict[str, dict[str, Any]] = {
     "fsdp1": {"sharding_strategy": ShardingStrategy.FULL_SHARD},
-    "fsdp1_flat": {"sharding_strategy": ShardingStrategy.FULL_SHARD, "use_orig_params": False},
+    "fsdp1_flat": {"use_orig_params": False},
     "fsdp1_grad_op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP},
     "fsdp1_no_shard": {"sharding_strategy": ShardingStrategy.NO_SHARD},
     "fsdp1_mixed": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)},
@@ -40,12 +69,12 @@ FSDP1: dict[str, dict[str, Any]] = {
         "use_orig_params": False,
     },
 }
-MODES = ("fsdp2", "fsdp2_mixed", "fsdp2_bf16", "ddp", "ddp_bf16", *FSDP1)
+MODES = tuple(WORLDS)
 
 
 def sizes(mode: str, wanted: Sequence[int] = (2, 3, 4)) -> list[int]:
-    """Those of the wanted world sizes that a mode runs on, or the one that it needs."""
-    return [4] if "hybrid" in mode else list(wanted)  # 2 x 2
+    """Those of the wanted numbers of ranks that a mode can have, or the most that it can."""
+    return [n for n in wanted if n in WORLDS[mode]] or [max(WORLDS[mode])]
 
 
 class Block(nn.Module):
@@ -58,12 +87,28 @@ class Block(nn.Module):
         return x + self.down(torch.tanh(self.up(x)))
 
 
+class Experts(nn.Module):
+    """All experts see all tokens; expert parallelism gives each rank some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(5, 10, 2) / 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, DTensor):
+            return torch.einsum("bi,eio->bo", x, weight)
+        mine = torch.einsum("bi,eio->bo", x, weight.to_local())
+        return DTensor.from_local(mine, weight.device_mesh, [Partial()]).full_tensor()
+
+
 class Ragged(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inp = nn.Linear(7, 10)
         self.blocks = nn.ModuleList([Block(10, 5), Block(10, 3)])
         self.out = nn.Linear(10, 2)
+        self.experts = Experts()
         self.tied = nn.Linear(7, 10, bias=False)
         self.tied.weight = self.inp.weight
         self.one = nn.Parameter(torch.full((1,), 1.5))
@@ -83,7 +128,7 @@ class Ragged(nn.Module):
         # Mixed precision converts what it shards; what it ignores stays as it is.
         scalar, skew = self.scalar.to(h.dtype), self.transposed.t().to(h.dtype)
         kernel, bias = self.conv.weight.to(h.dtype), self.conv.bias.to(h.dtype)
-        h = self.out(h) * self.one + scalar + h[:, :5] @ skew
+        h = self.experts(h) + self.out(h) * self.one + scalar + h[:, :5] @ skew
         image = x[:, :3, None, None].expand(-1, 3, 3, 3).to(h.dtype)
         h = h + nn.functional.conv2d(image, kernel, bias).mean((2, 3))
         return h + self.frozen.sum() / 10
@@ -98,16 +143,20 @@ class Run:
         bare: the module inside wrappers, on which names are bare.
         optimizer: AdamW over the trainable parameters.
         unsynced: parameters whose gradients no wrapper averages.
+        stream: which data this rank sees; the same on the ranks of one tensor-parallel group.
+        options: for the ShardedEMA.
     """
 
     target: nn.Module
     bare: Ragged
     optimizer: torch.optim.Optimizer
-    unsynced: list[nn.Parameter] = field(default_factory=list)
+    unsynced: list[nn.Parameter]
+    stream: int
+    options: dict[str, Any]
 
     def step(self, index: int, *, backward_only: bool = False) -> float:
-        """One optimizer step on data that depends on the rank and ``index`` alone."""
-        generator = torch.Generator().manual_seed(1000 * index + rank())
+        """One optimizer step on data that depends on the stream and ``index`` alone."""
+        generator = torch.Generator().manual_seed(1000 * index + self.stream)
         dtype = next(p.dtype for p in self.bare.parameters())
         x = torch.randn(4, 7, generator=generator).to(dtype)
         loss = self.target(x).float().square().mean()
@@ -150,43 +199,86 @@ def build(mode: str, seed: int = 0) -> Run:
     if mode.endswith("_bf16"):
         bare = bare.bfloat16()
     target: nn.Module = bare
-    unsynced: list[nn.Parameter] = []
-    if mode in FSDP1:
-        target, unsynced = wrap_fsdp1(bare, mode)
-    elif mode.startswith("fsdp2"):
-        mesh = init_device_mesh("cpu", (world(),))
-        policy: dict[str, Any] = {}
-        if mode == "fsdp2_mixed":
-            policy = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)}
-        # fully_shard refuses strided and 0-d parameters; its users leave them replicated.
-        unsynced = [bare.transposed, bare.conv.weight, bare.scalar]
-        for block in bare.blocks:
-            fully_shard(block, mesh=mesh, **policy)
-        fully_shard(bare, mesh=mesh, ignored_params=set(unsynced), **policy)
+    # fully_shard refuses strided and 0-d parameters; its users leave them replicated.
+    unsynced = [bare.transposed, bare.conv.weight, bare.scalar]
+    stream = rank()
+    if mode.startswith("fsdp2"):
+        shard(bare, init_device_mesh("cpu", (world(),)), unsynced, mode)
+    elif mode.startswith("hsdp"):
+        axes = ("replicate", "shard")
+        shard(bare, init_device_mesh("cpu", (2, 2), mesh_dim_names=axes), unsynced, mode)
+    elif mode == "tp":
+        unsynced += split_layers(bare, init_device_mesh("cpu", (2,)))
+        stream = 0
+    elif mode == "tp_fsdp2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        split_layers(bare, mesh["tp"])
+        shard(bare, mesh["dp"], unsynced, mode)
+        stream = mesh.get_local_rank("dp")
+    elif mode == "ep_fsdp2":
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "ep"))
+        weight = distribute_tensor(bare.experts.weight.detach(), mesh["ep"], [ShardPlacement(0)])
+        bare.experts.weight = nn.Parameter(weight)
+        fully_shard(bare.experts, mesh=mesh["dp"])
+        shard(bare, init_device_mesh("cpu", (4,)), unsynced, mode)
+        stream = mesh.get_local_rank("dp")
+    elif mode in FSDP1:
+        target, unsynced = flatten(bare, mode), [bare.scalar]
     elif mode.startswith("ddp"):
-        target = DistributedDataParallel(bare)
-    elif mode != "plain":
+        target, unsynced = DistributedDataParallel(bare), []
+    elif mode == "plain":
+        unsynced = []
+    else:
         raise ValueError(mode)
     trainable = [p for p in bare.parameters() if p.requires_grad]
-    return Run(target, bare, torch.optim.AdamW(trainable, lr=1e-2), unsynced)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-2)
+    options = {"shard_replicas": False} if mode.endswith("_whole") else {}
+    return Run(target, bare, optimizer, unsynced, stream, options)
 
 
-def wrap_fsdp1(bare: Ragged, mode: str) -> tuple[FSDP, list[nn.Parameter]]:
-    settings = {"use_orig_params": True, **FSDP1[mode]}
-    # FSDP1 refuses 0-d parameters, and where it shows flat ones, frozen among trainable ones.
-    unsynced = [bare.scalar]
-    ignored = unsynced if settings["use_orig_params"] else [*unsynced, bare.frozen]
+def shard(bare: Ragged, mesh: DeviceMesh, ignored: list[nn.Parameter], mode: str) -> None:
+    """``fully_shard`` over ``mesh``."""
+    options: dict[str, Any] = {"mesh": mesh}
+    if mode == "fsdp2_mixed":
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    if mode == "fsdp2_dim1":  # along which it wants even shards
+        options["shard_placement_fn"] = lambda p: ShardPlacement(
+            int(p.dim() > 1 and p.shape[1] % world() == 0)
+        )
+    for block in bare.blocks:
+        fully_shard(block, **options)
+    fully_shard(bare, ignored_params=set(ignored), **options)
+
+
+def split_layers(bare: Ragged, mesh: DeviceMesh) -> list[nn.Parameter]:
+    """Tensor parallelism of all linear layers; returns what is left replicated as plain tensors."""
+    plan: dict[str, ParallelStyle] = {"out": RowwiseParallel(input_layouts=Replicate())}
+    for name in ("inp", "tied"):
+        plan[name] = ColwiseParallel(output_layouts=Replicate())
+    for index in range(len(bare.blocks)):
+        # Local outputs of an uneven layer would be taken for those of an even one.
+        plan[f"blocks.{index}.up"] = ColwiseParallel(use_local_output=False)
+        plan[f"blocks.{index}.down"] = RowwiseParallel()
+    parallelize_module(bare, mesh, plan)
+    bare.tied.weight = bare.inp.weight
+    return [bare.one, bare.conv.bias, bare.experts.weight]
+
+
+def flatten(bare: Ragged, mode: str) -> FSDP:
+    """FullyShardedDataParallel (FSDP1)."""
+    options = {"use_orig_params": True, **FSDP1[mode]}
+    # It refuses 0-d parameters and, with flat ones for the optimizer, frozen among trainable ones.
+    ignored = [bare.scalar] if options["use_orig_params"] else [bare.scalar, bare.frozen]
     if "hybrid" in mode:
         axes = ("replicate", "shard")
-        settings["device_mesh"] = init_device_mesh("cpu", (2, world() // 2), mesh_dim_names=axes)
-    target = FSDP(
+        options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
+    return FSDP(
         bare,
         auto_wrap_policy=ModuleWrapPolicy({Block}),
         ignored_states=ignored,
         device_id=torch.device("cpu"),
-        **settings,
+        **options,
     )
-    return target, unsynced
 
 
 def reference_step(average: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:

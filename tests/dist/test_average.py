@@ -49,7 +49,7 @@ def averages(ema: ShardedEMA, profile: str = "ema") -> dict[str, Tensor]:
 
 def train_and_compare(mode: str, steps: int) -> None:
     run = build(mode)
-    ema = ShardedEMA(run.target, 0.99)
+    ema = ShardedEMA(run.target, 0.99, **run.options)
     ema.attach(run.optimizer)
     expected = as_float(run.gather())
     for index in range(steps):
@@ -100,7 +100,7 @@ def count_collectives(mode: str) -> tuple[int, int]:
     run = build(mode)
     run.step(0)
     with CommDebugMode() as silent:
-        ema = ShardedEMA(run.target, 0.9)
+        ema = ShardedEMA(run.target, 0.9, **run.options)
         for _ in range(10):
             ema.update()
         ema.state_dict()
@@ -122,7 +122,7 @@ def test_no_collectives(worlds: Worlds, mode: str) -> None:
 
 def measure_memory(mode: str) -> dict[str, int]:
     run = build(mode)
-    ema = ShardedEMA(run.target, {"a": 0.9, "b": 0.99})
+    ema = ShardedEMA(run.target, {"a": 0.9, "b": 0.99}, **run.options)
     memory = ema.memory
     total = sum(t.numel() for t in run.gather().values())
     replicated = sum(p.numel() for p in run.unsynced)
@@ -130,22 +130,25 @@ def measure_memory(mode: str) -> dict[str, int]:
     return {**memory, "total": 4 * 2 * total, "replicated": 4 * 2 * replicated}
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2_bf16", "ddp"])
-def test_shadow_is_four_bytes_per_owned_element(worlds: Worlds, mode: str) -> None:
-    ranks = worlds[4].run(measure_memory, mode)
+@pytest.mark.parametrize("mode", MODES)
+def test_every_element_has_one_owner(worlds: Worlds, mode: str) -> None:
+    (size,) = sizes(mode, [4])
+    ranks = worlds[size].run(measure_memory, mode)
     assert all(m["shadow"] == m["ideal"] == m["host"] for m in ranks)
-    copies = 3 * ranks[0]["replicated"]
-    assert sum(m["shadow"] for m in ranks) == ranks[0]["total"] + copies
-    if mode == "ddp":
-        sizes = [m["shadow"] for m in ranks]
-        assert max(sizes) - min(sizes) <= 4 * 2
+    total, replicated = ranks[0]["total"], ranks[0]["replicated"]
+    if mode == "hsdp_whole":  # two replicas, and of plain parameters four
+        total = 2 * (total - replicated) + 4 * replicated
+    assert sum(m["shadow"] for m in ranks) == total
+    if mode.startswith("ddp"):
+        shares = [m["shadow"] for m in ranks]
+        assert max(shares) - min(shares) <= 4 * 2
 
 
 def evaluate_first(mode: str) -> None:
     """FSDP2 leaves the root's parameters gathered after a forward without backward."""
     plain, disturbed = build(mode), build(mode)
-    reference = ShardedEMA(plain.target, 0.9)
-    ema = ShardedEMA(disturbed.target, 0.9)
+    reference = ShardedEMA(plain.target, 0.9, **plain.options)
+    ema = ShardedEMA(disturbed.target, 0.9, **disturbed.options)
     for index in range(4):
         plain.step(index)
         reference.update()
@@ -165,7 +168,7 @@ def evaluate_first(mode: str) -> None:
     assert_equal(disturbed.gather(), plain.gather())
     late = build(mode)
     late.evaluate()
-    late_ema = ShardedEMA(late.target, 0.9)
+    late_ema = ShardedEMA(late.target, 0.9, **late.options)
     assert late_ema.names == ema.names
     for each in (reference, ema, late_ema):
         each.close()
@@ -190,7 +193,7 @@ def optimizer_state(run: Run) -> list[Tensor]:
 
 def swap_with_exception(mode: str, failing_rank: int) -> None:
     never, swapped = build(mode), build(mode)
-    ema = ShardedEMA(swapped.target, 0.9)
+    ema = ShardedEMA(swapped.target, 0.9, **swapped.options)
     ema.attach(swapped.optimizer)
     expected = as_float(swapped.gather())
     for index in range(3):
@@ -230,7 +233,7 @@ def test_swap_with_exception_on_one_rank(worlds: Worlds, mode: str) -> None:
 
 def swap_mid_accumulation(mode: str) -> None:
     never, swapped = build(mode), build(mode)
-    ema = ShardedEMA(swapped.target, 0.9)
+    ema = ShardedEMA(swapped.target, 0.9, **swapped.options)
     ema.attach(swapped.optimizer)
     for index in range(6):
         for run in (never, swapped):
@@ -242,6 +245,7 @@ def swap_mid_accumulation(mode: str) -> None:
     ema.close()
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("mode", MODES)
 def test_swap_between_micro_batches(worlds: Worlds, mode: str) -> None:
-    worlds[2].run(swap_mid_accumulation, mode)
+    (size,) = sizes(mode, [2])
+    worlds[size].run(swap_mid_accumulation, mode)
