@@ -57,6 +57,14 @@ class Box:
         """The box with its dimensions in another order, as by ``torch.permute``."""
         return Box(tuple(self.offsets[d] for d in dims), tuple(self.sizes[d] for d in dims))
 
+    def inside(self, other: Box) -> Box | None:
+        """The same block, counted from the start of ``other``; ``None`` if it juts out."""
+        offsets = [o - by for o, by in zip(self.offsets, other.offsets, strict=True)]
+        if min(offsets, default=0) < 0:
+            return None
+        part = Box(tuple(offsets), self.sizes)
+        return part if part.fits(other.sizes) else None
+
     def overlaps(self, other: Box) -> bool:
         """Whether the two boxes share at least one element."""
         if not self.numel or not other.numel:

@@ -227,22 +227,24 @@ def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     for key, target in own.items():
         if key not in state:
             continue
-        given = dict(_pieces(state[key]))
+        given = list(_pieces(state[key]))
         for box, into in _pieces(target):
-            _fill(key, into, box, given)
+            if box.numel:
+                _fill(key, into, box, given)
 
 
-def _fill(key: str, into: Tensor, box: Box, given: Mapping[Box, Tensor]) -> None:
-    source = given.get(box)
-    if source is None:
-        full = next((t for b, t in given.items() if b == Box.whole(t.shape)), None)
-        if full is None or not box.fits(full.shape):
-            raise CheckpointMismatchError(
-                f"{key}: this rank needs {box} and the given value holds {list(given)}; load "
-                "through torch.distributed.checkpoint to change the sharding"
-            )
-        slices = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-        source = full[slices]
+def _fill(key: str, into: Tensor, box: Box, given: Sequence[Piece]) -> None:
+    for there, tensor in given:
+        part = box.inside(there)
+        if part is not None:
+            ends = zip(part.offsets, part.sizes, strict=True)
+            source = tensor[tuple(slice(o, o + n) for o, n in ends)]
+            break
+    else:
+        raise CheckpointMismatchError(
+            f"{key}: this rank needs {box} and the given value holds {[b for b, _ in given]}; load "
+            "through torch.distributed.checkpoint to change the sharding"
+        )
     if source.data_ptr() != into.data_ptr():
         into.copy_(source)
 

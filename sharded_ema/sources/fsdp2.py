@@ -69,10 +69,10 @@ class FSDP2Source(ReplicatedSource):
         )
 
     def _place(self, named: Named) -> Place:
+        groups = self._meshes.replicas(named.fqn, named.tensor)
         if isinstance(named.tensor, DTensor):
-            groups = self._meshes.replicate_groups(named.tensor)
             return Place(_box(named.tensor), groups, writes=leads(groups))
-        return whole_copy(named, self._meshes.others(None))
+        return whole_copy(named, groups)
 
     def settle(self) -> None:
         reshard(self._model)
@@ -103,7 +103,7 @@ class FSDP2Source(ReplicatedSource):
             [(box, block)] if box.numel else [],
             dtype=block.dtype,
             device=block.device,
-            writes=leads(self._meshes.replicate_groups(tensor)),
+            writes=leads(self._meshes.replicas(named.fqn, tensor)),
             reads=False,
         )
 
@@ -126,7 +126,7 @@ class FSDP2Source(ReplicatedSource):
             tensor = named.tensor
             if not isinstance(tensor, DTensor):
                 found[named.fqn] = whole_digest(tensor)
-            elif self._meshes.others(tensor.device_mesh):
+            elif self._meshes.others(named.fqn, tensor.device_mesh):
                 found[named.fqn] = (_box(tensor), digest(tensor._local_tensor))
         return found
 

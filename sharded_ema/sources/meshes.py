@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable, Iterator
 from itertools import combinations
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -45,45 +46,48 @@ class Meshes:
         """Global ranks of the model."""
         return sorted(self._all)
 
-    def replicate_groups(self, tensor: DTensor) -> Groups:
-        """Process groups over which the local tensor of a DTensor is replicated.
+    def replicas(self, name: str, tensor: Tensor) -> Groups:
+        """Process groups over which this rank's tensor of a parameter is replicated.
 
         Raises:
             UnsupportedLayoutError: see :meth:`others`.
         """
+        if not isinstance(tensor, DTensor):
+            return self.others(name, None)
         mesh = tensor.device_mesh
         axes = [axis for axis, p in enumerate(tensor.placements) if p.is_replicate()]
-        return (*self.others(mesh), *_groups(mesh, axes))
+        return (*self.others(name, mesh), *_groups(name, mesh, axes))
 
-    def others(self, mesh: DeviceMesh | None) -> Groups:
+    def others(self, name: str, mesh: DeviceMesh | None) -> Groups:
         """Process groups that lead from the ranks of a mesh to the other ranks of the model.
 
         They are axes of another mesh, of which ``mesh`` is a part. Nothing is communicated.
 
         Args:
+            name: parameter that lies on the mesh.
             mesh: one of the meshes, or ``None`` for this rank alone.
 
         Raises:
             UnsupportedLayoutError: there are none, or their ranks are out of order.
         """
         if mesh not in self._others:
-            own = frozenset([dist.get_rank()]) if mesh is None else _along(mesh, range(mesh.ndim))
-            self._others[mesh] = self._lead(own)
+            self._others[mesh] = self._lead(name, mesh)
         return self._others[mesh]
 
-    def _lead(self, own: Ranks) -> Groups:
+    def _lead(self, name: str, mesh: DeviceMesh | None) -> Groups:
+        own = frozenset([dist.get_rank()]) if mesh is None else _along(mesh, range(mesh.ndim))
         if own == self._all:
             return ()
         # Slices of one mesh know it as their root, even if no parameter lies on all of it.
         roots = [mesh._get_root_mesh() for mesh in self._meshes]
-        for mesh in dict.fromkeys((*self._meshes, *roots)):
-            for axes in _subsets(mesh):
-                if _along(mesh, axes) == self._all:
-                    for inner in _subsets(mesh):
-                        if set(inner) <= set(axes) and _along(mesh, inner) == own:
-                            return _groups(mesh, sorted(set(axes) - set(inner)))
+        for whole in dict.fromkeys((*self._meshes, *roots)):
+            for axes in _subsets(whole):
+                if _along(whole, axes) == self._all:
+                    for inner in _subsets(whole):
+                        if set(inner) <= set(axes) and _along(whole, inner) == own:
+                            return _groups(name, whole, sorted(set(axes) - set(inner)))
         raise UnsupportedLayoutError(
-            f"some parameters lie on a device mesh of the ranks {sorted(own)} alone, of the "
+            f"parameter {name} lies on a device mesh of the ranks {sorted(own)} alone, of the "
             f"{len(self._all)} ranks of the model, and it is no slice of a mesh over all of them; "
             'slice both from one mesh: init_device_mesh(..., mesh_dim_names=("dp", "tp"))["dp"]'
         )
@@ -104,13 +108,13 @@ def _along(mesh: DeviceMesh, axes: Collection[int]) -> Ranks:
     return frozenset(mesh.mesh[index].flatten().tolist())
 
 
-def _groups(mesh: DeviceMesh, axes: Iterable[int]) -> Groups:
+def _groups(name: str, mesh: DeviceMesh, axes: Iterable[int]) -> Groups:
     axes = [axis for axis in axes if mesh.size(axis) > 1]
     for axis in axes:
         # Process groups count their ranks in ascending order.
         if (mesh.mesh.diff(dim=axis) < 0).any():
             raise UnsupportedLayoutError(
-                f"parameters are replicated over axis {axis} of the device mesh {mesh}, along "
+                f"parameter {name} is replicated over axis {axis} of the device mesh {mesh}, along "
                 "which the ranks do not ascend; make the mesh with init_device_mesh"
             )
     return tuple(mesh.get_group(axis) for axis in axes)

@@ -91,7 +91,7 @@ def several_profiles(mode: str) -> None:
     ema.close()
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp2_bf16"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp2_bf16", "fsdp1"])
 def test_profiles_with_windows_and_late_start(worlds: Worlds, mode: str) -> None:
     worlds[3].run(several_profiles, mode)
 

@@ -38,7 +38,7 @@ from sharded_ema.errors import (
     StateError,
 )
 from tests.dist.pool import WorkerPool
-from tests.dist.ragged import Run, assert_equal, build, rank
+from tests.dist.ragged import MODES, Run, assert_equal, build, rank, sizes
 from tests.dist.test_average import averages
 
 Worlds = dict[int, WorkerPool]
@@ -48,7 +48,7 @@ PROFILES = {"fast": 0.9, "warm": Warmup(0.99)}
 def train_and_save(mode: str, path: str, steps: int, formats: tuple[str, ...]) -> dict[str, Tensor]:
     """Averages by ``<profile>.<name>`` as saved below ``path`` in every format."""
     run = build(mode)
-    ema = ShardedEMA(run.target, PROFILES)
+    ema = ShardedEMA(run.target, PROFILES, **run.options)
     ema.attach(run.optimizer)
     for index in range(steps):
         run.step(index)
@@ -64,7 +64,7 @@ def train_and_save(mode: str, path: str, steps: int, formats: tuple[str, ...]) -
 
 def load_and_read(mode: str, path: str, verify: bool = False) -> tuple[dict[str, Tensor], int, int]:
     run = build(mode, seed=7)
-    ema = ShardedEMA(run.target, PROFILES)
+    ema = ShardedEMA(run.target, PROFILES, **run.options)
     before = run.gather()
     step = ema.load(path, verify=verify)
     assert_equal(run.gather(), before)
@@ -74,14 +74,15 @@ def load_and_read(mode: str, path: str, verify: bool = False) -> tuple[dict[str,
     return full, step, count
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2_bf16", "ddp"])
+@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2_bf16", "ddp", "hsdp", "tp_fsdp2", "fsdp1", "fsdp1_hybrid"])
 def test_four_ranks_to_any_other_layout(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     formats = ("safetensors", "dcp")
     (expected, *_) = worlds[4].run(train_and_save, mode, str(tmp_path), 5, formats)
     for name in formats:
         path = str(tmp_path / name)
         other = "ddp" if mode.startswith("fsdp2") else "fsdp2"
-        for size, target in ((2, mode), (3, other), (4, other)):
+        (own,) = sizes(mode, [2])
+        for size, target in ((own, mode), (3, other), (4, other)):
             for full, step, count in worlds[size].run(load_and_read, target, path, size == 3):
                 assert_equal(full, expected)
                 assert step == count == 5
@@ -90,11 +91,41 @@ def test_four_ranks_to_any_other_layout(worlds: Worlds, mode: str, tmp_path: Pat
         assert step == count == 5
 
 
+def hand_on(mode: str, source: str, path: str, name: str) -> dict[str, Tensor]:
+    """Load, and save again under another sharding."""
+    run = build(mode, seed=7)
+    ema = ShardedEMA(run.target, PROFILES, **run.options)
+    step = ema.load(source, verify=True)
+    full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
+    ema.save(path, step=step, format=name)
+    ema.close()
+    return full
+
+
+def test_from_layout_to_layout_to_one_process(worlds: Worlds, tmp_path: Path) -> None:
+    """Every layout reads what another one wrote, on another number of ranks where it can."""
+    (size,) = sizes(MODES[-1], [4])
+    (expected, *_) = worlds[size].run(
+        train_and_save, MODES[-1], str(tmp_path), 5, ("safetensors",)
+    )
+    source = str(tmp_path / "safetensors")
+    for nth, mode in enumerate(MODES):
+        (size,) = sizes(mode, [2 + nth % 3])
+        target = str(tmp_path / str(nth))
+        name = ("safetensors", "dcp")[nth % 2]
+        for full in worlds[size].run(hand_on, mode, source, target, name):
+            assert_equal(full, expected)
+        source = target
+    full, step, count = load_and_read("plain", source)
+    assert_equal(full, expected)
+    assert step == count == 5
+
+
 def train_plain_and_save(path: str) -> dict[str, Tensor]:
     return train_and_save("plain", path, 3, ("safetensors",))
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp1_flat"])
 def test_one_process_to_three_ranks(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     expected = train_plain_and_save(str(tmp_path))
     for full, _, _ in worlds[3].run(load_and_read, mode, str(tmp_path / "safetensors"), True):
@@ -186,13 +217,13 @@ def test_stateful_in_a_users_checkpoint(worlds: Worlds, ours: bool, tmp_path: Pa
     worlds[3].run(nested, str(tmp_path / "all"), ours)
     report = consolidate(tmp_path / "all", tmp_path / "out", prefix="ema", progress=False)
     assert report.ok
-    assert report.facts["tensors"] == 18
+    assert report.facts["tensors"] == 19
 
 
 def asynchronous(mode: str, path: str) -> None:
     """dcp.async_save copies the pieces before it returns."""
     run = build(mode)
-    ema = ShardedEMA(run.target, 0.9)
+    ema = ShardedEMA(run.target, 0.9, **run.options)
     ema.attach(run.optimizer)
     run.step(0)
     expected = averages(ema)
@@ -209,9 +240,10 @@ def asynchronous(mode: str, path: str) -> None:
     again.close()
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "fsdp1"])
 def test_async_save_of_the_pieces(worlds: Worlds, mode: str, tmp_path: Path) -> None:
-    worlds[2].run(asynchronous, mode, str(tmp_path / "all"))
+    (size,) = sizes(mode, [2])
+    worlds[size].run(asynchronous, mode, str(tmp_path / "all"))
 
 
 def resume(mode: str, path: str) -> None:
@@ -487,9 +519,9 @@ def consolidated_run(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str,
         run.step(index)
     ema.save(path, step=5)
     average = averages(ema)
-    for name, tensor in {**dict(run.bare.named_parameters()), **dict(run.bare.named_buffers())}.items():
+    for name, tensor in {**run.gather(frozen=True), **dict(run.bare.named_buffers())}.items():
         if name not in average and name != "scratch":
-            average[name] = getattr(tensor, "full_tensor", lambda t=tensor: t)().detach().clone()
+            average[name] = tensor.clone()
     raw = run.gather()
     ema.close()
     return average, raw
@@ -573,7 +605,7 @@ def test_any_failure_of_one_rank_reaches_all(worlds: Worlds, tmp_path: Path) -> 
 
 def distances(mode: str) -> tuple[float, float]:
     run = build(mode)
-    ema = ShardedEMA(run.target, 0.9)
+    ema = ShardedEMA(run.target, 0.9, **run.options)
     ema.attach(run.optimizer)
     for index in range(3):
         run.step(index)
@@ -585,7 +617,8 @@ def distances(mode: str) -> tuple[float, float]:
     return found, (apart / norm) ** 0.5
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "hsdp_whole", "tp_fsdp2", "fsdp1"])
 def test_distance_counts_every_element_once(worlds: Worlds, mode: str) -> None:
-    for found, expected in worlds[3].run(distances, mode):
+    (size,) = sizes(mode, [3])
+    for found, expected in worlds[size].run(distances, mode):
         assert found == pytest.approx(expected, rel=1e-12)
