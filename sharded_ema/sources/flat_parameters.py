@@ -52,7 +52,7 @@ class Unit:
     @property
     def shard(self) -> Tensor:
         """This rank's piece of the flat parameter, with padding (1-D)."""
-        return getattr(self.flat, "_local_shard", self.flat).detach()
+        return getattr(self.flat, "_local_shard", self.flat)
 
     @property
     def is_idle(self) -> bool:
@@ -109,7 +109,7 @@ class Flattened:
 
     def local(self) -> Tensor:
         """This rank's elements (1-D), a view of its shard."""
-        return self.unit.shard.narrow(0, self.offset, self.range.numel)
+        return self.unit.shard.detach().narrow(0, self.offset, self.range.numel)
 
     def is_detached(self) -> bool:
         """Whether what the optimizer trains lies elsewhere than in the shard, for good."""

@@ -47,6 +47,10 @@ class FSDP1Source(ReplicatedSource):
             [self._place(named) for named in inventory.averaged],
             shard_replicas=shard_replicas,
         )
+        self._parameters = [
+            n.tensor for n in inventory.averaged if isinstance(n.tensor, nn.Parameter)
+        ]
+        self._buffers = [n for n in inventory.averaged if not isinstance(n.tensor, nn.Parameter)]
         self._pointers: list[int] = []
         self._live: list[Tensor] = []
 
@@ -63,7 +67,8 @@ class FSDP1Source(ReplicatedSource):
 
     def live(self) -> list[Tensor]:
         pointers = [unit.shard.data_ptr() for unit in self._flat.units]
-        pointers += [read(named).data_ptr() for named in self.inventory.averaged]
+        pointers += map(Tensor.data_ptr, self._parameters)
+        pointers += [read(named).data_ptr() for named in self._buffers]
         if pointers != self._pointers:
             self._refuse_detached()
             self._live, self._pointers = super().live(), pointers
