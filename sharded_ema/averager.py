@@ -283,14 +283,20 @@ class Averager:
 
     # ------------------------------------------------------------------ common ground
 
-    def _prepare(self, *, usable: bool = True, seed: bool = True) -> None:
-        """Bring model and shadow into step before anything reads them. Never communicates."""
+    def _prepare(self, *, usable: bool = True, seed: bool = True, settle: bool = True) -> None:
+        """Bring model and shadow into step before anything reads them. Never communicates.
+
+        Args:
+            settle: bring the model into its sharded form. All ranks must, or none: the next
+                forward gathers again what was freed here.
+        """
         if usable or self._unusable == "closed":
             self._require_usable()
         if self._hooks is not None and self._swapped is None:
             self._hooks.flush()
-        self._source.settle()
-        self._source.check_current()
+        if settle:
+            self._source.settle()
+            self._source.check_current()
         self._shadow.follow(self._source.live(), self._names)
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)

@@ -343,7 +343,7 @@ class ShardedEMA(Averager):
             distance: add ``distance/<p>``, the norm of average minus parameters over that of the
                 parameters, exact over all ranks; every rank must then call.
         """
-        self._prepare()
+        self._prepare(settle=distance)  # else one rank alone may call this, as loggers do
         live = self._source.live()
         self._check_health(live)
         found: dict[str, float] = {

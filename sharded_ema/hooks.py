@@ -145,8 +145,9 @@ def _check_ownership(optimizers: Sequence[Optimizer], parameters: dict[int, str]
         if not mine & parameters.keys():
             raise OptimizerError(
                 f"{type(optimizer).__name__} owns none of the {len(parameters)} averaged "
-                "parameters, so the average would never move. fully_shard makes new parameters: "
-                "create the optimizer after it, from the same model"
+                "parameters, so the average would never move. fully_shard makes new parameters, "
+                "as FullyShardedDataParallel does with use_orig_params=False: create the optimizer "
+                "after wrapping, from the same model"
             )
         owned |= mine
     orphans = [name for key, name in parameters.items() if key not in owned]

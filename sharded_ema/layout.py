@@ -53,6 +53,10 @@ class Box:
         """The same block, counted from where ``offsets`` is the origin's place."""
         return Box(tuple(o + by for o, by in zip(self.offsets, offsets, strict=True)), self.sizes)
 
+    def permuted(self, dims: Sequence[int]) -> Box:
+        """The box with its dimensions in another order, as by ``torch.permute``."""
+        return Box(tuple(self.offsets[d] for d in dims), tuple(self.sizes[d] for d in dims))
+
     def inside(self, other: Box) -> Box | None:
         """The same block, counted from the start of ``other``; ``None`` if it juts out."""
         offsets = [o - by for o, by in zip(self.offsets, other.offsets, strict=True)]

@@ -161,8 +161,21 @@ def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
     )
 
 
-def range_pieces(box: Box, span: FlatRange, flat: Tensor) -> list[Piece]:
-    """A 1-D tensor that holds elements ``span`` of ``box``, as blocks (views)."""
+def range_pieces(
+    box: Box, span: FlatRange, flat: Tensor, order: Sequence[int] | None = None
+) -> list[Piece]:
+    """A 1-D tensor that holds elements ``span`` of ``box``, as blocks (views).
+
+    Args:
+        order: dimensions from the outermost to the innermost, if elements are counted so;
+            ``None`` for C order.
+    """
+    if order is not None:
+        back = [order.index(dim) for dim in range(len(order))]
+        return [
+            (part.permuted(back), piece.permute(back))
+            for part, piece in range_pieces(box.permuted(order), span, flat)
+        ]
     return [
         (part.shifted(box.offsets), flat[start : start + part.numel].view(part.sizes))
         for start, part in span.boxes(box.sizes)

@@ -48,6 +48,21 @@ ROWS = (
         "one gather",
         ("tp", "tp_fsdp2", "ep_fsdp2"),
     ),
+    Row(
+        "FSDP1: full, gradient-only and no sharding, mixed precision, flat or original parameters",
+        "its shard, without padding; 1/R where replicated",
+        "local copy",
+        (
+            *("fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_no_shard", "fsdp1_mixed"),
+            "fsdp1_bf16",
+        ),
+    ),
+    Row(
+        "FSDP1 HYBRID_SHARD",
+        "1/R of its shard",
+        "one gather",
+        ("fsdp1_hybrid", "fsdp1_hybrid_flat"),
+    ),
     Row("DeepSpeed without ZeRO (stage 0)", "1/R of the masters", "one gather", ("zero0",)),
     Row(
         "DeepSpeed ZeRO 1, 2, 3", "its master partition", "one gather", ("zero1", "zero2", "zero3")

@@ -51,12 +51,11 @@ def make_batches(
         live: the parameters; empty ones are dropped.
         guard: whether non-finite elements will be looked for.
     """
+    live, *shadows = _join([live, *shadows])
     direct: dict[torch.device, list[int]] = {}
     staged: dict[tuple[torch.device, torch.device, torch.dtype], list[int]] = {}
     for i, parameter in enumerate(live):
         shadow = shadows[0][i]
-        if not parameter.numel():
-            continue
         same = parameter.dtype == shadow.dtype and parameter.device == shadow.device
         # A GPU cannot branch on what it finds without a host sync, so it always masks in the
         # stage; a CPU looks first and stages only what is too small to be looked at alone.
@@ -86,6 +85,42 @@ def make_batches(
                 position += tensor.numel()
             batches.append(Batch(block, targets, views, buffers[device][:position]))
     return batches
+
+
+def _join(columns: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+    """Make one of tensors that follow each other in memory in every column; drop empty ones.
+
+    Frameworks that flatten parameters leave views of one buffer. Updating the buffer as a whole
+    saves a kernel call for each of them.
+    """
+    runs: list[tuple[Sequence[Tensor], int]] = []  # the first of a run, and elements of the run
+    for row in zip(*columns, strict=True):
+        numel = row[0].numel()
+        if not numel:
+            continue
+        first, count = runs[-1] if runs else (row, 0)
+        if count and all(_follows(a, count, b) for a, b in zip(first, row, strict=True)):
+            runs[-1] = (first, count + numel)
+        else:
+            runs.append((row, numel))
+    return [
+        [
+            first[i] if count == first[i].numel() else first[i].as_strided((count,), (1,))
+            for first, count in runs
+        ]
+        for i in range(len(columns))
+    ]
+
+
+def _follows(first: Tensor, count: int, tensor: Tensor) -> bool:
+    """Whether ``tensor`` continues the ``count`` elements of the storage from ``first`` on."""
+    return (
+        first.dim() == tensor.dim() == 1
+        and first.stride(0) == tensor.stride(0) == 1
+        and first.dtype == tensor.dtype
+        and tensor.data_ptr() == first.data_ptr() + count * first.element_size()
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    )
 
 
 def _blocks(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_ema.errors import BindError, UnsupportedLayoutError
+from sharded_ema.errors import BindError
 from sharded_ema.sources.base import (
     Backup,
     Inventory,
@@ -20,6 +20,8 @@ from sharded_ema.sources.base import (
     take_inventory,
 )
 from sharded_ema.sources.ddp import DDPSource
+from sharded_ema.sources.flat_parameters import has_flattened
+from sharded_ema.sources.fsdp1 import make_fsdp1_source
 from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
 from sharded_ema.sources.plain import PlainSource
 from sharded_ema.sources.zero_engine import make_engine_source, refuse_partitioned
@@ -52,9 +54,13 @@ def make_source(
     if not isinstance(target, nn.Module):
         raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
     modules = list(target.modules())
-    if any(isinstance(m, FullyShardedDataParallel) for m in modules):
-        raise UnsupportedLayoutError(
-            "FullyShardedDataParallel (FSDP1) is not supported by this version; use fully_shard"
+    if has_flattened(target):
+        return make_fsdp1_source(
+            target,
+            include=include,
+            exclude=exclude,
+            buffers=buffers,
+            shard_replicas=shard_replicas,
         )
     if any(isinstance(m, FSDPModule) for m in modules):
         reshard(target)

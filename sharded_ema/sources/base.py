@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from typing import Any
@@ -40,7 +40,9 @@ class Named:
         fqn: fully qualified name in ``state_dict()`` of the bare model.
         owner: module that holds the tensor, as it is registered now.
         attribute: its name there.
-        tensor: the parameter or buffer; parameters are held, buffers read anew at each use.
+        tensor: the parameter or buffer; parameters are held, buffers read anew at each use. Where
+            a framework flattens parameters, the one that the optimizer trains.
+        shape: global shape.
         aliases: other names of the same tensor (tied weights).
     """
 
@@ -48,6 +50,7 @@ class Named:
     owner: nn.Module
     attribute: str
     tensor: Tensor
+    shape: Shape
     aliases: tuple[str, ...] = ()
 
 
@@ -60,6 +63,8 @@ class Shard:
         shape: global shape.
         box: this rank's block of the global tensor.
         range: elements of the box that this rank averages, or ``None`` for all of them.
+        order: dimensions from the outermost to the innermost in memory, if ``range`` counts in
+            that order; ``None`` for C order.
         writes: whether this rank writes the piece into checkpoints; of equal copies one does.
     """
 
@@ -67,6 +72,7 @@ class Shard:
     shape: Shape
     box: Box
     range: FlatRange | None = None
+    order: tuple[int, ...] | None = None
     writes: bool = True
 
     @property
@@ -119,11 +125,26 @@ def adapters_of(model: nn.Module) -> list[str]:
     return sorted({name for config in configs if isinstance(config, dict) for name in config})
 
 
+#: A parameter of a module: its name there, what is the same wherever the parameter is met again
+#: (tied weights), the tensor and the global shape.
+Registered = tuple[str, Hashable, Tensor, Shape]
+
+
+def registered_parameters(module: nn.Module) -> Iterator[Registered]:
+    """The parameters of a module itself, without its children's."""
+    for attribute, parameter in module._parameters.items():
+        if parameter is not None:
+            # ZeRO-3 leaves a partitioned parameter with no elements.
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            yield attribute, id(parameter), parameter, tuple(shape)
+
+
 def take_inventory(
     model: nn.Module,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None,
     buffers: str = "copy",
+    registered: Callable[[nn.Module], Iterable[Registered]] = registered_parameters,
 ) -> Inventory:
     """List and sort the tensors of ``model``.
 
@@ -133,28 +154,28 @@ def take_inventory(
         exclude: patterns of which it must match none.
         buffers: ``"average"`` treats floating-point buffers like parameters, ``"copy"`` lists
             all buffers apart, ``"ignore"`` leaves them out.
+        registered: the parameters of one module.
 
     Raises:
         BindError: a parameter is on the meta device or has no elements, or none is left.
         ConfigError: a pattern matches nothing that can be averaged.
     """
     found = Inventory(adapters=adapters_of(model))
-    parameters: dict[int, Named] = {}
+    parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
-        for attribute, parameter in module._parameters.items():
-            if parameter is None:
-                continue
+        for attribute, identity, parameter, shape in registered(module):
             fqn = prefix + attribute
-            known = parameters.get(id(parameter))
-            parameters[id(parameter)] = (
+            known = parameters.get(identity)
+            parameters[identity] = (
                 replace(known, aliases=(*known.aliases, fqn))
                 if known
-                else Named(fqn, module, attribute, parameter)
+                else Named(fqn, module, attribute, parameter, shape)
             )
         for attribute, buffer in module._buffers.items():
             kept = buffers != "ignore" and attribute not in module._non_persistent_buffers_set
             if buffer is not None and kept:
-                found.buffers.append(Named(prefix + attribute, module, attribute, buffer))
+                shape = tuple(buffer.shape)
+                found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
     for named in parameters.values():
         _refuse_unusable(named)
         if not named.tensor.requires_grad:
@@ -211,16 +232,11 @@ def _refuse_unusable(named: Named) -> None:
             f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "
             "initialise, or load a checkpoint) before making its average"
         )
-    if not math.prod(global_shape(named.tensor)):
+    if not math.prod(named.shape):
         raise BindError(
-            f"parameter {named.fqn} has shape {tuple(named.tensor.shape)}, that is 0 elements; "
+            f"parameter {named.fqn} has shape {named.shape}, that is 0 elements; "
             "remove it from the model"
         )
-
-
-def global_shape(tensor: Tensor) -> Shape:
-    """The shape of the whole tensor; ZeRO-3 leaves a partitioned parameter with no elements."""
-    return tuple(getattr(tensor, "ds_shape", tensor.shape))
 
 
 class ShardSource(ABC):
@@ -302,6 +318,10 @@ class ShardSource(ABC):
     def settle(self) -> None:  # noqa: B027 - most frameworks have nothing to do
         """Bring the registered parameters into their sharded form, if the framework has one."""
 
+    def registered(self, named: Named) -> Tensor | None:
+        """What the model has in the place of a parameter now."""
+        return named.owner._parameters.get(named.attribute)
+
     def check_current(self) -> None:
         """Refuse if a parameter of the model is no longer the object that is being averaged.
 
@@ -309,7 +329,7 @@ class ShardSource(ABC):
             BindError: for example after ``load_state_dict(assign=True)``.
         """
         for named in (*self.inventory.averaged, *self.inventory.frozen):
-            registered = named.owner._parameters.get(named.attribute)
+            registered = self.registered(named)
             if isinstance(named.tensor, nn.Parameter) and registered is not named.tensor:
                 raise BindError(
                     f"parameter {named.fqn} was replaced after the average was made "

@@ -140,11 +140,21 @@ class Place:
         box: this rank's block of the global tensor.
         groups: groups over which the block is replicated, see :class:`Replicas`.
         writes: whether of the equal copies this rank's is the one to write, if it is not divided.
+        range: elements of the block that this rank has (1-D), or ``None`` for the block itself.
+        order: memory order in which ``range`` counts, see :class:`Shard`.
     """
 
     box: Box
     groups: Groups
     writes: bool
+    range: FlatRange | None = None
+    order: tuple[int, ...] | None = None
+
+    def part(self, span: FlatRange) -> FlatRange | None:
+        """Elements ``span`` of what this rank has, as elements of the block."""
+        if self.range is None:
+            return None if span.numel == self.box.numel else span
+        return FlatRange(self.range.start + span.start, self.range.start + span.stop)
 
 
 class ReplicatedSource(ShardSource):
@@ -174,6 +184,7 @@ class ReplicatedSource(ShardSource):
         for i, place in enumerate(self.places):
             alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
         self._replicas: list[tuple[list[int], Replicas]] = []
+        self._spans: dict[int, FlatRange] = {}
         found: dict[int, Shard] = {}
         for members in alike.values():
             replicas = Replicas(
@@ -182,11 +193,13 @@ class ReplicatedSource(ShardSource):
             self._replicas.append((members, replicas))
             for i, span in zip(members, replicas.spans, strict=True):
                 named, place = inventory.averaged[i], self.places[i]
+                self._spans[i] = span
                 found[i] = Shard(
                     named,
-                    tuple(named.tensor.shape),
+                    named.shape,
                     place.box,
-                    None if span.numel == place.box.numel else span,
+                    place.part(span),
+                    place.order,
                     writes=place.writes or replicas.size > 1,
                 )
         self.shards = [found[i] for i in range(len(places))]
@@ -215,8 +228,8 @@ class ReplicatedSource(ShardSource):
         pointers = list(map(Tensor.data_ptr, tensors))
         if pointers != self._pointers:
             self._live = [
-                tensor if shard.range is None else _cut(shard, shard.range, tensor)
-                for shard, tensor in zip(self.shards, tensors, strict=True)
+                tensor if shard.range is None else _cut(shard, self._spans[i], tensor)
+                for i, (shard, tensor) in enumerate(zip(self.shards, tensors, strict=True))
             ]
             self._pointers = pointers
         return self._live
@@ -227,7 +240,7 @@ class ReplicatedSource(ShardSource):
     def piece(self, shard: Shard, tensor: Tensor) -> FlatShard:
         """A shadow as a value of the global shape."""
         if shard.range is not None:
-            pieces = range_pieces(shard.box, shard.range, tensor)
+            pieces = range_pieces(shard.box, shard.range, tensor, shard.order)
         else:
             pieces = [(shard.box, tensor)] if shard.box.numel else []
         return FlatShard(

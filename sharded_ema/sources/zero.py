@@ -31,7 +31,6 @@ from sharded_ema.sources.base import (
     Named,
     Shard,
     copy_into,
-    global_shape,
     is_rounded,
     read,
 )
@@ -66,7 +65,7 @@ class PartitionedSource(EngineSource):
         self.shards = []
         self._partitions: list[Partition | None] = []
         for named in inventory.averaged:
-            shape = global_shape(named.tensor)
+            shape = named.shape
             partition = layout[id(named.tensor)] if is_parameter(named) else None
             self._partitions.append(partition)
             if partition is None:
@@ -314,7 +313,7 @@ class Zero3Source(PartitionedSource):
     def extra_value(self, named: Named) -> Tensor:
         if not hasattr(named.tensor, "ds_tensor"):
             return super().extra_value(named)
-        shape, piece = global_shape(named.tensor), _weights(named.tensor)
+        shape, piece = named.shape, _weights(named.tensor)
         return FlatShard(
             shape,
             range_pieces(Box.whole(shape), _piece(named.tensor), piece),

@@ -7,6 +7,7 @@ strided and 0-d parameters, and buffers of several kinds.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Partial, Replicate, distribute_tensor
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.parallel import (
@@ -38,6 +47,27 @@ WORLDS: dict[str, tuple[int, ...]] = {
     "tp": (2,),
     "tp_fsdp2": (4,),
     "ep_fsdp2": (4,),
+    "fsdp1": (2, 3, 4),
+    "fsdp1_flat": (2, 3, 4),
+    "fsdp1_grad_op": (2, 3),
+    "fsdp1_no_shard": (2, 3),
+    "fsdp1_mixed": (2, 3),
+    "fsdp1_bf16": (2, 3),
+    "fsdp1_hybrid": (4,),
+    "fsdp1_hybrid_flat": (4,),
+}
+FSDP1: dict[str, dict[str, Any]] = {
+    "fsdp1": {"sharding_strategy": ShardingStrategy.FULL_SHARD},
+    "fsdp1_flat": {"use_orig_params": False},
+    "fsdp1_grad_op": {"sharding_strategy": ShardingStrategy.SHARD_GRAD_OP},
+    "fsdp1_no_shard": {"sharding_strategy": ShardingStrategy.NO_SHARD},
+    "fsdp1_mixed": {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)},
+    "fsdp1_bf16": {},
+    "fsdp1_hybrid": {"sharding_strategy": ShardingStrategy.HYBRID_SHARD},
+    "fsdp1_hybrid_flat": {
+        "sharding_strategy": ShardingStrategy._HYBRID_SHARD_ZERO2,
+        "use_orig_params": False,
+    },
 }
 MODES = tuple(WORLDS)
 
@@ -156,12 +186,18 @@ class Run:
         with torch.no_grad():
             return self.target(x).detach().clone()
 
-    def gather(self) -> dict[str, Tensor]:
-        """Full trainable parameters by bare name, by PyTorch's own means."""
+    def gather(self, *, frozen: bool = False) -> dict[str, Tensor]:
+        """Full parameters by bare name, by PyTorch's own means: the trainable ones, or all."""
         for module in self.bare.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-        return {name: whole(p) for name, p in self.bare.named_parameters() if p.requires_grad}
+        is_fsdp1 = isinstance(self.target, FSDP)
+        with FSDP.summon_full_params(self.target, writeback=False) if is_fsdp1 else nullcontext():
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): whole(p)
+                for name, p in self.bare.named_parameters()
+                if p.requires_grad or frozen
+            }
 
 
 def build(mode: str, seed: int = 0) -> Run:
@@ -194,6 +230,8 @@ def build(mode: str, seed: int = 0) -> Run:
         fully_shard(bare.experts, mesh=mesh["dp"])
         shard(bare, init_device_mesh("cpu", (4,)), unsynced, mode)
         stream = mesh.get_local_rank("dp")
+    elif mode in FSDP1:
+        target, unsynced = flatten(bare, mode), [bare.scalar]
     elif mode.startswith("ddp"):
         target, unsynced = DistributedDataParallel(bare), []
     elif mode == "plain":
@@ -232,6 +270,23 @@ def split_layers(bare: Ragged, mesh: DeviceMesh) -> list[nn.Parameter]:
     parallelize_module(bare, mesh, plan)
     bare.tied.weight = bare.inp.weight
     return [bare.one, bare.conv.bias, bare.experts.weight]
+
+
+def flatten(bare: Ragged, mode: str) -> FSDP:
+    """FullyShardedDataParallel (FSDP1)."""
+    options = {"use_orig_params": True, **FSDP1[mode]}
+    # It refuses 0-d parameters and, with flat ones for the optimizer, frozen among trainable ones.
+    ignored = [bare.scalar] if options["use_orig_params"] else [bare.scalar, bare.frozen]
+    if "hybrid" in mode:
+        axes = ("replicate", "shard")
+        options["device_mesh"] = init_device_mesh("cpu", (2, 2), mesh_dim_names=axes)
+    return FSDP(
+        bare,
+        auto_wrap_policy=ModuleWrapPolicy({Block}),
+        ignored_states=ignored,
+        device_id=torch.device("cpu"),
+        **options,
+    )
 
 
 def reference_step(average: dict[str, Tensor], now: dict[str, Tensor], weight: float) -> None:

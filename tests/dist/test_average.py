@@ -91,7 +91,7 @@ def several_profiles(mode: str) -> None:
     ema.close()
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp2_bf16"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp2_bf16", "fsdp1"])
 def test_profiles_with_windows_and_late_start(worlds: Worlds, mode: str) -> None:
     worlds[3].run(several_profiles, mode)
 
@@ -124,7 +124,7 @@ def measure_memory(mode: str) -> dict[str, int]:
     run = build(mode)
     ema = ShardedEMA(run.target, {"a": 0.9, "b": 0.99}, **run.options)
     memory = ema.memory
-    total = sum(p.numel() for p in run.bare.parameters() if p.requires_grad)
+    total = sum(t.numel() for t in run.gather().values())
     replicated = sum(p.numel() for p in run.unsynced)
     ema.close()
     return {**memory, "total": 4 * 2 * total, "replicated": 4 * 2 * replicated}

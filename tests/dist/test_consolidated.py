@@ -36,7 +36,7 @@ def prove(folder: Path, average: dict[str, Tensor], raw: dict[str, Tensor]) -> N
     assert metadata["kind"] == "ema" and metadata["num_updates"] == "5"
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "tp_fsdp2"])
+@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "tp_fsdp2", "fsdp1"])
 def test_consolidated_file_is_the_average(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     average, raw = worlds[4].run(consolidated_run, mode, str(tmp_path / "ema"))[0]
     report = consolidate(tmp_path / "ema", tmp_path / "out", progress=False)
@@ -80,9 +80,9 @@ def consolidated_run_of_shadow(mode: str, path: str, right: object) -> tuple[dic
     ema.save(path, step=5)
     raw = run.gather()
     ema.close()
-    for name, tensor in {**dict(run.bare.named_parameters()), **dict(run.bare.named_buffers())}.items():
+    for name, tensor in {**run.gather(frozen=True), **dict(run.bare.named_buffers())}.items():
         if name not in average and name != "scratch":
-            average[name] = getattr(tensor, "full_tensor", lambda t=tensor: t)().detach().clone()
+            average[name] = tensor.clone()
     return average, raw
 
 

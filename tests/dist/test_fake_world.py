@@ -81,6 +81,51 @@ def keep_a_share(rank: int, shape: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+def keep_a_share_of_flat(rank: int, replicas: int, world: int, orig: bool) -> dict[str, Any]:
+    """The same under FSDP1, of units that are one flat parameter each."""
+    import torch
+    from torch import nn
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    from sharded_ema import ShardedEMA
+
+    start(rank, world)
+    options: dict[str, Any] = {}
+    if replicas > 1:
+        options["sharding_strategy"] = ShardingStrategy.HYBRID_SHARD
+        options["device_mesh"] = init_device_mesh(
+            "cpu", (replicas, world // replicas), mesh_dim_names=("replicate", "shard")
+        )
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64)) for _ in range(250)))
+    total = sum(p.numel() for p in model.parameters())
+    fsdp = FullyShardedDataParallel(
+        model,
+        auto_wrap_policy=ModuleWrapPolicy({nn.Sequential}),
+        device_id=torch.device("cpu"),
+        use_orig_params=orig,
+        **options,
+    )
+    ema = ShardedEMA(fsdp, 0.5)
+    before = [tensor.clone() for tensor in ema._source.live()]
+    units = [m for m in fsdp.modules() if isinstance(m, FullyShardedDataParallel) and m._handle]
+    for unit in units:
+        unit._handle.flat_param.data.add_(1)
+    ema.update()
+    views = ema._shadow.views["ema"]
+    return {
+        "names": len(ema.names),
+        "shadow": ema.memory["shadow"],
+        "total": total,
+        "ranks": len(ema._source.ranks),
+        "units": len(units),
+        "tensors": sum(len(batch.live) for batch in ema._shadow._plan._batches),
+        "right": all(torch.equal(v, b.lerp(b + 1, 0.5)) for v, b in zip(views, before)),
+    }
+
+
 def wrong_offsets() -> list[str]:
     """7 rows over 2 tensor-parallel ranks and 3 shards: PyTorch 2.13 counts one of them wrongly."""
     from torch import nn
@@ -124,6 +169,19 @@ def test_a_rank_keeps_its_share_of_the_shadow(layout: str) -> None:
     assert found["shadow"] == pytest.approx(4 * found["total"] / world, rel=0.01)
     assert found["right"]
     assert found["collectives"] == 0 < found["control"]
+
+
+@pytest.mark.parametrize("orig", [False, True])
+@pytest.mark.parametrize(("rank", "replicas", "world"), [(1000, 1, 1024), (3, 1, 64), (3, 8, 64)])
+def test_a_rank_keeps_its_share_of_flat_parameters(
+    rank: int, replicas: int, world: int, orig: bool
+) -> None:
+    found = run(f"keep_a_share_of_flat({rank}, {replicas}, {world}, {orig})")
+    assert found["names"] == 1000
+    assert found["ranks"] == world
+    assert found["shadow"] <= 4 * -(-found["total"] // world)
+    assert found["right"]
+    assert found["tensors"] <= found["units"] + 1  # one of each unit; a division may cut one
 
 
 def test_offsets_that_pytorch_computes_wrongly_are_refused_by_name() -> None:

@@ -106,6 +106,32 @@ def test_bits_do_not_depend_on_where_a_tensor_is_cut() -> None:
     assert torch.equal(plan.shadows[0][0], torch.cat(list(cut.shadows[0])))
 
 
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_that_follow_each_other_are_updated_as_one(dtype: torch.dtype, guard: bool) -> None:
+    """Views of two flat buffers: without a gap, empty, after a gap, and each out of turn."""
+    one, two = torch.randn(40_000).to(dtype), torch.randn(9_000).to(dtype)
+    cuts = [(one, 0, 7), (one, 7, 7), (one, 7, 20_000), (one, 20_004, 40_000)]
+    cuts += [(two, 6_000, 9_000), (two, 0, 6_000)]
+    live = [tensor[start:stop] for tensor, start, stop in cuts]
+    one[3], two[8_000] = float("nan"), float("inf")
+    fast, plain = (
+        LerpPlan([list(torch.zeros(48_996).split([t.numel() for t in live])) for _ in range(2)],
+                 live, guard=guard, impl=impl)
+        for impl in ("foreach", "reference")
+    )  # fmt: skip
+    batches = make_batches(fast.shadows, live, guard=guard)
+    assert sum(len(batch.live) for batch in batches) == 4
+    for weights in ([0.3, 0.01], [0.1, 0.2]):
+        fast.run(weights)
+        plain.run(weights)
+    for got, want in zip(fast.shadows, plain.shadows, strict=True):
+        for a, b in zip(got, want, strict=True):
+            assert torch.equal(a.nan_to_num(1e9), b.nan_to_num(1e9))
+    assert fast.take_skipped() == plain.take_skipped() == (2 * 2 if guard else 0)
+    assert fast.nonfinite() == [0, 4]
+
+
 def test_no_temporary_beyond_the_stage() -> None:
     live = [torch.zeros(5 * STAGE_NUMEL, dtype=torch.bfloat16), torch.zeros(100)]
     for guard in (False, True):
