@@ -405,7 +405,8 @@ def damaged(folder: str) -> list[tuple[str, str]]:
     run = build("fsdp2")
     ema = ShardedEMA(run.target, 0.9)
     ema.save(Path(folder) / "good", step=1)
-    for name, position in (("bad", 4120), ("bad meta", 5000)):
+    # The description is the last tensor of the first shard.
+    for name, position in (("bad", 4120), ("bad meta", -1000)):
         ema.save(Path(folder) / name, step=1)
         if rank() == 0:
             path = sorted((Path(folder) / name).glob("shard-*"))[0]
