@@ -194,6 +194,43 @@ def test_update_between_forward_and_backward(worlds: Worlds, mode: str) -> None:
     worlds[2].run(between_forward_and_backward, mode)
 
 
+def while_all_is_gathered(mode: str) -> None:
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    expected = as_float(run.gather())
+    run.step(0)
+    with FSDP.summon_full_params(run.target, writeback=False):
+        ema.update()
+    reference_step(expected, run.gather(), 1 - 0.9)
+    assert_equal(averages(ema), expected)
+    ema.close()
+
+
+@pytest.mark.parametrize("mode", ["fsdp1", "fsdp1_flat"])
+def test_update_inside_summon_full_params(worlds: Worlds, mode: str) -> None:
+    worlds[2].run(while_all_is_gathered, mode)
+
+
+def evaluation_with_gradients(mode: str) -> None:
+    """Without a backward SHARD_GRAD_OP goes on showing what it has gathered."""
+    never, run = build(mode), build(mode)
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    for index in range(3):
+        for each in (never, run):
+            each.step(index)
+        run.target(torch.ones(2, 7))
+        with ema.swap():
+            run.target(torch.ones(2, 7))
+    assert_equal(run.gather(), never.gather())
+    ema.close()
+
+
+@pytest.mark.parametrize("mode", ["fsdp1", "fsdp1_grad_op"])
+def test_swap_after_a_forward_with_gradients_and_no_backward(worlds: Worlds, mode: str) -> None:
+    worlds[2].run(evaluation_with_gradients, mode)
+
+
 def exception_in_a_forward(mode: str, grad: bool) -> None:
     """It leaves units in the middle of the forward, which FSDP1 itself does not clear up."""
     never, run = build(mode), build(mode)
@@ -311,6 +348,8 @@ def undivided(path: str) -> None:
         divided.update()
         ema.update()
     assert_equal(averages(ema), expected)
+    written = sum(shard.numel for shard in ema._source.shards if shard.writes)
+    assert sum(gathered(written)) == sum(tensor.numel() for tensor in expected.values())
     ema.save(path, step=2)
     divided.load(path)
     assert_equal(averages(divided), expected)
