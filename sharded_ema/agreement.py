@@ -198,5 +198,6 @@ def _differing(name: str, first: int, second: int) -> BindError:
     return BindError(
         f"parameter {name} is not sharded but differs between rank {first} and rank {second}; a "
         "checkpoint would keep one of the two. Wrap the model in DistributedDataParallel or "
-        "fully_shard, or broadcast its parameters"
+        "fully_shard, pass sync_module_states=True to FullyShardedDataParallel, or broadcast its "
+        "parameters"
     )
