@@ -191,10 +191,9 @@ class Averager:
 
     def _reseed(self) -> None:
         """The weights were replaced, and the average starts anew from them."""
-        self._seed()
         if self._clock.seed_step is not None:
             self._clock.reseed()
-            self._health.begin(self._clock, self._shadow, self._source.live())
+        self._seed()
 
     # ------------------------------------------------------------------ using the average
 
@@ -205,14 +204,14 @@ class Averager:
         Do not enter between a forward and its backward. Entering is collective where replicas
         share the work (DDP; meshes that replicate parameters, or leave some plain) and under
         DeepSpeed, and in every layout the first time if :meth:`attach` was never called: every
-        rank must come. Leaving is collective under DeepSpeed alone, where an exception on one
+        rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on one
         rank is raised on all; elsewhere it is safe on one rank alone.
 
         Args:
             profile: which average; may be left out if there is only one.
 
         Raises:
-            SwapError: a swap is active already; or, under DeepSpeed, another rank left the block
+            SwapError: a swap is active already; or, under ZeRO 1 to 3, another rank left the block
                 with an exception.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """

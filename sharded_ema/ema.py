@@ -52,9 +52,9 @@ class ShardedEMA(Averager):
     iterates: Polyak and Juditsky (1992); Tarvainen and Valpola (2017), equation 1.
 
     Args:
-        target: a plain module, a DistributedDataParallel module, one whose parameters are DTensors
-            (``fully_shard``, HSDP, tensor and expert parallelism), or a DeepSpeed engine; wrap
-            and materialise it first.
+        target: a plain module, a DistributedDataParallel or FullyShardedDataParallel module, one
+            whose parameters are DTensors (``fully_shard``, HSDP, tensor and expert parallelism),
+            or a DeepSpeed engine; wrap and materialise it first.
         schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
             (``"half_life:2000"``), or a dict of several by profile name.
         update_every: applied optimizer steps between updates; the decays of the steps between are

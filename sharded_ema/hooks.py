@@ -246,8 +246,8 @@ class EngineHooks(StepHooks):
             for optimizer in inner
             if isinstance(optimizer, Optimizer)
         ]
-        is_pipeline = hasattr(engine, "_exec_optimizer_step")  # whose step() only raises
-        name = "train_batch" if is_pipeline else "step"
+        # The step() of a pipeline engine only raises.
+        name = "train_batch" if hasattr(engine, "is_pipe_parallel") else "step"
         self._wrap: MethodWrap | None = MethodWrap(engine, name, self._around_step)
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:

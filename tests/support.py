@@ -49,19 +49,16 @@ ROWS = (
         ("tp", "tp_fsdp2", "ep_fsdp2"),
     ),
     Row(
-        "FSDP1: full, gradient-only and no sharding, mixed precision, flat or original parameters",
-        "its shard, without padding; 1/R where replicated",
+        "FSDP1: FULL_SHARD, SHARD_GRAD_OP, mixed precision, bf16, flat or original parameters",
+        "its shard, without padding",
         "local copy",
-        (
-            *("fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_no_shard", "fsdp1_mixed"),
-            "fsdp1_bf16",
-        ),
+        ("fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_mixed", "fsdp1_bf16"),
     ),
     Row(
-        "FSDP1 HYBRID_SHARD",
+        "FSDP1: HYBRID_SHARD, NO_SHARD",
         "1/R of its shard",
         "one gather",
-        ("fsdp1_hybrid", "fsdp1_hybrid_flat"),
+        ("fsdp1_hybrid", "fsdp1_hybrid_flat", "fsdp1_no_shard"),
     ),
     Row("DeepSpeed without ZeRO (stage 0)", "1/R of the masters", "one gather", ("zero0",)),
     Row(

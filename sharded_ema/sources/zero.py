@@ -250,7 +250,7 @@ class Zero12Source(PartitionedSource):
         self.write_weights(tensors)
         # DeepSpeed's own refresh copies each master over the weights of this rank and gathers
         # them. With the weights in the masters' place only the gathering is left.
-        masters = list(self.masters())
+        masters = self.masters()
         setattr(self.optimizer, self._names[2], self._weight_partitions())
         try:
             self.optimizer.update_lp_params()

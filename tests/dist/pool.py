@@ -36,7 +36,9 @@ class WorkerPool:
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_work, args=(rank, self.world_size, str(folder / "store"), theirs), daemon=True
+                target=_work,
+                args=(rank, self.world_size, str(folder / "store"), theirs),
+                daemon=True,
             )
             process.start()
             theirs.close()

@@ -1,4 +1,4 @@
-"""The sharded average is the average: bit-equal to a plain loop, silent on the network, undisturbed."""
+"""The sharded average is the average: bit-equal to a plain loop, silent, undisturbed."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def averages(ema: ShardedEMA, profile: str = "ema") -> dict[str, Tensor]:
             torch.distributed.all_gather_object(everyone, mine)
             for pieces in everyone:
                 for offsets, sizes, piece in pieces:  # type: ignore[attr-defined]
-                    together[tuple(slice(o, o + n) for o, n in zip(offsets, sizes))] = piece
+                    together[
+                        tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
+                    ] = piece
             full[name] = together
         else:
             full[name] = whole(value)
@@ -203,8 +205,10 @@ def swap_with_exception(mode: str, failing_rank: int) -> None:
     caught = 0
     try:
         with ema.swap():
-            assert_equal({n: t.float() for n, t in swapped.gather().items()},
-                         {n: t.to(swapped.gather()[n].dtype).float() for n, t in expected.items()})
+            assert_equal(
+                {n: t.float() for n, t in swapped.gather().items()},
+                {n: t.to(swapped.gather()[n].dtype).float() for n, t in expected.items()},
+            )
             swapped.evaluate()
             if rank() == failing_rank:
                 raise KeyError("one rank only")

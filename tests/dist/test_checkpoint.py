@@ -74,7 +74,9 @@ def load_and_read(mode: str, path: str, verify: bool = False) -> tuple[dict[str,
     return full, step, count
 
 
-@pytest.mark.parametrize("mode", ["fsdp2", "fsdp2_bf16", "ddp", "hsdp", "tp_fsdp2", "fsdp1", "fsdp1_hybrid"])
+@pytest.mark.parametrize(
+    "mode", ["fsdp2", "fsdp2_bf16", "ddp", "hsdp", "tp_fsdp2", "fsdp1", "fsdp1_hybrid"]
+)
 def test_four_ranks_to_any_other_layout(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     formats = ("safetensors", "dcp")
     (expected, *_) = worlds[4].run(train_and_save, mode, str(tmp_path), 5, formats)
@@ -105,9 +107,7 @@ def hand_on(mode: str, source: str, path: str, name: str) -> dict[str, Tensor]:
 def test_from_layout_to_layout_to_one_process(worlds: Worlds, tmp_path: Path) -> None:
     """Every layout reads what another one wrote, on another number of ranks where it can."""
     (size,) = sizes(MODES[-1], [4])
-    (expected, *_) = worlds[size].run(
-        train_and_save, MODES[-1], str(tmp_path), 5, ("safetensors",)
-    )
+    (expected, *_) = worlds[size].run(train_and_save, MODES[-1], str(tmp_path), 5, ("safetensors",))
     source = str(tmp_path / "safetensors")
     for nth, mode in enumerate(MODES):
         (size,) = sizes(mode, [2 + nth % 3])
@@ -171,7 +171,8 @@ def test_stock_torch_loads_format_dcp_without_this_package(worlds: Worlds, tmp_p
     torch.save(expected, tmp_path / "expected.pt")
     # Isolated from the environment and from this directory; an editable install is hidden as well.
     site = str(Path(torch.__file__).parents[1])
-    code = f"import sys; sys.path[:] = [p for p in sys.path if p.startswith(sys.base_prefix)] + [{site!r}]\n"
+    code = "import sys; sys.path[:] = [p for p in sys.path if p.startswith(sys.base_prefix)]\n"
+    code += f"sys.path.append({site!r})\n"
     code += "sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]\n"
     command = [sys.executable, "-I", "-S", "-c", code + STOCK_LOADER, str(tmp_path / "dcp")]
     run = subprocess.run(
@@ -199,8 +200,11 @@ def nested(path: str, ours: bool) -> None:
     frozen = fresh.bare.frozen
     running = fresh.bare.running.clone()
     target: dict[str, Any] = {"ema": again}
-    dcp.load(target, storage_reader=SafetensorsStorageReader(path) if ours else None,
-             checkpoint_id=None if ours else path)
+    dcp.load(
+        target,
+        storage_reader=SafetensorsStorageReader(path) if ours else None,
+        checkpoint_id=None if ours else path,
+    )
     assert_equal(averages(again), averages(ema))
     assert again.num_updates == 3
     assert torch.equal(fresh.bare.running, running), "loading an average leaves the model alone"

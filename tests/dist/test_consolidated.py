@@ -42,7 +42,9 @@ def test_consolidated_file_is_the_average(worlds: Worlds, mode: str, tmp_path: P
     report = consolidate(tmp_path / "ema", tmp_path / "out", progress=False)
     assert report.ok
     prove(tmp_path / "out", average, raw)
-    consolidate(tmp_path / "ema", tmp_path / "all", tied="emit", max_shard_size="500", progress=False)
+    consolidate(
+        tmp_path / "ema", tmp_path / "all", tied="emit", max_shard_size="500", progress=False
+    )
     tensors, _ = read(tmp_path / "all")
     model = Ragged()
     assert list(model.state_dict()) and model.load_state_dict(tensors, strict=True)

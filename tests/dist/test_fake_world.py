@@ -122,7 +122,9 @@ def keep_a_share_of_flat(rank: int, replicas: int, world: int, orig: bool) -> di
         "ranks": len(ema._source.ranks),
         "units": len(units),
         "tensors": sum(len(batch.live) for batch in ema._shadow._plan._batches),
-        "right": all(torch.equal(v, b.lerp(b + 1, 0.5)) for v, b in zip(views, before)),
+        "right": all(
+            torch.equal(v, b.lerp(b + 1, 0.5)) for v, b in zip(views, before, strict=True)
+        ),
     }
 
 

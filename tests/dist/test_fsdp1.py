@@ -17,8 +17,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.distributed.fsdp import ShardingStrategy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
@@ -60,7 +60,9 @@ def inventories(mode: str) -> None:
     assert sorted(ema.names) == sorted(reference.names)
     shapes = {s.name.fqn: s.shape for s in reference._source.shards}
     assert {s.name.fqn: s.shape for s in ema._source.shards} == shapes
-    assert {s.name.fqn: s.name.aliases for s in ema._source.shards}["inp.weight"] == ("tied.weight",)
+    assert {s.name.fqn: s.name.aliases for s in ema._source.shards}["inp.weight"] == (
+        "tied.weight",
+    )
     some = ShardedEMA(run.target, 0.9, include=["blocks.*", "tied.*"], exclude="*.up.*")
     assert sorted(some.names) == ["blocks.0.down.weight", "blocks.1.down.weight", "inp.weight"]
     run.step(0)
@@ -171,10 +173,14 @@ def between_forward_and_backward(mode: str) -> None:
     loss = run.target(torch.ones(2, 7, dtype=next(run.bare.parameters()).dtype)).float().mean()
     ema.update()
     for name, average in averages_without_settling(ema).items():
-        assert torch.equal(average, build(mode).gather()[name].float().lerp(before[name].float(), 0.5))
+        assert torch.equal(
+            average, build(mode).gather()[name].float().lerp(before[name].float(), 0.5)
+        )
     loss.backward()
     run.optimizer.step()
-    never.target(torch.ones(2, 7, dtype=next(never.bare.parameters()).dtype)).float().mean().backward()
+    never.target(
+        torch.ones(2, 7, dtype=next(never.bare.parameters()).dtype)
+    ).float().mean().backward()
     never.optimizer.step()
     assert_equal(run.gather(), never.gather())
     ema.close()
@@ -368,18 +374,14 @@ def several_strategies() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5))
     model[0] = wrap(model[0], sharding_strategy=ShardingStrategy.NO_SHARD)
-    model[1] = wrap(
-        model[1], sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh()
-    )
+    model[1] = wrap(model[1], sharding_strategy=ShardingStrategy.HYBRID_SHARD, device_mesh=mesh())
     target = wrap(model)
     ema = ShardedEMA(target, 0.9)
 
     def now() -> dict[str, Tensor]:
         with FSDP.summon_full_params(target, writeback=False):
             named = model.named_parameters()
-            return {
-                n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named
-            }
+            return {n.replace("_fsdp_wrapped_module.", ""): p.detach().clone() for n, p in named}
 
     expected = now()
     optimizer = torch.optim.AdamW(target.parameters(), lr=0.1)

@@ -83,6 +83,7 @@ def swap_and_go_on(stage: int, precision: str, changes: dict[str, Any]) -> None:
     ema.attach()
     seen = [run.step(index) for index in range(3)]
     masters, before, average = run.masters(), run.evaluate(), averages(ema)
+    lists = {n: v for n, v in vars(run.engine.optimizer).items() if isinstance(v, list)}
     for _ in range(2):
         with ema.swap():
             assert torch.equal(run.evaluate(), outputs_of(run, average))
@@ -95,6 +96,7 @@ def swap_and_go_on(stage: int, precision: str, changes: dict[str, Any]) -> None:
         assert torch.equal(run.evaluate(), before)
         assert_equal(run.masters(), masters)
         assert_equal(averages(ema), average)
+        assert all(vars(run.engine.optimizer)[name] is found for name, found in lists.items())
     seen += [run.step(index) for index in range(3, 8)]
     assert seen == losses
     assert_equal(run.masters(), final)
@@ -218,6 +220,35 @@ def decayed_at_the_start() -> None:
 
 def test_masters_that_weight_decay_moved_before_the_first_step(worlds: Worlds) -> None:
     worlds[2].run(decayed_at_the_start)
+
+
+def masters_that_are_the_weights() -> None:
+    """As DeepSpeed's source means fp32 stage 3 to be, though its test for it never holds."""
+    run = build(3)
+    optimizer = run.engine.optimizer
+    masters, weights = (
+        optimizer.fp32_partitioned_groups_flat,
+        optimizer.fp16_partitioned_groups_flat,
+    )
+    for master, weight in zip(masters, weights, strict=True):
+        master.data = weight.data
+    ema = ShardedEMA(run.engine, 0.9)
+    ema.attach()
+    for index in range(3):
+        run.step(index)
+    before, average = run.masters(), averages(ema)
+    with ema.swap():
+        assert ema.memory["swap_backup"] == ema.memory["ideal"]
+        assert_equal({n: w for n, w in run.weights().items() if n in average}, average)
+        assert_equal(averages(ema), average)
+    assert_equal(run.masters(), before)
+    assert_equal(averages(ema), average)
+    ema.close()
+    run.engine.destroy()
+
+
+def test_masters_that_share_memory_with_the_weights(worlds: Worlds) -> None:
+    worlds[2].run(masters_that_are_the_weights)
 
 
 def keep_for_good(stage: int, precision: str) -> None:
