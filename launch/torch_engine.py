@@ -70,7 +70,7 @@ class TorchEngine(Engine):
         with _quiet_alone() as alone:
             dcp.save(self._state(), checkpoint_id=path / "train", no_dist=alone)
         if ema is not None:
-            ema.save(path / "ema", step=step)
+            ema.save(path / "ema", step=step, latest=False)
 
     def load(self, path: Path) -> None:
         """On whatever number of ranks.

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from sharded_ema.version import __version__
 
 if TYPE_CHECKING:
+    from sharded_ema.checkpoint.background import SaveHandle
     from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+    from sharded_ema.checkpoint.reading.runs import latest_checkpoint
     from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
-    from sharded_ema.ema import SaveHandle, ShardedEMA
+    from sharded_ema.ema import ShardedEMA
     from sharded_ema.errors import EMAError, EMAWarning
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
     from sharded_ema.tools.consolidate import consolidate
@@ -35,12 +37,13 @@ __all__ = [
     "__version__",
     "consolidate",
     "inspect",
+    "latest_checkpoint",
 ]
 
 _HOME = {
     "SafetensorsStorageReader": "checkpoint.reader",
     "SafetensorsStorageWriter": "checkpoint.writer",
-    "SaveHandle": "ema",
+    "SaveHandle": "checkpoint.background",
     "ShardedEMA": "ema",
     "EMAError": "errors",
     "EMAWarning": "errors",
@@ -52,6 +55,7 @@ _HOME = {
     "Warmup": "schedules",
     "consolidate": "tools.consolidate",
     "inspect": "tools.summary",
+    "latest_checkpoint": "checkpoint.reading.runs",
 }
 
 

@@ -44,6 +44,7 @@ class Ranks:
 
         Raises:
             StateError: the default process group is gone, so no new one can be made.
+            AbsentRankError: a rank died while it was made.
         """
         if self.size > 1 and not dist.is_initialized():
             raise StateError(
@@ -51,12 +52,16 @@ class Ranks:
                 "torch.distributed.destroy_process_group()"
             )
         if self.size > 1 and self._group is None:
-            self._group = dist.new_group(
-                self._ranks,
-                backend="gloo",
-                timeout=self._timeout,
-                use_local_synchronization=not self._everyone,
-            )
+            try:
+                self._group = dist.new_group(
+                    self._ranks,
+                    backend="gloo",
+                    timeout=self._timeout,
+                    use_local_synchronization=not self._everyone,
+                )
+            except RuntimeError as error:
+                self._lost = "making their group"
+                raise AbsentRankError(f"a rank was lost in making a group: {error}") from error
         return self._group
 
     def barrier(self, purpose: str) -> None:
@@ -114,12 +119,20 @@ class Ranks:
         _MEETINGS[key] = number + 1
 
     def gather(self, value: T, purpose: str) -> list[T]:
-        """The values of all ranks, on all ranks, in rank order."""
+        """The values of all ranks, on all ranks, in rank order.
+
+        Raises:
+            AbsentRankError: a rank did not come, or died on the way.
+        """
         if self.size == 1:
             return [value]
         self.barrier(purpose)
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.group)
+        try:
+            dist.all_gather_object(values, value, group=self.group)
+        except RuntimeError as error:  # all were here a moment ago
+            self._lost = purpose
+            raise AbsentRankError(f"a rank was lost in {purpose}: {error}") from error
         return values
 
     def agree(self, check: Callable[[], T], purpose: str) -> list[T]:

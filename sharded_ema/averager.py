@@ -70,6 +70,7 @@ class Averager:
             shard_replicas=shard_replicas,
         )
         self._names = [shard.name.fqn for shard in self._source.shards]
+        self._timeout = timeout
         self._ranks = Ranks(self._source.ranks, timeout)
         self._clock = Clock(update_every=update_every, start_step=start_step)
         live = self._source.live()
@@ -357,9 +358,7 @@ class Averager:
             raise StateError(f"this average cannot be used: {self._unusable}")
 
     def close(self) -> None:
-        """Detach, give last warnings and release the process group. Call it before
-        ``torch.distributed.destroy_process_group()``; the object cannot be used afterwards.
-        """
+        """Detach, give last warnings and release the process group."""
         if self._unusable == "closed":
             return
         self._refuse_in_swap("close()")

@@ -2,48 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from sharded_ema import snapshot
-from sharded_ema.averager import Averager
-from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
-from sharded_ema.config import check_schedules
+from sharded_ema.checkpointing import Checkpointing, relative_distance
 from sharded_ema.engine_checkpoint import EngineCheckpoints
-from sharded_ema.errors import CheckpointNotFoundError, ConfigError
-from sharded_ema.health import squared_distance
+from sharded_ema.errors import CheckpointNotFoundError
 from sharded_ema.hooks import StepHooks
 from sharded_ema.schedules import horizon
 
 
-@dataclass(frozen=True, slots=True)
-class SaveHandle:
-    """A save under way or done.
-
-    Attributes:
-        path: directory of the checkpoint.
-        step: the step it was saved under.
-    """
-
-    path: Path
-    step: int
-
-    def staged(self) -> None:
-        """Return once the average may be updated again without touching what is saved."""
-
-    def result(self) -> Path:
-        """Return the path once the checkpoint is durable and committed."""
-        return self.path
-
-
-class ShardedEMA(Averager):
+class ShardedEMA(Checkpointing):
     """Exponential moving averages of a model's weights, each rank keeping its own shard.
 
     Every profile keeps ``shadow = decay * shadow + (1 - decay) * parameter`` in fp32 for this
@@ -116,7 +85,7 @@ class ShardedEMA(Averager):
             self._engine_checkpoints = EngineCheckpoints(
                 self._source.engine,
                 refuse=self._refuse_in_swap,
-                save=lambda path, step: self.save(path, step=step, replace=True),
+                save=lambda path, step: self.save(path, step=step, replace=True, latest=False),
                 loaded=lambda path: self._loaded_by_engine(path, strict=strict),
             )
         return hooks
@@ -151,141 +120,6 @@ class ShardedEMA(Averager):
                 f"{self._source.engine.global_steps}; they belong to different checkpoints",
             )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that ``torch.distributed.checkpoint`` saves and loads in place; no collective.
-
-        Keys are ``<profile>.<name>``, ``_frozen.<name>``, ``_buffers.<name>`` and ``_meta`` (uint8,
-        canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
-        save but never overwritten by a load.
-        """
-        self._prepare()
-        return snapshot.make_state(
-            self._source,
-            self._shadow,
-            snapshot.make_meta(self._settings, self._clock, self._shadow, self._source),
-        )
-
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take over a state: tensors loaded in place by DCP, or full tensors by the same keys.
-
-        Args:
-            strict: refuse missing or unknown names and a changed schedule.
-
-        Raises:
-            CheckpointMismatchError: names, shapes or schedules do not fit.
-        """
-        self._refuse_in_swap("load_state_dict()")
-        # Not seeded first: what lies in the shadow may have been loaded in place just before.
-        self._prepare(usable=False, seed=False)
-        own = snapshot.make_averages(self._source, self._shadow)
-        before = self._unusable
-        if snapshot.shares_memory(own, state):
-            self._unusable = "a state that does not fit was loaded in place"
-        meta = snapshot.read_meta(state)
-        if strict:
-            check_schedules(meta, self._settings.profiles)
-        others = self._source.elsewhere
-        snapshot.check_names(own, state, meta, elsewhere=others, strict=strict)
-        self._unusable = before or "load_state_dict() failed midway"
-        snapshot.copy_state(own, state)
-        self._take_meta(meta)
-
-    def save(
-        self,
-        path: str | PathLike[str],
-        *,
-        step: int,
-        format: str = "safetensors",
-        replace: bool = False,
-    ) -> SaveHandle:
-        """Write a committed, durable checkpoint; all ranks call it. Also inside a swap.
-
-        Args:
-            path: directory that the checkpoint will be.
-            step: training step to record.
-            format: ``"safetensors"``, or ``"dcp"`` for PyTorch's own distributed format.
-            replace: replace a checkpoint that is at ``path``.
-
-        Raises:
-            CheckpointExistsError: ``path`` is taken; nothing was written.
-            CheckpointWriteError: a rank could not write; nothing was committed.
-        """
-        target = Path(path)
-        if not isinstance(step, int):
-            raise ConfigError(f"step must be an int, got {step!r}")
-        self._agree_once()
-
-        def check() -> None:
-            self._prepare()
-            check_target(target, format=format, replace=replace)
-
-        self._ranks.agree(check, f"ema.save({target})")
-        live = self._source.live()
-        partial = self._distances(sampled=True) if self._swapped is None else {}
-        gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
-        meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
-        meta["step"] = step
-        meta["nonfinite_elements"] = sum(skipped for skipped, _ in gathered)
-        distances = {name: _relative([parts[name] for _, parts in gathered]) for name in partial}
-        # JSON has no NaN; a parameter that is not finite has no distance.
-        meta["sampled_distance"] = {
-            name: value if math.isfinite(value) else None for name, value in distances.items()
-        }
-        state = snapshot.make_state(self._source, self._shadow, meta)
-        save_state(state, target, format=format, replace=replace, ranks=self._ranks)
-        self._check_health(live)
-        return SaveHandle(target, step)
-
-    def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
-        """Load a checkpoint of any sharding; all ranks call it.
-
-        Args:
-            path: directory of a committed checkpoint, ours or one of DCP with an average in it.
-            strict: refuse missing or unknown names and a changed schedule; else keep what the
-                checkpoint lacks and go on with this object's schedule.
-            verify: check the digest of every chunk that is loaded before copying it.
-
-        Returns:
-            The step it was saved under.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError,
-            CheckpointMismatchError: on all ranks together. If data could not be read midway the
-            average refuses use until a load succeeds.
-        """
-        self._refuse_in_swap("load()")
-        self._agree_once()
-        reader = SafetensorsStorageReader(path, verify=verify)
-        profiles = self._settings.profiles if strict else None
-        own: dict[str, Tensor] = {}
-        plans: list[snapshot.LoadPlan] = []
-
-        def check() -> None:
-            self._prepare(usable=False)
-            own.update(snapshot.make_averages(self._source, self._shadow))
-            others = self._source.elsewhere
-            plan = snapshot.plan_load(
-                reader.catalog, own, profiles, elsewhere=others, strict=strict
-            )
-            plans.append(plan)
-
-        self._ranks.agree(check, f"ema.load({path})")
-        (plan,) = plans
-        self._unusable = f"loading {path} failed midway"
-        load_state({plan.prefix + key: own[key] for key in plan.keys}, reader, ranks=self._ranks)
-        self._take_meta(plan.meta)
-        return int(plan.meta["step"])
-
-    def _take_meta(self, meta: Mapping[str, Any]) -> None:
-        self._clock.applied_steps = meta["applied_steps"]
-        self._clock.seed_step = meta["seed_step"]
-        self._clock.last_lerp_step = meta["last_lerp_step"]
-        for name in self._settings.profiles:
-            if name in meta["profiles"]:
-                self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
-        self._unusable = None
-        self._health.begin(self._clock, self._shadow, self._source.live())
-
     # ------------------------------------------------------------------ looking at it
 
     @property
@@ -304,7 +138,8 @@ class ShardedEMA(Averager):
         """Bytes on this rank.
 
         ``shadow``: allocated for the averages; ``ideal``: elements owned times their size;
-        ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active.
+        ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active;
+        ``staging``: host memory that asynchronous saves copy to, kept from the first one on.
         """
         allocated = self._shadow.num_bytes
         views = [v for views in self._shadow.views.values() for v in views]
@@ -313,23 +148,13 @@ class ShardedEMA(Averager):
             "ideal": sum(v.numel() * v.element_size() for v in views),
             "host": sum(n for device, n in allocated.items() if device.type == "cpu"),
             "swap_backup": self._backup_bytes,
+            "staging": self._staging.num_bytes,
         }
 
     @property
     def names(self) -> list[str]:
         """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
         return list(self._names)
-
-    def _distances(self, *, sampled: bool) -> dict[str, tuple[float, float]]:
-        """This rank's part of every average's distance; what all ranks hold is counted once."""
-        live = self._source.live()
-        mine = [i for i, shard in enumerate(self._source.shards) if shard.writes]
-        return {
-            name: squared_distance(
-                [views[i] for i in mine], [live[i] for i in mine], sampled=sampled
-            )
-            for name, views in self._shadow.views.items()
-        }
 
     def metrics(self, *, distance: bool = False) -> dict[str, float]:
         """Numbers to log; waits for the device.
@@ -361,11 +186,5 @@ class ShardedEMA(Averager):
             partial = self._distances(sampled=False)
             gathered = self._ranks.gather(partial, "ema.metrics(distance=True)")
             for name in partial:
-                found[f"distance/{name}"] = _relative([parts[name] for parts in gathered])
+                found[f"distance/{name}"] = relative_distance([parts[name] for parts in gathered])
         return {name: float(value) for name, value in found.items()}
-
-
-def _relative(parts: Sequence[tuple[float, float]]) -> float:
-    """Relative distance from the ranks' partial sums."""
-    apart, norm = sum(a for a, _ in parts), sum(n for _, n in parts)
-    return math.sqrt(apart / norm) if norm else 0.0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from sharded_ema.checkpoint.reading.catalog import Catalog
 from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
@@ -26,7 +25,7 @@ from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
 from sharded_ema.sources import ShardSource
 from sharded_ema.state import Clock, Shadow
-from sharded_ema.values import FlatShard, Piece, whole
+from sharded_ema.values import Piece, pieces_of, whole
 
 # Names of absent tensors that are listed in full.
 _MAX_ABSENT_NAMES = 100
@@ -115,7 +114,7 @@ def read_meta(state: Mapping[str, Any]) -> dict[str, Any]:
             f"the state has no {META_KEY!r}, so it is not the state of a ShardedEMA; its keys "
             f"look like {list(state)[:3]}"
         )
-    ((_, tensor),) = _pieces(value)
+    ((_, tensor),) = pieces_of(value)
     return decode_meta(tensor.cpu().numpy().tobytes(), META_KEY)
 
 
@@ -226,9 +225,9 @@ def _some(items: Sequence[str]) -> str:
 
 def shares_memory(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> bool:
     """Whether a state holds this rank's own memory, as after ``dcp.load`` into a state dict."""
-    mine = {t.data_ptr() for value in own.values() for _, t in _pieces(value) if t.numel()}
+    mine = {t.data_ptr() for value in own.values() for _, t in pieces_of(value) if t.numel()}
     given = (v for key, v in state.items() if key in own and isinstance(v, Tensor))
-    return any(t.data_ptr() in mine for v in given for _, t in _pieces(v))
+    return any(t.data_ptr() in mine for v in given for _, t in pieces_of(v))
 
 
 @torch.no_grad()
@@ -237,8 +236,8 @@ def copy_state(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
     for key, target in own.items():
         if key not in state:
             continue
-        given = list(_pieces(state[key]))
-        for box, into in _pieces(target):
+        given = list(pieces_of(state[key]))
+        for box, into in pieces_of(target):
             if box.numel:
                 _fill(key, into, box, given)
 
@@ -257,13 +256,3 @@ def _fill(key: str, into: Tensor, box: Box, given: Sequence[Piece]) -> None:
         )
     if source.data_ptr() != into.data_ptr():
         into.copy_(source)
-
-
-def _pieces(value: Tensor) -> Iterable[Piece]:
-    """The local blocks of any value that may stand in a state dict."""
-    if isinstance(value, FlatShard):
-        return value.pieces
-    if isinstance(value, DTensor):
-        (chunk,) = value.__create_chunk_list__()
-        return [(Box(tuple(chunk.offsets), tuple(chunk.sizes)), value._local_tensor)]
-    return [(Box.whole(value.shape), value)]

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from sharded_ema.layout import Box, FlatRange
 
@@ -62,6 +63,11 @@ class FlatShard(Tensor):
     def pieces(self) -> list[Piece]:
         """The local blocks with their position in the global tensor."""
         return self._pieces
+
+    @property
+    def writes(self) -> bool:
+        """Whether a save writes them from this rank."""
+        return self._writes
 
     def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
         return [
@@ -159,6 +165,16 @@ def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
         writes=writes,
         reads=reads,
     )
+
+
+def pieces_of(value: Tensor) -> list[Piece]:
+    """The local blocks of any value that may stand in a state dict."""
+    if isinstance(value, FlatShard):
+        return value.pieces
+    if isinstance(value, DTensor):
+        (chunk,) = value.__create_chunk_list__()
+        return [(Box(tuple(chunk.offsets), tuple(chunk.sizes)), value._local_tensor)]
+    return [(Box.whole(value.shape), value)]
 
 
 def range_pieces(

@@ -4,40 +4,129 @@
 so, one rename makes it ``<path>``; a crash at any moment leaves the target absent or whole. With
 ``replace`` the old checkpoint first steps aside as ``<path>.old-<uuid>``, where readers and the
 next save find it if the process dies between the two renames.
+
+Whoever writes below a directory holds a shared lock on it, which the system drops when the process
+dies. Who gets the lock alone knows that what lies there half-written is nobody's, and removes it.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
+from typing import Self
+from uuid import uuid4
 
-from sharded_ema.checkpoint.reading.catalog import set_aside
+from sharded_ema.checkpoint.reading.catalog import is_part, set_aside
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
 
-
-def temporary(path: Path, uuid: str) -> Path:
-    """Where the save ``uuid`` writes before it is committed."""
-    return path.with_name(f"{path.name}.tmp-{uuid}")
+_TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{32}")
+_SET_ASIDE = re.compile(r"(?P<name>.+)\.old-[0-9a-f]{32}")
 
 
-def begin(path: Path, uuid: str, *, replace: bool) -> Path:
+def temporary(path: Path) -> Path:
+    """A new name beside ``path`` for what will be renamed to it, or is about to be removed."""
+    return path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+
+
+class Occupied:
+    """A directory in which a save is under way, until closed.
+
+    Args:
+        folder: the directory; it must exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            pass  # another save is under way, or this file system has no locks: nothing is removed
+        else:
+            _remove_leftovers(folder)
+        # Without locks a save whose directory another one removes fails at its rename.
+        with suppress(OSError):
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+
+    def close(self) -> None:
+        """Give the lock back; harmless if done before."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed saves have left: temporary directories, and what they have replaced.
+
+    What they were about to replace takes its place again.
+    """
+    for path in list(folder.iterdir()):
+        old = _SET_ASIDE.fullmatch(path.name)
+        if old:
+            recover(folder / old["name"])
+            if (folder / old["name"] / MANIFEST_NAME).is_file():
+                remove(path)
+        elif _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+            if path.is_file():
+                with suppress(OSError):
+                    path.unlink()
+            elif path.is_dir() and all(is_part(p.name) for p in path.iterdir()):
+                remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a directory that no longer counts; what cannot be removed is only in the way.
+
+    It is renamed first. So a reader never meets half of it under its name, and a save that, against
+    all locks, is still writing into it cannot rename it to a checkpoint any more.
+    """
+    doomed = temporary(_bare(path))
+    try:
+        os.rename(path, doomed)
+    except OSError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _bare(path: Path) -> Path:
+    """Without the marks of a temporary or replaced directory, so that names do not grow."""
+    match = _TEMPORARY.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
+    return path.with_name(match["name"]) if match else path
+
+
+def begin(path: Path, *, replace: bool) -> tuple[Path, Occupied]:
     """Make the directory to write into; run by the coordinator only.
+
+    Returns:
+        The directory, and the lock to close when it has been published or abandoned.
 
     Raises:
         CheckpointExistsError: something is at ``path`` and ``replace`` is not set.
         CheckpointWriteError: the directory cannot be made.
     """
-    recover(path)
-    refuse_existing(path, replace=replace)
-    staging = temporary(path, uuid)
+    staging = temporary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        recover(path)
+        refuse_existing(path, replace=replace)
+        occupied = Occupied(path.parent)
         staging.mkdir()
     except OSError as error:
+        if isinstance(error, CheckpointExistsError):
+            raise
         raise CheckpointWriteError(f"cannot create {staging}: {error}") from error
-    return staging
+    return staging, occupied
 
 
 def refuse_existing(path: Path, *, replace: bool) -> None:
@@ -72,21 +161,22 @@ def publish(staging: Path, path: Path, *, replace: bool) -> None:
     fsync_directory(staging)
     refuse_existing(path, replace=replace)
     aside = None
-    if os.path.lexists(path):
-        aside = path.with_name(f"{path.name}.old-{staging.name.rpartition('-')[2]}")
+    if replace and os.path.lexists(path):
+        aside = path.with_name(f"{path.name}.old-{uuid4().hex}")
         os.rename(path, aside)
-    # A directory can be renamed onto an empty one; that one would vanish unseen.
-    refuse_existing(path, replace=False)
-    os.rename(staging, path)
+    try:
+        # A directory can be renamed onto an empty one; that one would vanish unseen.
+        refuse_existing(path, replace=False)
+        os.rename(staging, path)
+    except OSError as error:
+        if aside is not None:
+            recover(path)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # it came in this very moment
+            refuse_existing(path, replace=False)
+        raise
     fsync_directory(path.parent)
     if aside is not None:
-        # The new checkpoint is committed; what cannot be removed of the old one is only in the way.
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def abandon(staging: Path) -> None:
-    """Remove what a failed save has written."""
-    shutil.rmtree(staging, ignore_errors=True)
+        remove(aside)
 
 
 def recover(path: Path) -> None:
@@ -103,6 +193,14 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old bytes or the new ones."""
+    new = temporary(path)
+    write_durably(new, data)
+    new.replace(path)
+    fsync_directory(path.parent)
 
 
 def fsync_directory(path: Path) -> None:

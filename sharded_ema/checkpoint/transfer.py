@@ -19,7 +19,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from sharded_ema.agreement import Ranks, raise_joint_failure
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.writer import SafetensorsStorageWriter, StockStorageWriter
+from sharded_ema.checkpoint.retention import after_commit
+from sharded_ema.checkpoint.stock_writer import StockStorageWriter
+from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -47,15 +49,24 @@ def check_target(path: Path, *, format: str, replace: bool) -> None:
 
 
 def save_state(
-    state: dict[str, Tensor], path: Path, *, format: str, replace: bool, ranks: Ranks
+    state: dict[str, Tensor],
+    path: Path,
+    *,
+    format: str,
+    replace: bool,
+    latest: bool,
+    keep_last: int | None,
+    ranks: Ranks,
 ) -> None:
     """Write ``state`` as a committed checkpoint at ``path``; all ranks call it.
+
+    It may run in a thread if nothing else uses the group of ``ranks`` meanwhile.
 
     Raises:
         CheckpointWriteError: a rank could not write, or was lost; nothing was committed.
         CheckpointExistsError: something came to ``path`` meanwhile.
     """
-    writer = WRITERS[format](path, replace=replace)
+    writer = WRITERS[format](path, replace=replace, ranks=ranks.size)
     try:
         with _quiet():
             dcp.save(
@@ -67,12 +78,16 @@ def save_state(
     except CheckpointException as error:
         writer.abandon()
         _raise_failures(error, CheckpointWriteError)
-    except RuntimeError as error:
-        # DCP wraps what happens on a rank; what gets here is a collective that broke.
+    except (RuntimeError, ValueError) as error:
+        # DCP wraps what happens on a rank; what gets here is a collective that broke (or, with
+        # ValueError, whose group was destroyed).
         writer.abandon()
         raise CheckpointWriteError(
-            f"the ranks lost contact while writing {path}; nothing was committed: {error}"
+            f"the ranks lost contact while writing {path}, because one died or the process group "
+            f"was destroyed before close(); it is there whole or not at all: {error}"
         ) from error
+    if ranks.rank == 0:  # DCP's coordinator, which has committed
+        after_commit(path, latest=latest, keep_last=keep_last)
 
 
 def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ranks: Ranks) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import shutil
 import time
-import uuid as uuid_module
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -116,7 +115,7 @@ def consolidate(
     if not report.ok:
         return report
     _check_space(target, sum(o.num_bytes for o in outputs))
-    staging = commit.temporary(target, uuid_module.uuid4().hex)
+    staging = commit.temporary(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
@@ -134,7 +133,7 @@ def consolidate(
     except OSError as error:
         raise CheckpointWriteError(f"{src} could not be written to {target}: {error}") from error
     finally:
-        commit.abandon(staging)
+        commit.remove(staging)
     report.facts |= {
         "output": str(target),
         "profile": profile,

@@ -362,7 +362,7 @@ def test_bad_input_is_the_same_named_error_on_every_rank(worlds: Worlds, tmp_pat
         "format": "ConfigError",
     }
     left = {p.name for p in tmp_path.iterdir()}
-    assert left == {"good", "good.tmp-123", "other", "empty", "torn", "file"}
+    assert left == {"good", "good.tmp-123", "other", "empty", "torn", "file", "latest"}
 
 
 def full_disk(folder: str) -> tuple[str, str]:
@@ -392,7 +392,7 @@ def test_failure_on_one_rank_is_raised_on_all(worlds: Worlds, tmp_path: Path) ->
     for name, message in worlds[3].run(full_disk, str(tmp_path)):
         assert name == CheckpointWriteError.__name__
         assert "rank 1" in message and "No space left" in message
-    assert {p.name for p in tmp_path.iterdir()} == {"first", "third"}
+    assert {p.name for p in tmp_path.iterdir()} == {"first", "third", "latest"}
 
 
 def verify_meta(folder: str) -> None:
@@ -458,7 +458,7 @@ def replaced(folder: str) -> list[int]:
 
 def test_replace_and_recover(worlds: Worlds, tmp_path: Path) -> None:
     assert worlds[2].run(replaced, str(tmp_path)) == [[1, 2, 3]] * 2
-    assert [p.name for p in tmp_path.iterdir()] == ["last"]
+    assert {p.name for p in tmp_path.iterdir()} == {"last", "latest"}
 
 
 def save_inside_swap(path: str) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     Manifest,
     check_meta,
     decode_meta,
+    is_plain_name,
     parse_manifest,
 )
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, read_header
@@ -32,6 +33,10 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
 )
 from sharded_ema.layout import Shape
+
+#: Name of the file that names the last checkpoint beside it, and the largest that one can be.
+LATEST_NAME = "latest"
+MAX_POINTER_BYTES = 4096
 
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
 _PART = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
@@ -171,10 +176,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    path = Path(path)
+    path = _follow_pointer(Path(path))
     if not path.is_dir():
         path = _interrupted_replacement(path)
-    if _TEMPORARY.search(path.name):
+    if is_temporary(path):
         raise CheckpointUncommittedError(
             f"{path} is the temporary directory of a save that did not finish; use an earlier "
             "checkpoint"
@@ -189,7 +194,33 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
             f"{path} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, or "
             "the manifest was not copied; use an earlier checkpoint"
         )
-    raise CheckpointNotFoundError(f"{path} holds no checkpoint: no {MANIFEST_NAME}, no .metadata")
+    inner = sorted(entry.parent.name for entry in path.glob(f"*/{MANIFEST_NAME}"))
+    raise CheckpointNotFoundError(
+        f"{path} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
+        + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
+    )
+
+
+def _follow_pointer(path: Path) -> Path:
+    """The checkpoint that a file ``latest`` names, if ``path`` is one."""
+    if path.name != LATEST_NAME or not path.is_file() or path.stat().st_size > MAX_POINTER_BYTES:
+        return path
+    name = path.read_text(errors="replace").strip()
+    if not is_plain_name(name):
+        raise CheckpointNotFoundError(f"{path} names no checkpoint beside it: {name!r:.80}")
+    return path.with_name(name)
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name may belong to a checkpoint, or to a save that never finished."""
+    return name in (MANIFEST_NAME, METADATA_NAME, f"{METADATA_NAME}.tmp") or bool(
+        _PART.fullmatch(name)
+    )
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a directory is named as those of saves that did not finish."""
+    return bool(_TEMPORARY.search(path.name))
 
 
 def set_aside(path: Path) -> Path | None:

@@ -80,6 +80,7 @@ class Manifest:
         files: all files but the manifest; the position is the file id in the chunk table.
         world_size: number of ranks that saved.
         libraries: versions by name.
+        saved_at: when it was committed, Unix time in milliseconds; 0 if not recorded.
     """
 
     format: str
@@ -89,6 +90,7 @@ class Manifest:
     files: tuple[FileRecord, ...]
     world_size: int
     libraries: dict[str, str]
+    saved_at: int = 0
 
 
 def dump_manifest(m: Manifest) -> bytes:
@@ -121,6 +123,7 @@ def dump_manifest(m: Manifest) -> bytes:
             ],
             "world_size": m.world_size,
             "libraries": m.libraries,
+            "saved_at": m.saved_at,
         }
     )
     head = body[:-1] + _DIGEST_FIELD
@@ -159,6 +162,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         files=tuple(_file(fields.inner(f)) for f in fields.get("files", _is_list)),
         world_size=fields.get("world_size", _is_count),
         libraries=fields.get("libraries", lambda v: _is_table(v, str)),
+        saved_at=fields.get("saved_at", _is_count, 0),
     )
     for kind, names in (
         ("tensor", [t.key for t in manifest.tensors]),
@@ -226,8 +230,8 @@ class _Fields:
         self._values = values
         self._where = where
 
-    def get(self, name: str, check: Callable[[Any], bool]) -> Any:
-        value = self._values.get(name)
+    def get(self, name: str, check: Callable[[Any], bool], default: Any = None) -> Any:
+        value = self._values.get(name, default)
         if not check(value):
             raise CheckpointCorruptError(
                 f"{self._where} is malformed: {name!r} cannot be {value!r:.80}"
