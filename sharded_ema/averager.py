@@ -190,11 +190,22 @@ class Averager:
             )
         self._health.begin(self._clock, self._shadow, live)
 
-    def _reseed(self) -> None:
-        """The weights were replaced, and the average starts anew from them."""
+    def reseed(self) -> None:
+        """Start the average anew from the weights as they are now; never communicates.
+
+        For weights that were replaced after the average was made, such as those of an older run
+        that kept none. ``num_updates`` is 0 again; before ``start_step`` nothing changes but the
+        shadow.
+
+        Raises:
+            SwapError: inside :meth:`swap`.
+        """
+        self._refuse_in_swap("reseed()")
+        self._prepare(usable=False, seed=False)
         if self._clock.seed_step is not None:
             self._clock.reseed()
         self._seed()
+        self._unusable = None
 
     # ------------------------------------------------------------------ using the average
 

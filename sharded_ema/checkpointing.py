@@ -207,10 +207,18 @@ class Checkpointing(Averager):
         self._clock.applied_steps = meta["applied_steps"]
         self._clock.seed_step = meta["seed_step"]
         self._clock.last_lerp_step = meta["last_lerp_step"]
-        for name in self._settings.profiles:
-            if name in meta["profiles"]:
-                self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
+        stored = meta["profiles"]
+        for name in self._settings.profiles.keys() & stored.keys():
+            self._shadow.seed_weight[name] = stored[name]["seed_weight"]
         self._unusable = None
+        fresh = sorted(self._settings.profiles.keys() - stored.keys())
+        if fresh:
+            self._shadow.seed(keep_nonfinite=False, profiles=fresh)
+            self._health.warn_once(
+                "fresh profiles",
+                f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
+                "weights as they are now; its schedule goes on with the checkpoint's counters",
+            )
         self._health.begin(self._clock, self._shadow, self._source.live())
 
     def close(self) -> None:

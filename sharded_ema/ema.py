@@ -98,14 +98,14 @@ class ShardedEMA(Checkpointing):
 
     def _loaded_by_engine(self, path: Path | None, *, strict: bool) -> None:
         if path is None:
-            self._reseed()
+            self.reseed()
             return
         try:
             step = self.load(path)
         except CheckpointNotFoundError:
             if strict:
                 raise
-            self._reseed()
+            self.reseed()
             self._health.warn_once(
                 "no average",
                 f"{path} does not exist, so the average starts anew from the loaded weights; if "

@@ -18,7 +18,7 @@ from sharded_ema.schedules import Schedule, horizon
 from sharded_ema.state import Clock, Shadow
 
 # Elements of a rank that a sampled distance looks at.
-SAMPLE_NUMEL = 1 << 20
+SAMPLE_NUMEL = 1 << 18
 # A sample for the question whether anything moved: a few elements of a few tensors.
 _PROBE_TENSORS = 32
 _PROBE_ELEMENTS = 64
@@ -126,18 +126,20 @@ def squared_distance(
     """``(sum (shadow - live)**2, sum live**2)`` over this rank's elements, in float64.
 
     Args:
-        sampled: look at no more than about 2**20 elements, at a fixed stride.
+        sampled: look at no more than about 2**18 elements, at a fixed stride.
     """
     total = sum(t.numel() for t in live)
     stride = max(1, math.ceil(total / SAMPLE_NUMEL)) if sampled else 1
-    apart = norm = 0.0
+    sums: dict[torch.device, list[Tensor]] = {}
     for view, parameter in zip(views, live, strict=True):
         if parameter.numel():
             a = view.reshape(-1)[::stride].double()
             b = parameter.detach().reshape(-1)[::stride].to(a.device).double()
-            apart += float((a - b).square().sum())
-            norm += float(b.square().sum())
-    return apart, norm
+            pair = torch.stack([(a - b).square().sum(), b.square().sum()])
+            sums.setdefault(a.device, []).append(pair)
+    # One wait for each device, not for each tensor.
+    totals = [torch.stack(pairs).sum(0).tolist() for pairs in sums.values()]
+    return sum(apart for apart, _ in totals), sum(norm for _, norm in totals)
 
 
 @torch.no_grad()

@@ -152,7 +152,9 @@ def plan_load(
             + (
                 f", under the prefixes {prefixes}; load the one you mean with dcp.load"
                 if prefixes
-                else "; was it saved by ema.save, or by dcp.save with the ShardedEMA in the state?"
+                else "; was it saved by ema.save, or by dcp.save with the ShardedEMA in the state? "
+                "To begin an average of a run that kept none, load its weights and call "
+                "ema.reseed()"
             )
         )
     prefix = prefixes[0]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -164,19 +164,21 @@ class Shadow:
         self._pointers = pointers
 
     @torch.no_grad()
-    def seed(self, *, keep_nonfinite: bool) -> list[int]:
-        """Every shadow becomes the parameters; this happens once, and may wait for the device.
+    def seed(self, *, keep_nonfinite: bool, profiles: Iterable[str] | None = None) -> list[int]:
+        """Shadows become the parameters; this happens once, and may wait for the device.
 
         Args:
             keep_nonfinite: copy NaN and Inf too. Otherwise such elements keep what the shadow
                 held, unless it never held anything.
+            profiles: of which; ``None`` for all.
 
         Returns:
             Positions of parameters in which NaN or Inf were found, if that was looked for.
         """
         live = self._plan.live
         bad = [] if keep_nonfinite else self._plan.nonfinite()
-        for views in self.views.values():
+        chosen = list(self.profiles if profiles is None else profiles)
+        for views in (self.views[name] for name in chosen):
             for i, (view, parameter) in enumerate(zip(views, live, strict=True)):
                 if i in bad and self._seeded:
                     value = parameter.to(view.device, view.dtype)
@@ -184,7 +186,7 @@ class Shadow:
                 else:
                     view.copy_(parameter)
         self._seeded = True
-        self.seed_weight = dict.fromkeys(self.profiles, 1.0)
+        self.seed_weight |= dict.fromkeys(chosen, 1.0)
         return bad
 
     def lerp(self, clock: Clock) -> dict[str, float]:

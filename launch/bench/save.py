@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import ROOT, Report, Row, medians
-from sharded_ema import ShardedEMA, consolidate
+from sharded_ema import SaveHandle, ShardedEMA, consolidate
 
 ROW_BYTES = 4 * 4096
 MATRIX_ROWS = 1024  # 16 MiB
@@ -113,6 +113,31 @@ def save_rows(ema: ShardedEMA, folder: Path) -> list[Row]:
     ]
 
 
+def blocked_rows(ema: ShardedEMA, folder: Path) -> list[Row]:
+    """How long an asynchronous save holds up its caller, against a copy of the same bytes."""
+    averages = [value for key, value in ema.state_dict().items() if key != "_meta"]
+    buffers = [torch.empty_like(tensor) for tensor in averages]
+    limit, target = "memcpy", folder / "blocked"
+    under_way: list[SaveHandle] = []
+
+    def copy() -> None:
+        for buffer, tensor in zip(buffers, averages, strict=True):
+            buffer.copy_(tensor)
+
+    def finish() -> None:
+        while under_way:
+            under_way.pop().result()
+        clear(target)()
+
+    def save() -> None:
+        under_way.append(ema.save(target, step=1, asynchronous=True))
+
+    return [
+        Row(limit, copy, before=finish),
+        Row("ema.save asynchronous", save, None, limit, finish),
+    ]
+
+
 def consolidate_rows(ema: ShardedEMA, folder: Path) -> list[Row]:
     """The average as one model. Ours verifies every byte and is fsynced; dcp_to_torch_save not."""
     ours, stock = folder / "source", folder / "source-dcp"
@@ -161,12 +186,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with ExitStack() as stack:
         # In --dir too: what is removed at the end is then only what was made here.
         scratch = stack.enter_context(tempfile.TemporaryDirectory(dir=args.dir))
-        for case, make in {"save": save_rows, "consolidate": consolidate_rows}.items():
+        cases = {"save": save_rows, "blocked": blocked_rows, "consolidate": consolidate_rows}
+        for case, make in cases.items():
             folder = Path(scratch, case)
             folder.mkdir()
             rows = make(ema, folder)
             name = f"{case}: {args.megabytes} MiB"
-            report.add(name, rows, medians(rows, args.rounds, warm=False))
+            # The buffer of the first asynchronous save is the next one's.
+            report.add(name, rows, medians(rows, args.rounds, warm=case == "blocked"))
+            rows[-1].before()  # waits for a save under way
             shutil.rmtree(folder)
     report.append_to(args.csv)
     print("not run on GPU: saving is timed from host memory")

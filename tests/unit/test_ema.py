@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
@@ -448,6 +449,48 @@ def test_parameters_that_cannot_be_averaged_are_named() -> None:
         model.register_parameter("p", nn.Parameter(parameter))
         with pytest.raises(BindError, match=match):
             ShardedEMA(model)
+
+
+def test_average_switched_on_for_an_older_run(tmp_path: Path) -> None:
+    """The average was made before the weights of a run without one were loaded."""
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.5)
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "old", no_dist=True)
+    ema.update()
+    with pytest.raises(CheckpointMismatchError, match=r"holds 0 averages.*reseed\(\)"):
+        ema.load(tmp_path / "old")
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    ema.reseed()
+    assert ema.num_updates == 0
+    assert_equal(averages(ema), {n: p.detach() for n, p in model.named_parameters()})
+    with ema.swap(), pytest.raises(SwapError):
+        ema.reseed()
+    late = ShardedEMA(model, 0.5, start_step=2)
+    late.reseed()
+    late.update()
+    assert late.num_updates == 0, "reseeding does not begin before start_step"
+
+
+def test_a_profile_that_the_checkpoint_lacks_starts_from_the_weights(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    first = ShardedEMA(model, {"a": 0.5})
+    first.update()
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+    first.update()
+    first.save(tmp_path / "x", step=2)
+    with torch.no_grad():
+        model.weight.fill_(4.0)
+    second = ShardedEMA(model, {"a": 0.5, "b": 0.9})
+    with torch.no_grad():
+        model.weight.fill_(5.0)
+    with pytest.raises(CheckpointMismatchError):
+        second.load(tmp_path / "x")
+    with pytest.warns(EMAWarning, match="has no average b, which starts anew"):
+        second.load(tmp_path / "x", strict=False)
+    assert_equal(averages(second, "a"), averages(first, "a"))
+    assert bool((averages(second, "b")["weight"] == 5.0).all())
 
 
 def test_nothing_in_common_is_not_a_load(tmp_path: Path) -> None:
