@@ -177,8 +177,7 @@ class Averager:
             self._shadow.lerp(self._clock)
 
     def _seed(self) -> None:
-        live = self._source.live()
-        self._shadow.follow(live, self._names)
+        self._shadow.follow(self._source.live(), self._names)
         bad = self._shadow.seed(keep_nonfinite=self._settings.nonfinite == "allow")
         if bad:
             names = [self._names[i] for i in bad]
@@ -187,7 +186,7 @@ class Averager:
                 f"{len(names)} parameters hold NaN or Inf as their average starts, among them "
                 f"{names[:3]}; initialise or load the weights before making the average",
             )
-        self._health.begin(self._clock, self._shadow, live)
+        self._health.begin(self._clock, self._shadow, self._weights())
 
     def _reseed(self) -> None:
         """The weights were replaced, and the average starts anew from them."""
@@ -221,7 +220,7 @@ class Averager:
 
         def back_up() -> None:
             self._prepare()
-            self._health.check_moving(self._clock, self._shadow, self._source.live())
+            self._check_moving()
             backup.extend(self._source.back_up())
 
         self._prepare_to_overwrite(back_up, "ema.swap()")
@@ -273,6 +272,7 @@ class Averager:
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.keep(self._shadow.views[name])
         self._wait()
+        self._health.accept(self._clock, self._weights())
 
     def _wait(self) -> None:
         """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
@@ -332,9 +332,19 @@ class Averager:
             self._source.compare(records)
         self._agreed = True
 
-    def _check_health(self, live: Sequence[Tensor]) -> None:
+    def _weights(self) -> list[Tensor]:
+        """What only optimizer steps should change: not the buffers that are averaged."""
+        pairs = zip(self._source.shards, self._source.live(), strict=True)
+        return [t for shard, t in pairs if isinstance(shard.name.tensor, nn.Parameter)]
+
+    def _check_moving(self, *, closing: bool = False) -> None:
+        weights, attached = self._weights(), self._hooks is not None
+        self._health.check_counted(self._clock, weights, attached=attached, closing=closing)
+        self._health.check_moving(self._clock, self._shadow, weights)
+
+    def _check_health(self, *, closing: bool = False) -> None:
         if self._swapped is None:
-            self._health.check_moving(self._clock, self._shadow, live)
+            self._check_moving(closing=closing)
         self._health.check_finite(self._shadow.collect_skipped())
 
     def _profile_name(self, profile: str | None) -> str:
@@ -364,10 +374,12 @@ class Averager:
             return
         self._refuse_in_swap("close()")
         if self._hooks is not None:
-            self._hooks.remove()
+            self._hooks.flush()
         if self._unusable is None:
-            self._check_health(self._source.live())
+            self._check_health(closing=True)
             self._health.check_forgotten(self._clock, self._shadow)
+        if self._hooks is not None:
+            self._hooks.remove()
         self._ranks.close()
         self._unusable = "closed"
 

@@ -220,7 +220,6 @@ class ShardedEMA(Averager):
             check_target(target, format=format, replace=replace)
 
         self._ranks.agree(check, f"ema.save({target})")
-        live = self._source.live()
         partial = self._distances(sampled=True) if self._swapped is None else {}
         gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
         meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
@@ -233,7 +232,7 @@ class ShardedEMA(Averager):
         }
         state = snapshot.make_state(self._source, self._shadow, meta)
         save_state(state, target, format=format, replace=replace, ranks=self._ranks)
-        self._check_health(live)
+        self._check_health()
         return SaveHandle(target, step)
 
     def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
@@ -284,7 +283,7 @@ class ShardedEMA(Averager):
             if name in meta["profiles"]:
                 self._shadow.seed_weight[name] = meta["profiles"][name]["seed_weight"]
         self._unusable = None
-        self._health.begin(self._clock, self._shadow, self._source.live())
+        self._health.begin(self._clock, self._shadow, self._weights(), loaded=True)
 
     # ------------------------------------------------------------------ looking at it
 
@@ -344,8 +343,7 @@ class ShardedEMA(Averager):
                 parameters, exact over all ranks; every rank must then call.
         """
         self._prepare(settle=distance)  # else one rank alone may call this, as loggers do
-        live = self._source.live()
-        self._check_health(live)
+        self._check_health()
         found: dict[str, float] = {
             "num_updates": self.num_updates,
             "applied_steps": self._clock.applied_steps,
