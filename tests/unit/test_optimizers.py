@@ -321,7 +321,7 @@ def test_changes_of_the_weights_that_are_no_mistake(tmp_path: Path) -> None:
     ema.load(tmp_path / "x")
     net.load_state_dict(weights)  # after the average, as many programs do
     ema.metrics()
-    net.double()
+    net.bfloat16()
     ema.metrics()
     with torch.no_grad():
         net[0].bias[0] = torch.nan  # type: ignore[index, operator]
