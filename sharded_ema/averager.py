@@ -26,7 +26,7 @@ from sharded_ema.kernels import choose_impl
 from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
 from sharded_ema.sources import Backup, adapters_of, make_source
-from sharded_ema.state import Action, Clock, Shadow
+from sharded_ema.state import Action, Clock, Shadow, check_shadow_dtype
 
 
 class Averager:
@@ -61,7 +61,7 @@ class Averager:
             nonfinite=nonfinite,
             total_steps=total_steps,
         )
-        _check_shadow_dtype(shadow_dtype, force=force_dtype)
+        check_shadow_dtype(shadow_dtype, force=force_dtype)
         self._source = make_source(
             target,
             include=as_patterns(include),
@@ -178,8 +178,7 @@ class Averager:
             self._shadow.lerp(self._clock)
 
     def _seed(self) -> None:
-        live = self._source.live()
-        self._shadow.follow(live, self._names)
+        self._shadow.follow(self._source.live(), self._names)
         bad = self._shadow.seed(keep_nonfinite=self._settings.nonfinite == "allow")
         if bad:
             names = [self._names[i] for i in bad]
@@ -188,7 +187,7 @@ class Averager:
                 f"{len(names)} parameters hold NaN or Inf as their average starts, among them "
                 f"{names[:3]}; initialise or load the weights before making the average",
             )
-        self._health.begin(self._clock, self._shadow, live)
+        self._health.begin(self._clock, self._shadow, self._weights())
 
     def reseed(self) -> None:
         """Start the average anew from the weights as they are now; never communicates.
@@ -233,7 +232,7 @@ class Averager:
 
         def back_up() -> None:
             self._prepare()
-            self._health.check_moving(self._clock, self._shadow, self._source.live())
+            self._check_moving()
             backup.extend(self._source.back_up())
 
         self._prepare_to_overwrite(back_up, "ema.swap()")
@@ -285,6 +284,7 @@ class Averager:
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.keep(self._shadow.views[name])
         self._wait()
+        self._health.accept(self._clock, self._weights())
 
     def _wait(self) -> None:
         """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
@@ -344,9 +344,19 @@ class Averager:
             self._source.compare(records)
         self._agreed = True
 
-    def _check_health(self, live: Sequence[Tensor]) -> None:
+    def _weights(self) -> list[Tensor]:
+        """What only optimizer steps should change: not the buffers that are averaged."""
+        pairs = zip(self._source.shards, self._source.live(), strict=True)
+        return [t for shard, t in pairs if isinstance(shard.name.tensor, nn.Parameter)]
+
+    def _check_moving(self, *, closing: bool = False) -> None:
+        weights, attached = self._weights(), self._hooks is not None
+        self._health.check_counted(self._clock, weights, attached=attached, closing=closing)
+        self._health.check_moving(self._clock, self._shadow, weights)
+
+    def _check_health(self, *, closing: bool = False) -> None:
         if self._swapped is None:
-            self._health.check_moving(self._clock, self._shadow, live)
+            self._check_moving(closing=closing)
         self._health.check_finite(self._shadow.collect_skipped())
 
     def _profile_name(self, profile: str | None) -> str:
@@ -374,19 +384,11 @@ class Averager:
             return
         self._refuse_in_swap("close()")
         if self._hooks is not None:
-            self._hooks.remove()
+            self._hooks.flush()
         if self._unusable is None:
-            self._check_health(self._source.live())
+            self._check_health(closing=True)
             self._health.check_forgotten(self._clock, self._shadow)
+        if self._hooks is not None:
+            self._hooks.remove()
         self._ranks.close()
         self._unusable = "closed"
-
-
-def _check_shadow_dtype(dtype: torch.dtype, *, force: bool) -> None:
-    if not dtype.is_floating_point:
-        raise ConfigError(f"shadow_dtype must be a floating dtype, got {dtype}")
-    if dtype.itemsize < 4 and not force:
-        raise ConfigError(
-            f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its "
-            "rounding error. Keep float32, or pass force_dtype=True"
-        )

@@ -126,7 +126,6 @@ class Checkpointing(Averager):
             check_target(target, format=format, replace=replace)
 
         self._ranks.agree(check, f"ema.save({target})")
-        live = self._source.live()
         partial = self._distances(sampled=True) if self._swapped is None else {}
         gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
         meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
@@ -158,7 +157,7 @@ class Checkpointing(Averager):
             self._background.start(handle, write)
         else:
             self._background.run(handle, write)
-        self._check_health(live)
+        self._check_health()
         return handle
 
     def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
@@ -219,7 +218,7 @@ class Checkpointing(Averager):
                 f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
                 "weights as they are now; its schedule goes on with the checkpoint's counters",
             )
-        self._health.begin(self._clock, self._shadow, self._source.live())
+        self._health.begin(self._clock, self._shadow, self._weights(), loaded=True)
 
     def close(self) -> None:
         """Wait for a save under way, detach, give last warnings and release the process groups.

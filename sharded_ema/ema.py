@@ -169,8 +169,7 @@ class ShardedEMA(Checkpointing):
                 parameters, exact over all ranks; every rank must then call.
         """
         self._prepare(settle=distance)  # else one rank alone may call this, as loggers do
-        live = self._source.live()
-        self._check_health(live)
+        self._check_health()
         found: dict[str, float] = {
             "num_updates": self.num_updates,
             "applied_steps": self._clock.applied_steps,

@@ -35,6 +35,11 @@ class Health:
         self._shadow_at_start: dict[str, Tensor] = {}
         self._seed_weight_at_start: dict[str, float] = {}
         self._updates_at_start = 0
+        self._steps_at_start = 0
+        self._seen_steps = 0
+        self._seen_live: Tensor | None = None
+        self._seen_dtypes: list[torch.dtype] = []
+        self._uncounted = 0
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -42,12 +47,59 @@ class Health:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
 
-    def begin(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
+    def begin(
+        self, clock: Clock, shadow: Shadow, live: Sequence[Tensor], *, loaded: bool = False
+    ) -> None:
         """Averaging starts here, or goes on after a load."""
+        self._steps_at_start = clock.applied_steps
         self._updates_at_start = clock.num_updates
         self._seed_weight_at_start = dict(shadow.seed_weight)
         self._live_at_start = _probe(live)
         self._shadow_at_start = {name: _probe(views) for name, views in shadow.views.items()}
+        self.accept(clock, live)
+        # Weights that go with a loaded average may be loaded after it.
+        self._uncounted = -1 if loaded else 0
+
+    def accept(self, clock: Clock, live: Sequence[Tensor]) -> None:
+        """What the weights are now needs no explanation."""
+        self._seen_steps = clock.applied_steps
+        self._seen_live = _probe(live)
+        self._seen_dtypes = [tensor.dtype for tensor in live]
+
+    def check_counted(
+        self, clock: Clock, live: Sequence[Tensor], *, attached: bool, closing: bool = False
+    ) -> None:
+        """Warn if the weights have moved and no step was counted. Waits for the device.
+
+        Args:
+            attached: the steps are counted by hooks. Otherwise the user may look between a step
+                and its ``update()``, so that one such sight proves nothing yet.
+            closing: no ``update()`` can follow.
+        """
+        before, dtypes = self._seen_live, self._seen_dtypes
+        counted = clock.applied_steps != self._seen_steps
+        self.accept(clock, live)
+        assert before is not None and self._seen_live is not None
+        if counted:
+            self._uncounted = 0
+        elif dtypes == self._seen_dtypes and not torch.equal(before, self._seen_live):
+            self._uncounted += 1
+        never = closing and clock.applied_steps == self._steps_at_start
+        if self._uncounted > (0 if attached or never else 1):
+            remedy = (
+                "the attached optimizer is not what trains this model (it was replaced, copied or "
+                "unpickled after attach()), or steps without running its hooks (in the backward, "
+                "through step.__wrapped__). Attach the optimizer that steps, or attach none and "
+                "call"
+                if attached
+                else "attach the optimizer, or call"
+            )
+            self.warn_once(
+                "uncounted",
+                f"the weights have changed and no optimizer step was counted after step "
+                f"{clock.applied_steps}, so the average stands still: {remedy} ema.update() after "
+                "each applied step. If you loaded or edited weights, make the ShardedEMA after it",
+            )
 
     def check_moving(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
         """Warn if the weights have moved and an average has not. Waits for the device."""
@@ -144,7 +196,7 @@ def squared_distance(
 
 @torch.no_grad()
 def _probe(tensors: Sequence[Tensor]) -> Tensor:
-    """A few elements of a few tensors, fp32 on the CPU."""
+    """A few elements of a few tensors, fp32 on the CPU; NaN as 0, so that it equals itself."""
     filled = [t for t in tensors if t.numel()]
     chosen = filled[:: max(1, len(filled) // _PROBE_TENSORS)]
     parts = []
@@ -156,4 +208,4 @@ def _probe(tensors: Sequence[Tensor]) -> Tensor:
         )
         step = max(1, flat.numel() // _PROBE_ELEMENTS)
         parts.append(flat[::step][:_PROBE_ELEMENTS].float().cpu())
-    return torch.cat(parts) if parts else torch.empty(0)
+    return torch.cat(parts).nan_to_num() if parts else torch.empty(0)

@@ -18,6 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from sharded_ema.errors import EMAWarning, OptimizerError
@@ -76,9 +77,12 @@ class OptimizerHooks(StepHooks):
         self._leader: int | None = None
         self._pending = False
         self._handles: list[Any] = []
+        # A compiled step() would be compiled together with the average, which would then be rounded
+        # in another way. (An optimizer has imported the compiler anyway, so this costs nothing.)
+        pre, post = torch.compiler.disable(self._pre), torch.compiler.disable(self._post)
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._pre))
-            self._handles.append(optimizer.register_step_post_hook(self._post))
+            self._handles.append(optimizer.register_step_pre_hook(pre))
+            self._handles.append(optimizer.register_step_post_hook(post))
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         key = id(optimizer)

@@ -10,7 +10,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from sharded_ema.errors import StateError
+from sharded_ema.errors import ConfigError, StateError
 from sharded_ema.kernels import LerpPlan
 from sharded_ema.schedules import Schedule
 
@@ -214,3 +214,21 @@ class Shadow:
         for flat in self._flats:
             total[flat.device] = total.get(flat.device, 0) + flat.untyped_storage().nbytes()
         return total
+
+
+def check_shadow_dtype(dtype: torch.dtype, *, force: bool) -> None:
+    """Refuse a dtype in which an average would not move.
+
+    Args:
+        force: accept one below fp32.
+
+    Raises:
+        ConfigError: see above.
+    """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"shadow_dtype must be a floating dtype, got {dtype}")
+    if dtype.itemsize < 4 and not force:
+        raise ConfigError(
+            f"a {dtype} shadow does not move: at decay 0.999 an update is smaller than its "
+            "rounding error. Keep float32, or pass force_dtype=True"
+        )

@@ -1,6 +1,6 @@
-"""What is supported, as the tests know it: the table in the README is made of theirs.
+"""What is supported, as the tests know it: the tables in the README are made of theirs.
 
-``python -m tests.support`` writes the table; a test fails when it is not up to date.
+``python -m tests.support`` writes the tables; a test fails when they are not up to date.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from tests.zero.cases import CASES
 
 README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- begin: python -m tests.support -->\n", "<!-- end -->\n"
+SHARES_BEGIN = "<!-- begin shares: python -m tests.support -->\n"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,12 @@ class Row:
 
 
 ROWS = (
-    Row("DDP", "1/R of the parameters", "one gather", ("ddp", "ddp_bf16")),
+    Row(
+        "DDP; `replicate` as made of FSDP2",
+        "1/R of the parameters",
+        "one gather",
+        ("ddp", "ddp_bf16", "replicate"),
+    ),
     Row(
         "FSDP2: fp32, mixed precision, bf16; shards of any dimension",
         "its shard",
@@ -67,6 +73,16 @@ ROWS = (
 )
 
 
+#: Parameters of the model of which tests/dist/test_mesh.py measures the shadow on 4 ranks.
+SHARED_NUMEL = 4_198_400
+#: Bytes of it on every rank: where replicas share the work, and with ``shard_replicas=False``.
+SHARES = {
+    "DDP": (4_198_400, 16_793_600),
+    "HSDP, 2 x 2": (4_198_400, 8_396_800),
+    "FSDP1 `HYBRID_SHARD`, 2 x 2": (4_198_400, 8_396_800),
+}
+
+
 def worlds() -> dict[str, set[int]]:
     """Every mode of the tests, with the numbers of ranks that it is tested on."""
     found = {mode: set(sizes) for mode, sizes in WORLDS.items()}
@@ -90,10 +106,24 @@ def _lines() -> Iterator[str]:
         yield f"| {row.layout} | {row.keeps} | {row.swap} | {', '.join(map(str, sizes))} |"
 
 
+def shares() -> str:
+    """The table of what replicas save."""
+    lines = [
+        f"| {SHARED_NUMEL:,} parameters on 4 ranks | shadow on each | `shard_replicas=False` |",
+        "|---|---|---|",
+    ]
+    for layout, (shared, whole) in SHARES.items():
+        lines.append(f"| {layout} | {shared:,} bytes | {whole:,} bytes |")
+    return SHARES_BEGIN + "".join(f"{line}\n" for line in lines) + END
+
+
 def main() -> None:
     text = README.read_text()
-    start, stop = text.index(BEGIN), text.index(END) + len(END)
-    README.write_text(text[:start] + table() + text[stop:])
+    for begin, new in ((SHARES_BEGIN, shares()), (BEGIN, table())):
+        start = text.index(begin)
+        stop = text.index(END, start) + len(END)
+        text = text[:start] + new + text[stop:]
+    README.write_text(text)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_ema.errors import BindError
+from sharded_ema.errors import BindError, UnsupportedLayoutError
 from sharded_ema.sources.base import (
     Backup,
     Inventory,
@@ -54,6 +54,7 @@ def make_source(
     if not isinstance(target, nn.Module):
         raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
     modules = list(target.modules())
+    _refuse_composable(modules)
     if has_flattened(target):
         return make_fsdp1_source(
             target,
@@ -72,3 +73,15 @@ def make_source(
         if isinstance(module, DistributedDataParallel):
             return DDPSource(module, inventory, shard_replicas=shard_replicas)
     return PlainSource(target, inventory)
+
+
+def _refuse_composable(modules: Sequence[nn.Module]) -> None:
+    for module in modules:
+        names = {cls.__module__ for cls in type(module).__mro__}
+        if "torch.distributed._composable.replicate" in names:
+            raise UnsupportedLayoutError(
+                f"a {type(module).__name__} was wrapped by the replicate() of torch.distributed."
+                "_composable, which names its ranks only at the first forward; use "
+                "DistributedDataParallel, fully_shard on a mesh of two axes, or the replicate() of "
+                "torch.distributed._composable.replicate_with_fsdp"
+            )

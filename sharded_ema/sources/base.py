@@ -86,6 +86,7 @@ class Inventory:
     """The tensors of a model, sorted by what happens to them.
 
     Attributes:
+        model: whose tensors they are.
         averaged: trainable parameters that the patterns select.
         frozen: parameters with ``requires_grad=False``.
         excluded: trainable parameters that the patterns leave out.
@@ -93,6 +94,7 @@ class Inventory:
         adapters: names of the PEFT adapters in it.
     """
 
+    model: nn.Module
     averaged: list[Named] = field(default_factory=list)
     frozen: list[Named] = field(default_factory=list)
     excluded: list[Named] = field(default_factory=list)
@@ -160,7 +162,7 @@ def take_inventory(
         BindError: a parameter is on the meta device or has no elements, or none is left.
         ConfigError: a pattern matches nothing that can be averaged.
     """
-    found = Inventory(adapters=adapters_of(model))
+    found = Inventory(model, adapters=adapters_of(model))
     parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
         for attribute, identity, parameter, shape in registered(module):
@@ -323,18 +325,17 @@ class ShardSource(ABC):
         return named.owner._parameters.get(named.attribute)
 
     def check_current(self) -> None:
-        """Refuse if a parameter of the model is no longer the object that is being averaged.
-
-        Raises:
-            BindError: for example after ``load_state_dict(assign=True)``.
-        """
-        for named in (*self.inventory.averaged, *self.inventory.frozen):
-            registered = self.registered(named)
-            if isinstance(named.tensor, nn.Parameter) and registered is not named.tensor:
+        """Raise :class:`BindError` if what is being averaged is no longer a part of the model."""
+        found = self.inventory
+        modules = set(map(id, found.model.modules()))
+        for named in (*found.averaged, *found.frozen, *found.buffers):
+            held = isinstance(named.tensor, nn.Parameter)
+            there = id(named.owner) in modules
+            if not there or (held and self.registered(named) is not named.tensor):
                 raise BindError(
-                    f"parameter {named.fqn} was replaced after the average was made "
-                    "(load_state_dict(assign=True), resizing, re-wrapping); make the ShardedEMA "
-                    "after such changes"
+                    f"{'parameter' if held else 'buffer'} {named.fqn} was replaced after the "
+                    "average was made (load_state_dict(assign=True), resizing, another submodule); "
+                    "make the ShardedEMA after such changes"
                 )
 
     def self_check(self) -> None:  # noqa: B027 - most frameworks hold a parameter only once

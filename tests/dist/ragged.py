@@ -6,7 +6,7 @@ strided and 0-d parameters, and buffers of several kinds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -42,6 +43,7 @@ WORLDS: dict[str, tuple[int, ...]] = {
     "fsdp2_dim1": (2, 3),
     "ddp": (2, 3, 4),
     "ddp_bf16": (2, 3, 4),
+    "replicate": (2, 3),
     "hsdp": (4,),
     "hsdp_whole": (4,),
     "tp": (2,),
@@ -210,7 +212,7 @@ def build(mode: str, seed: int = 0) -> Run:
     # fully_shard refuses strided and 0-d parameters; its users leave them replicated.
     unsynced = [bare.transposed, bare.conv.weight, bare.scalar]
     stream = rank()
-    if mode.startswith("fsdp2"):
+    if mode.startswith("fsdp2") or mode == "replicate":
         shard(bare, init_device_mesh("cpu", (world(),)), unsynced, mode)
     elif mode.startswith("hsdp"):
         axes = ("replicate", "shard")
@@ -245,7 +247,8 @@ def build(mode: str, seed: int = 0) -> Run:
 
 
 def shard(bare: Ragged, mesh: DeviceMesh, ignored: list[nn.Parameter], mode: str) -> None:
-    """``fully_shard`` over ``mesh``."""
+    """``fully_shard`` over ``mesh``, or ``replicate``, which is made of it."""
+    wrap: Callable[..., Any] = replicate if mode == "replicate" else fully_shard
     options: dict[str, Any] = {"mesh": mesh}
     if mode == "fsdp2_mixed":
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
@@ -254,8 +257,8 @@ def shard(bare: Ragged, mesh: DeviceMesh, ignored: list[nn.Parameter], mode: str
             int(p.dim() > 1 and p.shape[1] % world() == 0)
         )
     for block in bare.blocks:
-        fully_shard(block, **options)
-    fully_shard(bare, ignored_params=set(ignored), **options)
+        wrap(block, **options)
+    wrap(bare, ignored_params=set(ignored), **options)
 
 
 def split_layers(bare: Ragged, mesh: DeviceMesh) -> list[nn.Parameter]:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -16,11 +16,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_ema import (
     Power,
     SafetensorsStorageReader,
     SafetensorsStorageWriter,
+    Schedule,
     ShardedEMA,
     Warmup,
     consolidate,
@@ -37,12 +39,26 @@ from sharded_ema.errors import (
     EMAError,
     StateError,
 )
+from sharded_ema.layout import Box
+from sharded_ema.values import FlatShard
 from tests.dist.pool import WorkerPool
-from tests.dist.ragged import MODES, Run, assert_equal, build, rank, sizes
+from tests.dist.ragged import (
+    MODES,
+    Run,
+    as_float,
+    assert_equal,
+    build,
+    rank,
+    reference_step,
+    sizes,
+)
 from tests.dist.test_average import averages
 
 Worlds = dict[int, WorkerPool]
-PROFILES = {"fast": 0.9, "warm": Warmup(0.99)}
+WARM = Warmup(0.99)
+PROFILES: dict[str, float | str | Schedule] = {"fast": 0.9, "warm": WARM}
+FORMATS = ("safetensors", "dcp")
+EVERY = (*MODES, "plain")
 
 
 def train_and_save(mode: str, path: str, steps: int, formats: tuple[str, ...]) -> dict[str, Tensor]:
@@ -53,83 +69,121 @@ def train_and_save(mode: str, path: str, steps: int, formats: tuple[str, ...]) -
     for index in range(steps):
         run.step(index)
     for name in formats:
-        run.evaluate()  # leaves FSDP2's root gathered; saving must not mind
-        handle = ema.save(Path(path, name), step=steps, format=name)
-        handle.staged()
-        assert handle.result() == Path(path, name)
+        ema.save(Path(path, name), step=steps, format=name)
     full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
     ema.close()
     return full
 
 
-def load_and_read(mode: str, path: str, verify: bool = False) -> tuple[dict[str, Tensor], int, int]:
+class Saved(NamedTuple):
+    """A checkpoint of one mode on one number of ranks, with its averages beside it."""
+
+    mode: str
+    size: int
+    format: str
+    path: str
+    averages: str
+
+
+def save_all(mode: str, saved: list[Saved]) -> None:
+    """Train and save, with the averages that a plain loop finds."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, PROFILES, **run.options)
+    ema.attach(run.optimizer)
+    expected = {profile: as_float(run.gather()) for profile in PROFILES}
+    for n in (1, 2):
+        run.step(n)
+        now = run.gather()
+        reference_step(expected["fast"], now, 1 - 0.9)
+        reference_step(expected["warm"], now, 1 - WARM.decay(n))
+    run.evaluate()  # leaves FSDP2's root gathered; saving must not mind
+    for each in saved:
+        handle = ema.save(each.path, step=2, format=each.format)
+        handle.staged()
+        assert handle.result() == Path(each.path)
+        if rank() == 0:
+            full = {f"{p}.{n}": t for p, tensors in expected.items() for n, t in tensors.items()}
+            torch.save(full, each.averages)
+    ema.close()
+
+
+def local_pieces(value: Tensor) -> list[tuple[Box, Tensor]]:
+    """This rank's part of a value in a state dict."""
+    if isinstance(value, FlatShard):
+        return value.pieces
+    if isinstance(value, DTensor):
+        return [
+            (Box(tuple(chunk.offsets), tuple(chunk.sizes)), value._local_tensor)
+            for chunk in value.__create_chunk_list__()
+        ]
+    return [(Box.whole(value.shape), value)]
+
+
+def load_all(mode: str, sources: list[Saved]) -> None:
+    """Load one checkpoint after another into one model; each must be what was saved, bit by bit."""
     run = build(mode, seed=7)
     ema = ShardedEMA(run.target, PROFILES, **run.options)
     before = run.gather()
-    step = ema.load(path, verify=verify)
+    state = ema.state_dict()
+    averages = [key for key in state if key.split(".")[0] in PROFILES]
+    for nth, source in enumerate(sources):
+        for key in averages:
+            for _, piece in local_pieces(state[key]):
+                piece.fill_(float("nan"))
+        assert ema.load(source.path, verify=nth % 2 == 1) == 2, source
+        assert ema.num_updates == 2
+        expected = torch.load(source.averages, mmap=True)
+        assert averages and expected.keys() == set(averages)
+        for key in averages:
+            for box, piece in local_pieces(state[key]):
+                block = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
+                assert torch.equal(piece, expected[key][block]), (source, key)
     assert_equal(run.gather(), before)
-    full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
-    count = ema.num_updates
     ema.close()
-    return full, step, count
 
 
-@pytest.mark.parametrize(
-    "mode", ["fsdp2", "fsdp2_bf16", "ddp", "hsdp", "tp_fsdp2", "fsdp1", "fsdp1_hybrid"]
-)
-def test_four_ranks_to_any_other_layout(worlds: Worlds, mode: str, tmp_path: Path) -> None:
-    formats = ("safetensors", "dcp")
-    (expected, *_) = worlds[4].run(train_and_save, mode, str(tmp_path), 5, formats)
-    for name in formats:
-        path = str(tmp_path / name)
-        other = "ddp" if mode.startswith("fsdp2") else "fsdp2"
-        (own,) = sizes(mode, [2])
-        for size, target in ((own, mode), (3, other), (4, other)):
-            for full, step, count in worlds[size].run(load_and_read, target, path, size == 3):
-                assert_equal(full, expected)
-                assert step == count == 5
-        full, step, count = load_and_read("plain", path)
-        assert_equal(full, expected)
-        assert step == count == 5
+@pytest.fixture(scope="module")
+def saved(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> list[Saved]:
+    """Every mode on the fewest and on the most ranks, in one format each, or in both on one."""
+    folder = tmp_path_factory.mktemp("saved")
+    found = []
+    for mode in EVERY:
+        on = sorted({min(sizes(mode)), max(sizes(mode))}) if mode in MODES else [1]
+        chosen = zip(on, FORMATS, strict=True) if len(on) > 1 else [(on[0], f) for f in FORMATS]
+        made = [
+            Saved(mode, size, f, str(folder / f"{mode}-{size}-{f}"), str(folder / f"{mode}-{size}"))
+            for size, f in chosen
+        ]
+        for size in on:
+            mine = [each for each in made if each.size == size]
+            if size == 1:
+                save_all(mode, mine)
+            else:
+                worlds[size].run(save_all, mode, mine)
+        found += made
+    return found
 
 
-def hand_on(mode: str, source: str, path: str, name: str) -> dict[str, Tensor]:
-    """Load, and save again under another sharding."""
-    run = build(mode, seed=7)
-    ema = ShardedEMA(run.target, PROFILES, **run.options)
-    step = ema.load(source, verify=True)
-    full = {f"{p}.{n}": t for p in PROFILES for n, t in averages(ema, p).items()}
-    ema.save(path, step=step, format=name)
-    ema.close()
-    return full
+def sources_for(size: int, format: str, saved: list[Saved]) -> list[Saved]:
+    """Of every mode one checkpoint: best of another number of ranks, then in ``format``."""
+    by_mode: dict[str, list[Saved]] = {}
+    for source in saved:
+        by_mode.setdefault(source.mode, []).append(source)
+    return [
+        max(sources, key=lambda s: (s.size != size, s.format == format))
+        for sources in by_mode.values()
+    ]
 
 
-def test_from_layout_to_layout_to_one_process(worlds: Worlds, tmp_path: Path) -> None:
-    """Every layout reads what another one wrote, on another number of ranks where it can."""
-    (size,) = sizes(MODES[-1], [4])
-    (expected, *_) = worlds[size].run(train_and_save, MODES[-1], str(tmp_path), 5, ("safetensors",))
-    source = str(tmp_path / "safetensors")
-    for nth, mode in enumerate(MODES):
-        (size,) = sizes(mode, [2 + nth % 3])
-        target = str(tmp_path / str(nth))
-        name = ("safetensors", "dcp")[nth % 2]
-        for full in worlds[size].run(hand_on, mode, source, target, name):
-            assert_equal(full, expected)
-        source = target
-    full, step, count = load_and_read("plain", source)
-    assert_equal(full, expected)
-    assert step == count == 5
-
-
-def train_plain_and_save(path: str) -> dict[str, Tensor]:
-    return train_and_save("plain", path, 3, ("safetensors",))
-
-
-@pytest.mark.parametrize("mode", ["fsdp2", "ddp", "fsdp1_flat"])
-def test_one_process_to_three_ranks(worlds: Worlds, mode: str, tmp_path: Path) -> None:
-    expected = train_plain_and_save(str(tmp_path))
-    for full, _, _ in worlds[3].run(load_and_read, mode, str(tmp_path / "safetensors"), True):
-        assert_equal(full, expected)
+@pytest.mark.parametrize("mode", EVERY)
+def test_every_layout_loads_every_other(worlds: Worlds, saved: list[Saved], mode: str) -> None:
+    (size,) = sizes(mode, [3]) if mode in MODES else [1]
+    sources = sources_for(size, FORMATS[EVERY.index(mode) % 2], saved)
+    assert [source.mode for source in sources] == list(EVERY)
+    if size == 1:
+        load_all(mode, sources)
+    else:
+        worlds[size].run(load_all, mode, sources)
 
 
 def load_through_dcp(path: str) -> None:

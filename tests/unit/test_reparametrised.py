@@ -1,0 +1,143 @@
+"""A model that changes after its average was made: followed, or refused by name, never stale."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from sharded_ema import ShardedEMA
+from sharded_ema.errors import BindError, StateError
+
+
+class Embedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(6, 4)
+        self.norm = nn.BatchNorm1d(4)
+        self.head = nn.Linear(4, 6)
+        self.frozen = nn.Parameter(torch.ones(3), requires_grad=False)
+
+
+def move(net: Embedder) -> None:
+    with torch.no_grad():
+        for index, parameter in enumerate(net.parameters()):
+            parameter += index + 1
+
+
+FOLLOWED: dict[str, Callable[[Embedder], object]] = {
+    "float64": lambda net: net.double(),
+    "bfloat16": lambda net: net.bfloat16(),
+    "there and back": lambda net: net.double().bfloat16().float(),
+    "new memory": lambda net: net._apply(torch.clone),
+    "data": lambda net: setattr(net.head.weight, "data", torch.randn(6, 4)),
+    "loaded in place": lambda net: net.load_state_dict(
+        {k: v + 1 for k, v in net.state_dict().items()}
+    ),
+    "wrapped": lambda net: setattr(net, "head", checkpoint_wrapper(net.head)),
+}
+
+
+@pytest.mark.parametrize("change", FOLLOWED)
+def test_followed(change: str, tmp_path: Path) -> None:
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    tensors = {n: p for n, p in net.named_parameters() if p.requires_grad}
+    expected = {n: p.detach().clone() for n, p in tensors.items()}
+    for round_ in range(3):
+        if round_:
+            FOLLOWED[change](net)
+        move(net)
+        ema.update()
+        for name, parameter in tensors.items():
+            expected[name].lerp_(parameter.detach().float(), 0.5)
+    state = ema.state_dict()
+    assert all(torch.equal(state[f"ema.{n}"], t) for n, t in expected.items())
+    before = {n: p.detach().clone() for n, p in tensors.items()}
+    with ema.swap():
+        for name, parameter in tensors.items():
+            assert torch.equal(parameter, expected[name].to(parameter.dtype))
+    assert all(torch.equal(p, before[n]) for n, p in tensors.items())
+    ema.save(tmp_path / "x", step=3)
+    assert ema.load(tmp_path / "x") == 3
+
+
+def resized(net: Embedder, rows: int) -> None:
+    """As libraries resize embeddings: a module in the place of another."""
+    new = nn.Embedding(rows, 4)
+    with torch.no_grad():
+        new.weight[:6] = net.embed.weight[:rows]
+    net.embed = new
+
+
+def resized_in_place(net: Embedder) -> None:
+    net.embed.weight = nn.Parameter(torch.cat([net.embed.weight.detach(), torch.zeros(2, 4)]))
+
+
+def tied_afterwards(net: Embedder) -> None:
+    net.head.weight = net.embed.weight
+
+
+REFUSED: dict[str, tuple[Callable[[Embedder], object], str]] = {
+    "assign": (
+        lambda net: net.load_state_dict(
+            {k: v.clone() for k, v in net.state_dict().items()}, assign=True
+        ),
+        "parameter embed.weight",
+    ),
+    "larger embedding": (lambda net: resized(net, 8), "parameter embed.weight"),
+    "other embedding of the same size": (lambda net: resized(net, 6), "parameter embed.weight"),
+    "resized in place": (resized_in_place, "parameter embed.weight"),
+    "other head": (lambda net: setattr(net, "head", nn.Linear(4, 6)), "parameter head.weight"),
+    "no head": (lambda net: delattr(net, "head"), "parameter head.weight"),
+    "tied": (tied_afterwards, "parameter head.weight"),
+    "other frozen": (
+        lambda net: setattr(net, "frozen", nn.Parameter(torch.ones(3), requires_grad=False)),
+        "parameter frozen",
+    ),
+    "other statistics": (
+        lambda net: setattr(net, "norm", nn.BatchNorm1d(4, affine=False)),
+        "parameter norm.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", REFUSED)
+def test_refused_by_name(change: str, tmp_path: Path) -> None:
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    move(net)
+    ema.update()
+    apply, name = REFUSED[change]
+    apply(net)
+    for use in (
+        lambda: ema.swap().__enter__(),
+        ema.copy_to,
+        ema.state_dict,
+        lambda: ema.save(tmp_path / "x", step=1),
+        lambda: ema.metrics(distance=True),
+    ):
+        with pytest.raises(BindError, match=f"{name} was replaced after the average was made"):
+            use()
+    assert not (tmp_path / "x").exists()
+
+
+def test_buffers_of_a_module_that_is_gone(tmp_path: Path) -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
+    ema = ShardedEMA(net, 0.5)
+    net[1] = nn.BatchNorm1d(2, affine=False)
+    with pytest.raises(BindError, match=r"buffer 1\.running_mean was replaced"):
+        ema.save(tmp_path / "x", step=1)
+
+
+def test_data_of_another_shape_is_refused_at_the_next_update() -> None:
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    net.embed.weight.data = torch.randn(8, 4)
+    with pytest.raises(StateError, match=r"parameter embed\.weight had local shape \(6, 4\)"):
+        ema.update()
