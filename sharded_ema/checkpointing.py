@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -16,6 +15,7 @@ from sharded_ema.agreement import Ranks
 from sharded_ema.averager import Averager
 from sharded_ema.checkpoint.background import Background, SaveHandle
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+from sharded_ema.checkpoint.reading.locations import as_location
 from sharded_ema.checkpoint.staging import Staging
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.config import check_schedules
@@ -94,7 +94,8 @@ class Checkpointing(Averager):
         What killed saves have left beside ``path`` is removed first.
 
         Args:
-            path: directory that the checkpoint will be.
+            path: directory that the checkpoint will be, or a URL that fsspec has a driver for
+                (``s3://bucket/run/step_1000``), where ``replace`` and ``format="dcp"`` are refused.
             step: training step to record.
             asynchronous: copy what is saved to host memory, return, and write it in a thread. The
                 next save, load and ``close()`` wait for it, and raise what went wrong in it.
@@ -113,7 +114,7 @@ class Checkpointing(Averager):
             CheckpointWriteError: a rank could not write, now or in the asynchronous save before;
                 what could not be written was not committed.
         """
-        target = Path(path)
+        target = as_location(path)
         if not isinstance(step, int):
             raise ConfigError(f"step must be an int, got {step!r}")
         if keep_last is not None and (type(keep_last) is not int or keep_last < 1):

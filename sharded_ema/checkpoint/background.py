@@ -6,8 +6,8 @@ import logging
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.errors import EMAError
 
 logger = logging.getLogger("sharded_ema")
@@ -17,11 +17,11 @@ class SaveHandle:
     """A save under way or done.
 
     Attributes:
-        path: directory of the checkpoint.
+        path: directory of the checkpoint, or its URL.
         step: the step it was saved under.
     """
 
-    def __init__(self, path: Path, step: int, staged: Callable[[], None] | None = None) -> None:
+    def __init__(self, path: Location, step: int, staged: Callable[[], None] | None = None) -> None:
         self.path = path
         self.step = step
         self._wait_for_copies = staged
@@ -41,14 +41,14 @@ class SaveHandle:
         """Whether the save has ended, well or not. Other ranks may see its end at another time."""
         return self._future.done()
 
-    def result(self, timeout: float | None = None) -> Path:
+    def result(self, timeout: float | None = None) -> Location:
         """Wait until the checkpoint is durable and committed.
 
         Args:
             timeout: seconds to wait; ``None`` for as long as it takes.
 
         Returns:
-            Its directory.
+            Its directory or URL.
 
         Raises:
             CheckpointError: the save failed; on every rank the same.
@@ -86,7 +86,7 @@ class Background:
 
         self._last = handle
         # The interpreter waits for threads that are no daemons before it exits.
-        threading.Thread(target=work, name=f"save {handle.path.name}").start()
+        threading.Thread(target=work, name=f"save {handle.path}").start()
 
     @staticmethod
     def run(handle: SaveHandle, write: Callable[[], object]) -> None:

@@ -7,7 +7,6 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,16 +15,15 @@ from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
-from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.catalog import is_meta_key
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
-    MANIFEST_NAME,
     FileRecord,
     Manifest,
     decode_meta,
     dump_manifest,
 )
+from sharded_ema.checkpoint.targets import make_target
 from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.version import __version__
@@ -54,7 +52,7 @@ class Commit:
     """One save of several ranks, from the temporary directory to the rename.
 
     Args:
-        path: directory that will be the checkpoint.
+        path: directory or URL that will be the checkpoint.
         replace: replace a checkpoint that is there.
         ranks: how many save, if that is known before; else DCP's word is taken for it.
     """
@@ -62,54 +60,34 @@ class Commit:
     def __init__(
         self, path: str | os.PathLike[str], *, replace: bool = False, ranks: int | None = None
     ) -> None:
-        self.target = Path(path)
+        self.target = make_target(path)
         self.replace = replace
         self.ranks = ranks
         self.world_size = 1
-        self.staging: Path | None = None
-        self._occupied: commit.Occupied | None = None
-
-    @property
-    def uuid(self) -> str:
-        """Of the save that has begun."""
-        assert self.staging is not None
-        return self.staging.name.rpartition("-")[2]
 
     def again(self, path: str | os.PathLike[str]) -> Commit:
         """The same for another path."""
         return Commit(path, replace=self.replace, ranks=self.ranks)
 
     def begin(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the directory to write into, and tell all ranks of it; for the coordinator."""
         # Without a process group DCP takes every rank for one that saves alone.
         if self.ranks not in (None, len(plans)):
             raise _group_gone(f"{self.ranks} ranks should save and {len(plans)} do")
-        self.staging, self._occupied = commit.begin(self.target, replace=self.replace)
+        directory = self.target.begin(replace=self.replace)
         self.world_size = len(plans)
         return [
             dataclasses.replace(
-                plan, storage_data=Place(str(self.staging), self.uuid, i, plan.storage_data)
+                plan, storage_data=Place(directory, self.target.uuid, i, plan.storage_data)
             )
             for i, plan in enumerate(plans)
         ]
 
     def commit(self, manifest: Manifest) -> None:
-        assert self.staging is not None
+        """Publish what all ranks have written; for the coordinator."""
         if self.world_size > 1 and not dist.is_initialized():
             raise _group_gone("the other ranks are gone")
-        commit.write_durably(self.staging / MANIFEST_NAME, dump_manifest(manifest))
-        commit.publish(self.staging, self.target, replace=self.replace)
-        self._end()
-
-    def abandon(self) -> None:
-        """Remove the temporary directory of a save that failed; harmless after a commit."""
-        if self.staging is not None:
-            commit.remove(self.staging)
-            self._end()
-
-    def _end(self) -> None:
-        assert self._occupied is not None
-        self._occupied.close()
-        self.staging = self._occupied = None
+        self.target.publish(dump_manifest(manifest), replace=self.replace)
 
 
 def _group_gone(what: str) -> CheckpointWriteError:

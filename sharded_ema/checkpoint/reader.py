@@ -23,8 +23,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.runs import find_checkpoint
 from sharded_ema.checkpoint.reading.stream import verify_chunk
 from sharded_ema.errors import CheckpointCorruptError
 
@@ -61,7 +62,7 @@ class SafetensorsStorageReader(StorageReader):
     def catalog(self) -> Catalog:
         """What is in the checkpoint; opened on first use."""
         if self._catalog is None:
-            self._catalog = open_checkpoint(self._path)
+            self._catalog = find_checkpoint(self._path)
         return self._catalog
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:

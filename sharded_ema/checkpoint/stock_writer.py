@@ -87,15 +87,15 @@ class StockStorageWriter(FileSystemWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert self._save.staging is not None
-        self.path = self._save.staging
+        assert self._save.target.directory is not None
+        self.path = Path(self._save.target.directory)
         super().finish(metadata, results)
         written = [r for rank in results for r in rank if isinstance(r, Written)]
         files = {r.file.name: r.file for r in written if r.file is not None}
         self._save.commit(
             Manifest(
                 format="dcp",
-                uuid=self._save.uuid,
+                uuid=self._save.target.uuid,
                 emas=read_metas(written),
                 tensors=tuple(
                     TensorRecord(
@@ -117,7 +117,7 @@ class StockStorageWriter(FileSystemWriter):
 
     def abandon(self) -> None:
         """Remove what a failed save has written, on the rank that made the directory."""
-        self._save.abandon()
+        self._save.target.abandon()
 
 
 def _reason(error: RuntimeError) -> str:

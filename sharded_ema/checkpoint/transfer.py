@@ -9,7 +9,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed.checkpoint as dcp
@@ -17,10 +16,10 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_ema.agreement import Ranks, raise_joint_failure
-from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.retention import after_commit
+from sharded_ema.checkpoint.reading.locations import Location, is_url
 from sharded_ema.checkpoint.stock_writer import StockStorageWriter
+from sharded_ema.checkpoint.targets import make_target
 from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -36,21 +35,23 @@ WRITERS: dict[str, type[SafetensorsStorageWriter] | type[StockStorageWriter]] = 
 }
 
 
-def check_target(path: Path, *, format: str, replace: bool) -> None:
+def check_target(path: Location, *, format: str, replace: bool) -> None:
     """Refuse a save that cannot work before anything is written.
 
     Raises:
-        ConfigError: unknown format.
+        ConfigError: unknown format, or something that cannot be done at a URL.
         CheckpointExistsError: the target is taken.
     """
     if format not in WRITERS:
         raise ConfigError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
-    commit.refuse_existing(path, replace=replace)
+    if format == "dcp" and is_url(path):
+        raise ConfigError(f'format="dcp" writes to file systems only, not to {path}')
+    make_target(path).check(replace=replace)
 
 
 def save_state(
     state: dict[str, Tensor],
-    path: Path,
+    path: Location,
     *,
     format: str,
     replace: bool,
@@ -87,7 +88,7 @@ def save_state(
             f"was destroyed before close(); it is there whole or not at all: {error}"
         ) from error
     if ranks.rank == 0:  # DCP's coordinator, which has committed
-        after_commit(path, latest=latest, keep_last=keep_last)
+        make_target(path).settle(latest=latest, keep_last=keep_last)
 
 
 def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ranks: Ranks) -> None:

@@ -11,7 +11,6 @@ import dataclasses
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import xxhash
@@ -27,7 +26,6 @@ from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.committing import (
     Commit,
     Place,
@@ -47,6 +45,7 @@ from sharded_ema.checkpoint.reading.manifest import (
 )
 from sharded_ema.checkpoint.reading.safetensors_file import build_header
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
+from sharded_ema.checkpoint.targets import new_file
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.layout import Box
 
@@ -58,7 +57,7 @@ class SafetensorsStorageWriter(StorageWriter):
     be stored: an item that DCP would pickle is refused by name.
 
     Args:
-        path: directory that will be the checkpoint; it appears when the save is complete.
+        path: directory or URL that will be the checkpoint; it is one when the save is complete.
         replace: replace a checkpoint that is there.
         ranks: how many save, if that is known before; a save by another number is refused.
     """
@@ -96,8 +95,7 @@ class SafetensorsStorageWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        assert self._save.staging is not None
-        uuid = self._save.uuid
+        uuid = self._save.target.uuid
         written = [r for rank in results for r in rank if isinstance(r, Written)]
         files = {r.file.name: r.file for r in written if r.file is not None}
         chunks: dict[str, list[Chunk]] = {}
@@ -114,7 +112,7 @@ class SafetensorsStorageWriter(StorageWriter):
             tensors.append(TensorRecord(key, tuple(stored.size), name, len(rows), len(mine)))
             rows += [(len(tensors) - 1, chunk) for chunk in mine]
         table = write_chunk_table(rows, {name: i for i, name in enumerate(files)}, uuid)
-        commit.write_durably(self._save.staging / CHUNKS_NAME, table)
+        self._save.target.write(CHUNKS_NAME, table)
         records = [*files.values(), FileRecord(CHUNKS_NAME, len(table), _hex(table))]
         self._save.commit(
             Manifest(
@@ -131,7 +129,7 @@ class SafetensorsStorageWriter(StorageWriter):
 
     def abandon(self) -> None:
         """Remove what a failed save has written, on the rank that made the directory."""
-        self._save.abandon()
+        self._save.target.abandon()
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -139,7 +137,7 @@ class SafetensorsStorageWriter(StorageWriter):
 
 
 def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place) -> list[Written]:
-    """Write one rank's items as a safetensors file, hashing from memory, and fdatasync it."""
+    """Write one rank's items as a safetensors file, hashing from memory, and make it durable."""
     tensors = [planner.resolve_data(item) for item in items]
     assert all(isinstance(t, Tensor) for t in tensors)
     # Back to back without holes, as safetensors wants it; wider types first keeps all aligned.
@@ -152,15 +150,13 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
         name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
-    path = Path(place.directory) / f"shard-{place.position:05d}.safetensors"
+    file_name = f"shard-{place.position:05d}.safetensors"
     total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
     written: list[Written] = []
     try:
-        with open(path, "xb", buffering=0) as file:
-            # Room first: a full disk is found before the work, and blocks need no allocation.
-            os.posix_fallocate(file.fileno(), 0, total)
-            _write_all(file.fileno(), memoryview(header))
+        with new_file(place.directory, file_name, total) as write:
+            write(memoryview(header))
             for item, tensor, entry in zip(items, tensors, entries, strict=True):
                 data = host_bytes(tensor)
                 own = xxhash.xxh3_128()
@@ -168,24 +164,20 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
                     block = data[start : start + BLOCK_BYTES]
                     own.update(block)  # from memory, before the write, and while it is in cache
                     whole.update(block)
-                    _write_all(file.fileno(), memoryview(block))
+                    write(memoryview(block))
                 assert item.tensor_data is not None
                 piece = item.tensor_data.chunk
                 box = Box(tuple(piece.offsets), tuple(piece.sizes))
                 offset = len(header) + entry.start
-                chunk = Chunk(box, path.name, offset, data.nbytes, own.digest())
+                chunk = Chunk(box, file_name, offset, data.nbytes, own.digest())
                 meta = data.tobytes() if is_meta(item) else None
                 written.append(Written(item.index, data.nbytes, None, chunk=chunk, meta=meta))
-            os.fdatasync(file.fileno())
     except OSError as error:
-        raise CheckpointWriteError(f"cannot write {path}: {error}") from error
-    record = FileRecord(path.name, total, whole.hexdigest(), len(header), _hex(header))
+        raise CheckpointWriteError(
+            f"cannot write {place.directory}/{file_name}: {error}"
+        ) from error
+    record = FileRecord(file_name, total, whole.hexdigest(), len(header), _hex(header))
     return [dataclasses.replace(result, file=record) for result in written]
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data.nbytes:
-        data = data[os.write(descriptor, data) :]
 
 
 def _hex(data: bytes) -> str:

@@ -19,7 +19,8 @@ from typing import Any
 from tqdm import tqdm
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.runs import find_checkpoint
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
 from sharded_ema.checkpoint.reading.stream import (
     SourceFiles,
@@ -100,7 +101,7 @@ def consolidate(
     started = time.monotonic()
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
-    catalog = open_checkpoint(src)
+    catalog = find_checkpoint(src)
     average = find_average(catalog, profile, prefix)
     target = Path(dst)
     _check_target(target, catalog.path)

@@ -20,7 +20,6 @@ from sharded_ema.checkpoint.reading.manifest import (
     Manifest,
     check_meta,
     decode_meta,
-    is_plain_name,
     parse_manifest,
 )
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, read_header
@@ -33,10 +32,6 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
 )
 from sharded_ema.layout import Shape
-
-#: Name of the file that names the last checkpoint beside it, and the largest that one can be.
-LATEST_NAME = "latest"
-MAX_POINTER_BYTES = 4096
 
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
 _PART = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
@@ -176,10 +171,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    path = _follow_pointer(Path(path))
+    path = Path(path)
     if not path.is_dir():
         path = _interrupted_replacement(path)
-    if is_temporary(path):
+    if is_temporary(path.name):
         raise CheckpointUncommittedError(
             f"{path} is the temporary directory of a save that did not finish; use an earlier "
             "checkpoint"
@@ -201,16 +196,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
     )
 
 
-def _follow_pointer(path: Path) -> Path:
-    """The checkpoint that a file ``latest`` names, if ``path`` is one."""
-    if path.name != LATEST_NAME or not path.is_file() or path.stat().st_size > MAX_POINTER_BYTES:
-        return path
-    name = path.read_text(errors="replace").strip()
-    if not is_plain_name(name):
-        raise CheckpointNotFoundError(f"{path} names no checkpoint beside it: {name!r:.80}")
-    return path.with_name(name)
-
-
 def is_part(name: str) -> bool:
     """Whether a file of this name may belong to a checkpoint, or to a save that never finished."""
     return name in (MANIFEST_NAME, METADATA_NAME, f"{METADATA_NAME}.tmp") or bool(
@@ -218,9 +203,9 @@ def is_part(name: str) -> bool:
     )
 
 
-def is_temporary(path: Path) -> bool:
+def is_temporary(name: str) -> bool:
     """Whether a directory is named as those of saves that did not finish."""
-    return bool(_TEMPORARY.search(path.name))
+    return bool(_TEMPORARY.search(name))
 
 
 def set_aside(path: Path) -> Path | None:
