@@ -13,6 +13,7 @@ from typing import Any
 
 import accelerate_config
 import deepspeed_config
+import groups
 from sharded_ema.errors import ConfigError
 from sharded_ema.schedules import Constant, HalfLife, Schedule, parse_schedule
 
@@ -184,22 +185,18 @@ def build_parser() -> argparse.ArgumentParser:
     system.add_argument(
         "--parallel",
         choices=(*TORCH_WAYS, "accelerate", "none", *ZERO_STAGES),
-        help="(default: fsdp2 with several ranks, else none); hsdp: fsdp2 within groups of ranks, "
-        "replicated across them; tp: matrices of each block shared, fsdp2 across; accelerate: as "
-        "its configuration says; zero0 to zero3 are DeepSpeed's",
+        help="(default: fsdp2 with several ranks, else none); hsdp: shards within groups of ranks, "
+        "replicas across; tp: the matrices of each block cut among neighbours, fsdp2 across; "
+        "accelerate: as its configuration says; zero0 to zero3 are DeepSpeed's",
     )
     system.add_argument(
         "--shard-size",
         type=POSITIVE,
         metavar="RANKS",
-        help="of hsdp: ranks that hold one copy of the model together (default: those of one "
-        "machine, or half of them if there is one machine)",
+        help="of hsdp, in a group (default: those of a machine; on a single machine half of them)",
     )
     system.add_argument(
-        "--tp-size",
-        type=POSITIVE,
-        metavar="RANKS",
-        help="of tp: neighbouring ranks that share each matrix (default: 2)",
+        "--tp-size", type=POSITIVE, metavar="RANKS", help="of tp, to a matrix (default: 2)"
     )
     system.add_argument(
         "--deepspeed",
@@ -319,28 +316,13 @@ def _check_system(parser: argparse.ArgumentParser, values: dict, ranks: int) -> 
 
 
 def _check_groups(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
-    """The sizes of the groups into which hsdp and tp divide the ranks; of others they are 1."""
-    for name, way in (("shard_size", "hsdp"), ("tp_size", "tp")):
-        if values["parallel"] != way and values[name] is not None:
-            parser.error(f"--{name.replace('_', '-')} needs --parallel {way}")
-    if values["parallel"] == "hsdp":
-        machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-        size = values["shard_size"] or (machine if machine < ranks else ranks // 2)
-        if ranks < 4:
-            parser.error(f"--parallel hsdp needs 4 ranks or more, not {ranks}; fsdp2 runs on any")
-        if not 1 < size < ranks or ranks % size:
-            parser.error(
-                f"--shard-size {size} does not divide {ranks} ranks into two or more groups of "
-                "two or more"
-            )
-        values["shard_size"] = size
-    if values["parallel"] == "tp":
-        size = values["tp_size"] or 2
-        if size < 2 or ranks % size:
-            parser.error(f"--tp-size {size} does not divide {ranks} ranks into groups of 2 or more")
-        values["tp_size"] = size
-    values["shard_size"] = values["shard_size"] or 1
-    values["tp_size"] = values["tp_size"] or 1
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    try:
+        values |= groups.group_sizes(values, ranks, machine)
+    except ConfigError as error:
+        parser.error(str(error))
+    if values["parallel"] == "tp" and values["compile"] and values["activation_checkpointing"]:
+        parser.error("--parallel tp: PyTorch fails at --compile with --activation-checkpointing")
 
 
 def _check_accelerate(parser: argparse.ArgumentParser, values: dict) -> None:
