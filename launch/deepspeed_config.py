@@ -24,7 +24,7 @@ _TAKEN = {
     "scheduler": "--lr, --warmup-steps and --min-lr-ratio make the schedule",
 }
 
-# PyTorch's training state loads on any number of ranks and under FSDP2, DDP or none of them.
+# PyTorch's training state loads on any number of ranks, and whatever way it spreads the model.
 TORCH_STATE = {"written by": "PyTorch"}
 
 

@@ -30,6 +30,7 @@ class DeepSpeedEngine(Engine):
     def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
         assert options.deepspeed is not None
         config = options.deepspeed
+        self.layout = options.parallel
         deepspeed = _start_deepspeed(ranks.device)
         _check_config(config)
         groups = parameter_groups(bare, options)

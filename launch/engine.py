@@ -18,9 +18,11 @@ class Engine(ABC):
 
     Attributes:
         model: forward passes go through it, and the average is made of it.
+        layout: how the model is spread over the ranks, for the user to read.
     """
 
     model: nn.Module
+    layout: str
 
     @abstractmethod
     def precision(self) -> AbstractContextManager[Any]:
@@ -32,7 +34,7 @@ class Engine(ABC):
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Add the gradient of ``loss``: a sum over the micro-batches, a mean over the ranks."""
+        """Add the gradient of ``loss``: a sum over the micro-batches, a mean over the parts."""
 
     @abstractmethod
     def step(self, rate: float) -> torch.Tensor | float | None:

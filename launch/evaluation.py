@@ -34,8 +34,8 @@ def held_out_loss(
     A sharded forward pass is collective, so all ranks make equally many of them, of the same
     size; where the sequences do not divide, some are computed and not counted.
     """
-    share = -(-len(windows) // ranks.size)
-    mine = torch.arange(share) * ranks.size + ranks.rank
+    share = -(-len(windows) // ranks.parts)
+    mine = torch.arange(share) * ranks.parts + ranks.part
     counted = (mine < len(windows)).to(ranks.device, torch.float64)
     part = windows[mine.clamp(max=len(windows) - 1)].to(ranks.device)
     total = torch.zeros((), dtype=torch.float64, device=ranks.device)

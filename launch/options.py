@@ -11,13 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import accelerate_config
 import deepspeed_config
+import groups
 from sharded_ema.errors import ConfigError
 from sharded_ema.schedules import Constant, HalfLife, Schedule, parse_schedule
 
 # Kept apart from the parser so that "was it given?" can be told: --model excludes them.
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
 ZERO_STAGES = ("zero0", "zero1", "zero2", "zero3")
+TORCH_WAYS = ("fsdp2", "fsdp1", "hsdp", "tp", "ddp")
 EMA_DECAY = 0.95  # 20 steps: fits the 400 of the default run, not a long one
 
 
@@ -51,6 +54,8 @@ class Options:
     clip_norm: float
     seed: int
     parallel: str
+    shard_size: int
+    tp_size: int
     deepspeed: dict[str, Any] | None
     dtype: str
     pure_bf16: bool
@@ -179,8 +184,19 @@ def build_parser() -> argparse.ArgumentParser:
     system = parser.add_argument_group("parallelism and precision")
     system.add_argument(
         "--parallel",
-        choices=("fsdp2", "ddp", "none", *ZERO_STAGES),
-        help="(default: fsdp2 with several ranks, else none); zero0 to zero3 are DeepSpeed's",
+        choices=(*TORCH_WAYS, "accelerate", "none", *ZERO_STAGES),
+        help="(default: fsdp2 with several ranks, else none); hsdp: shards within groups of ranks, "
+        "replicas across; tp: the matrices of each block cut among neighbours, fsdp2 across; "
+        "accelerate: as its configuration says; zero0 to zero3 are DeepSpeed's",
+    )
+    system.add_argument(
+        "--shard-size",
+        type=POSITIVE,
+        metavar="RANKS",
+        help="of hsdp, in a group (default: those of a machine; on a single machine half of them)",
+    )
+    system.add_argument(
+        "--tp-size", type=POSITIVE, metavar="RANKS", help="of tp, to a matrix (default: 2)"
     )
     system.add_argument(
         "--deepspeed",
@@ -242,6 +258,7 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     _check_model(parser, values)
     _check_system(parser, values, ranks)
+    _check_groups(parser, values, ranks)
     if values["parallel"] in ZERO_STAGES:
         _check_deepspeed(parser, values, ranks)
     values["profiles"] = _profiles(parser, values)
@@ -249,10 +266,12 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     values["ema_update_every"] = values["ema_update_every"] or 1
     for name in ("ema", "ema_decay", "ema_half_life", "ema_profile", "local_rank"):
         del values[name]
-    if values["batch_size"] < ranks * values["accumulation"]:
+    parts = ranks // values["tp_size"]
+    if values["batch_size"] < parts * values["accumulation"]:
+        each = "ranks" if parts == ranks else f"groups of {values['tp_size']} ranks"
         parser.error(
             f"--batch-size {values['batch_size']} is less than one sequence for each of "
-            f"{ranks} ranks x {values['accumulation']} micro-batches"
+            f"{parts} {each} x {values['accumulation']} micro-batches"
         )
     if values["resume"] == "auto" and values["out"] is None:
         parser.error("--resume auto looks in --out, which is not given")
@@ -284,11 +303,37 @@ def _check_system(parser: argparse.ArgumentParser, values: dict, ranks: int) -> 
     if values["parallel"] == "none" and ranks > 1:
         parser.error(f"--parallel none runs in one process, but {ranks} were started")
     if values["parallel"] != "none" and "RANK" not in os.environ:
-        launchers = "torchrun or deepspeed" if values["parallel"] in ZERO_STAGES else "torchrun"
+        others = {"accelerate": " or accelerate launch"} | dict.fromkeys(
+            ZERO_STAGES, " or deepspeed"
+        )
+        launchers = "torchrun" + others.get(values["parallel"], "")
         parser.error(f"--parallel {values['parallel']} needs {launchers} to start it")
     if values["pure_bf16"] and values["dtype"] == "float32":
         parser.error("--pure-bf16 contradicts --dtype float32")
+    if values["parallel"] == "accelerate":
+        _check_accelerate(parser, values)
     values["dtype"] = values["dtype"] or ("bfloat16" if values["pure_bf16"] else "float32")
+
+
+def _check_groups(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+    machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
+    try:
+        values |= groups.group_sizes(values, ranks, machine)
+    except ConfigError as error:
+        parser.error(str(error))
+    if values["parallel"] == "tp" and values["compile"] and values["activation_checkpointing"]:
+        parser.error("--parallel tp: PyTorch fails at --compile with --activation-checkpointing")
+
+
+def _check_accelerate(parser: argparse.ArgumentParser, values: dict) -> None:
+    if importlib.util.find_spec("accelerate") is None:
+        parser.error("accelerate is not installed: pip install accelerate")
+    if values["pure_bf16"]:
+        parser.error("--pure-bf16 does not go with --parallel accelerate")
+    try:
+        values["dtype"] = accelerate_config.agreed_dtype(os.environ, values["dtype"])
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 def _read_deepspeed(parser: argparse.ArgumentParser, values: dict) -> None:

@@ -22,16 +22,31 @@ class RunError(Exception):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among those of the run. Without a process group, the only one."""
+    """This process among those of the run. Without a process group, the only one.
+
+    Attributes:
+        copies: neighbouring ranks that share the work on the same text (tensor parallelism).
+    """
 
     rank: int
     size: int
     device: torch.device
+    copies: int = 1
 
     @property
     def first(self) -> bool:
         """Whether this process prints and writes what is written once."""
         return self.rank == 0
+
+    @property
+    def parts(self) -> int:
+        """Into how many parts a batch is divided."""
+        return self.size // self.copies
+
+    @property
+    def part(self) -> int:
+        """Which of the parts is computed here."""
+        return self.rank // self.copies
 
     def gather(self, value: T) -> list[T]:
         """The value of every rank, in order, on every rank."""
@@ -42,10 +57,10 @@ class Ranks:
         return values
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
-        """The sum over all ranks, in place."""
+        """The sum over the parts of a batch, in place."""
         if dist.is_initialized():
             dist.all_reduce(values)
-        return values
+        return values.div_(self.copies)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -77,7 +92,7 @@ def _attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
 
 
 @contextmanager
-def start_ranks(distributed: bool) -> Iterator[Ranks]:
+def start_ranks(distributed: bool, copies: int = 1) -> Iterator[Ranks]:
     """Set device and threads, join the process group, and leave it in good order."""
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if torch.cuda.is_available():
@@ -92,7 +107,7 @@ def start_ranks(distributed: bool) -> Iterator[Ranks]:
         return
     # Both backends, so that small objects are agreed on over gloo and never touch the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    yield Ranks(dist.get_rank(), dist.get_world_size(), device)
+    yield Ranks(dist.get_rank(), dist.get_world_size(), device, copies)
     # Only the good end waits for the others: after an error on one rank alone they may never come.
     # Without the barrier gloo can abort a rank whose peers have closed their connections first.
     dist.barrier()

@@ -1,4 +1,4 @@
-"""Training by PyTorch alone: FSDP2, DDP, or one process."""
+"""Training by PyTorch alone: however it spreads the model, or in one process."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 from engine import Engine
-from language_model import blocks, build_optimizer, parameter_groups
+from language_model import build_optimizer, parameter_groups
 from options import Options
+from parallel import accumulating, clip_gradients, describe_layout, parallelize
 from ranks import Ranks, RunError
 from sharded_ema import ShardedEMA
 
@@ -31,23 +30,25 @@ class TorchEngine(Engine):
     def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
         self._options = options
         self._device = ranks.device
-        self.model = parallelize(bare, options, ranks)
-        self.optimizer = build_optimizer(parameter_groups(self.model, options), options)
+        self.layout = describe_layout(options, ranks)
+        # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices;
+        # fully_shard makes new ones of the same shapes.
+        groups = parameter_groups(bare, options)
+        self.model = ranks.everywhere(lambda: parallelize(bare, options, ranks))
+        if isinstance(self.model, FSDPModule):
+            groups = parameter_groups(self.model, options)
+        self.optimizer = build_optimizer(groups, options)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast where nothing else lowers the precision."""
         options = self._options
-        if options.dtype == "bfloat16" and not options.pure_bf16 and options.parallel != "fsdp2":
+        sharded = options.parallel not in ("ddp", "none")
+        if options.dtype == "bfloat16" and not options.pure_bf16 and not sharded:
             return torch.autocast(self._device.type, torch.bfloat16)
         return nullcontext()
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        """Exchange gradients only in the last micro-batch of an optimizer step."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-        if isinstance(self.model, DistributedDataParallel) and not last:
-            return self.model.no_sync()
-        return nullcontext()
+        return accumulating(self.model, last)
 
     def backward(self, loss: torch.Tensor) -> None:
         loss.backward()
@@ -57,7 +58,7 @@ class TorchEngine(Engine):
             group["lr"] = rate
         norm = None
         if self._options.clip_norm:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self._options.clip_norm)
+            norm = clip_gradients(self.model, self._options.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -95,24 +96,6 @@ class TorchEngine(Engine):
     def _state(self) -> dict[str, Any]:
         model_state, optimizer_state = get_state_dict(self.model, self.optimizer)
         return {"model": model_state, "optimizer": optimizer_state}
-
-
-def parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
-    """Wrap the model as ``--parallel`` says; FSDP2: one group for each block, one for the rest."""
-    if options.parallel == "ddp":
-        return DistributedDataParallel(
-            model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
-        )
-    if options.parallel == "fsdp2":
-        # The parameters, and with them optimizer and average, stay as they are: only the gathered
-        # copies are bfloat16, and gradients are summed in float32.
-        policy = MixedPrecisionPolicy()
-        if options.dtype == "bfloat16":
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
-        for block in blocks(model):
-            fully_shard(block, mp_policy=policy)
-        fully_shard(model, mp_policy=policy)
-    return model
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -67,7 +66,7 @@ class Run:
         options, ranks, engine = self.options, self.ranks, self.engine
         self.step += 1
         size, context = options.batch_size, options.context
-        mine = range(size * ranks.rank // ranks.size, size * (ranks.rank + 1) // ranks.size)
+        mine = range(size * ranks.part // ranks.parts, size * (ranks.part + 1) // ranks.parts)
         batch = self.corpus.batch(options.seed, self.step, mine, context).to(ranks.device)
         parts = batch.tensor_split(options.accumulation)
         loss = torch.zeros((), device=ranks.device)
@@ -76,8 +75,8 @@ class Run:
                 with engine.precision():
                     # Divided by the whole batch, not by this part: shares need not be equal.
                     share = token_losses(engine.model, part).sum() / (size * context)
-                # Gradients are averaged over the ranks; this makes it a sum.
-                engine.backward(share * ranks.size)
+                # Gradients are averaged over the parts; this makes it a sum.
+                engine.backward(share * ranks.parts)
             loss += share.detach()
         return loss, engine.step(learning_rate(self.step, options))
 
@@ -108,7 +107,7 @@ class Run:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the training program; 0 if all went well, 2 if it could not run as asked."""
     options = parse_options(argv)
-    with start_ranks(distributed=options.parallel != "none") as ranks:
+    with start_ranks(options.parallel != "none", options.tp_size) as ranks:
         try:
             train(options, ranks)
         except RunError as error:
@@ -183,9 +182,16 @@ def place(options: Options) -> tuple[Path, Checkpoint | None]:
 
 
 def build_engine(bare: PreTrainedModel, options: Options, ranks: Ranks) -> Engine:
-    """What trains the model, as ``--parallel`` or ``--deepspeed`` says."""
+    """What trains the model, as ``--parallel`` or ``--deepspeed`` says.
+
+    accelerate is imported for those alone who have it.
+    """
     if options.deepspeed is not None:
         return DeepSpeedEngine(bare, options, ranks)
+    if options.parallel == "accelerate":
+        from accelerate_engine import AccelerateEngine
+
+        return AccelerateEngine(bare, options, ranks)
     return TorchEngine(bare, options, ranks)
 
 
@@ -213,7 +219,7 @@ def introduction(
     kind = run.settings["fixed"]["model.model_type"]
     yield f"model      {kind}, {numbers:,} parameters in {stored}"
     yield (
-        f"parallel   {options.parallel}, world size {ranks.size}, on {ranks.device.type} "
+        f"parallel   {run.engine.layout}, world size {ranks.size}, on {ranks.device.type} "
         f"({torch.get_num_threads()} threads each), computing in {options.dtype}"
     )
     corpus = run.corpus
@@ -263,7 +269,7 @@ def train_steps(run: Run, recorder: Recorder | None, saved: Path | None) -> Path
             row["lr"] = learning_rate(run.step, options)
             row["bytes_per_second"] = done / (now - clock)
             if norm is not None:
-                row["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+                row["grad_norm"] = float(norm)
             if evaluates:
                 results = run.evaluate()
                 row |= results

@@ -85,7 +85,11 @@ class TrainingRun:
 
 def execute(*argv: str | Path) -> Finished:
     """Run Python with ``argv``, as on a machine with nothing but this checkout and CPUs."""
-    env = {name: value for name, value in os.environ.items() if name not in OTHERS}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in OTHERS and not name.startswith(("ACCELERATE_", "FSDP_"))
+    }
     env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     # Two ranks need two GPUs where there are any; on CPUs the runs are the same everywhere.
     env["CUDA_VISIBLE_DEVICES"] = ""
