@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
 
-.PHONY: train train-deepspeed test test-gpu lint format bench docs clean
+.PHONY: train train-deepspeed test test-long test-gpu lint format bench docs clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -27,6 +27,10 @@ train-deepspeed: $(VENV)/.deepspeed
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+# What takes too long for every change: thousands of random faults, ten minutes of fuzzing.
+test-long: $(VENV)/.test
+	$(BIN)/python -m pytest -m long --timeout 3600
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu -rs

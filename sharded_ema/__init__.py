@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.summary import inspect
+    from sharded_ema.tools.verify import verify
 
 __all__ = [
     "Constant",
@@ -35,6 +36,7 @@ __all__ = [
     "__version__",
     "consolidate",
     "inspect",
+    "verify",
 ]
 
 _HOME = {
@@ -52,6 +54,7 @@ _HOME = {
     "Warmup": "schedules",
     "consolidate": "tools.consolidate",
     "inspect": "tools.summary",
+    "verify": "tools.verify",
 }
 
 
