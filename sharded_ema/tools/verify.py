@@ -25,7 +25,7 @@ from sharded_ema.checkpoint.reading.chunks import ChunkTable
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
 from sharded_ema.checkpoint.reading.files import inside, open_regular
 from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, Manifest
+from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
 from sharded_ema.config import META_KEY
@@ -124,25 +124,31 @@ def _verify_own(root: Path, names: set[str], report: Report) -> Catalog | None:
     }
     with _noting(report):
         check_listing(root, names, manifest)
+    faulty = set()
+    for record in manifest.files:
+        before = len(report.problems)
+        with _noting(report):
+            check_file(root, record, manifest.uuid)
+        if len(report.problems) > before:
+            faulty.add(record.name)
     catalog = table = None
-    with _noting(report):
-        catalog = open_listed(root, manifest)
-        sound = _verify_structure(catalog, report)
-        table = _Table(catalog.table, manifest) if catalog.table is not None and sound else None
+    if not faulty & {CHUNKS_NAME, METADATA_NAME}:
+        with _noting(report):
+            catalog = open_listed(root, manifest)
+            if _verify_structure(catalog, report) and catalog.table is not None:
+                table = _Table(catalog.table, manifest)
     entries = catalog.index.entries() if catalog is not None and catalog.index is not None else {}
     for number, record in enumerate(manifest.files):
         before = len(report.problems)
         spans: Iterable[Span] = ()
         with _noting(report):
-            check_file(root, record, manifest.uuid)
-        with _noting(report):
             if table is not None:
                 spans = table.spans(number)
             elif record.name in entries:
                 spans = _spans_of_entries(inside(root, record.name), entries[record.name], report)
-        sound = len(report.problems) == before
+        sound = record.name not in faulty and len(report.problems) == before
         try:
-            digest, damaged = scan_file(inside(root, record.name), spans)
+            digest, damaged = scan_file(inside(root, record.name), spans, record.num_bytes)
         except (CheckpointError, OSError) as error:
             digest, damaged = record.digest, list(spans)
             if sound:
@@ -215,7 +221,7 @@ def _verify_stock(root: Path, names: set[str], report: Report) -> Catalog:
             spans = _spans_of_entries(file, places, report)
             checked = [span for span in spans if span.crc32 is not None]
             unchecked += len(spans) - len(checked)
-            _, damaged = scan_file(file, checked)
+            _, damaged = scan_file(file, checked, checked[-1].stop if checked else 0)
             _tell(report, file, damaged)
     if unchecked:
         report.facts["unchecked"] = unchecked

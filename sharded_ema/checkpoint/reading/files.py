@@ -44,7 +44,7 @@ def read_whole(path: str | os.PathLike[str], limit: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise CheckpointCorruptError(
-                f"{path} has {size} bytes, more than {limit} is no such file"
+                f"{path} has {size} bytes, more than the {limit} that it may have"
             )
         return file.read()
 

@@ -257,7 +257,7 @@ class _Fields:
 
     def get(self, name: str, check: Callable[[Any], bool]) -> Any:
         value = self._values.get(name)
-        if not check(value):
+        if name not in self._values or not check(value):
             raise CheckpointCorruptError(
                 f"{self._where} is malformed: {name!r} cannot be {shown(value)}"
             )

@@ -158,14 +158,15 @@ class Span:
     content: Callable[[], str]
 
 
-def scan_file(path: Path, spans: Iterable[Span]) -> tuple[str, list[Span]]:
-    """Read a file once, from its first byte to its last.
+def scan_file(path: Path, spans: Iterable[Span], num_bytes: int) -> tuple[str, list[Span]]:
+    """Read a file once, from its first byte on.
 
     Args:
         spans: in ascending order, without overlap.
+        num_bytes: how much to read; what follows, if anything, is not looked at.
 
     Returns:
-        The xxh3-128 of the whole file in hex, and the spans that are damaged or missing.
+        The xxh3-128 of all that was read in hex, and the spans that are damaged or missing.
     """
     whole = xxhash.xxh3_128()
     damaged: list[Span] = []
@@ -175,7 +176,7 @@ def scan_file(path: Path, spans: Iterable[Span]) -> tuple[str, list[Span]]:
     with open(open_regular(path), "rb", buffering=0) as file:
         waiting = iter(spans)
         span = next(waiting, None)
-        while count := file.readinto(buffer.data):
+        while count := file.readinto(buffer.data[: num_bytes - position]):
             whole.update(buffer[:count].data)
             while span is not None and span.start < position + count:
                 if running is None:

@@ -157,7 +157,7 @@ def _directory(descriptor: int, offset: int, length: int, where: str) -> dict[st
             raise CheckpointCorruptError(f"{where} is compressed, which torch never does")
         if info.flag_bits & _ENCRYPTED:
             raise CheckpointCorruptError(f"{where} is encrypted, which torch never does")
-        if info.header_offset + _LOCAL_HEADER_BYTES + info.file_size > end:
+        if not 0 <= info.header_offset <= end - _LOCAL_HEADER_BYTES - info.file_size:
             raise CheckpointCorruptError(f"{where} has records that overlap or lie outside")
         end = info.header_offset
         name = info.filename.partition("/")[2]
