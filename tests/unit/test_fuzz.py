@@ -1,8 +1,8 @@
 """Random changes under digests that are computed anew, so that every check behind them is met.
 
 Whatever is done to a manifest, a chunk table, a header, a pickle or an archive: the readers answer,
-or raise an error of this library, and never another one. ``make test`` runs a fixed few hundred
-changes; ``make test-long`` goes on for ten minutes.
+or raise an error of this library, and never another one. ``make test`` runs a fixed
+150 changes; ``make test-long`` goes on for ten minutes.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ NUMBERS = st.one_of(
 VALUES = st.recursive(
     st.one_of(
         st.none(), st.booleans(), NUMBERS, st.floats(allow_nan=False, allow_infinity=False),
-        st.sampled_from(["", "ema", "F32", "U8", "dcp", "..", "/", "\ud800", "\0", "shard-00000.safetensors",
-                         "ema.w", "_meta", "manifest.json", "0" * 32]),
+        st.sampled_from(["", "ema", "F32", "U8", "dcp", "..", "/", "\ud800", "\0", "0" * 32,
+                         "ema.weight", "_meta", "manifest.json", "shard-00000.safetensors"]),
         st.text(max_size=5),
     ),
     lambda inner: st.one_of(
@@ -316,7 +316,7 @@ def test_the_bases_are_sound(bases: Path) -> None:
 
 
 def test_changes_under_good_digests(bases: Path) -> None:
-    fuzz(bases, 300, 0)
+    fuzz(bases, 150, 0)
 
 
 @pytest.mark.long
