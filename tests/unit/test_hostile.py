@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from sharded_ema import consolidate, inspect, verify
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
@@ -199,6 +200,34 @@ def test_bombs_in_pickles(tmp_path: Path, name: str) -> None:
     refused_everywhere(path, tmp_path / "out")
 
 
+def test_bytes_after_the_end_of_the_metadata(tmp_path: Path) -> None:
+    path = stock(tmp_path / "c")
+    with open(path / ".metadata", "ab") as file:
+        file.write(b"N.")
+    assert "follow its end" in refused_everywhere(path, tmp_path / "out")
+
+
+def test_a_chunk_that_is_listed_twice(tmp_path: Path) -> None:
+    """Refused at once: a list of references to one chunk takes two bytes for each."""
+    path = stock(tmp_path / "c")
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    metadata.state_dict_metadata["ema.ema.w"].chunks *= 2  # type: ignore[union-attr]
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "has no place, or two" in refused_everywhere(path, tmp_path / "out")
+
+
+def test_chunks_shared_by_many_tensors(tmp_path: Path) -> None:
+    """Without elements they need no place of their own; a thousand times a thousand of them."""
+    path = stock(tmp_path / "c")
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    shared = metadata.state_dict_metadata["ema.ema.w"]
+    empty = ChunkStorageMetadata(torch.Size([0, 0]), torch.Size([0, 4]))
+    shared.chunks = [empty] * 1000  # type: ignore[union-attr]
+    metadata.state_dict_metadata |= {f"t{i}": shared for i in range(1000)}
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "more chunks than it has bytes" in refused_everywhere(path, tmp_path / "out")
+
+
 # ---------------------------------------------------------------------- zip archives
 
 
@@ -317,6 +346,22 @@ def resigned(path: Path, change: Callable[[dict], None]) -> Path:
 
 def plain(tmp_path: Path) -> Path:
     return make(tmp_path / "c", {"ema.w": np.ones((6, 4), "f4")}, rows(2))
+
+
+def test_a_shard_of_another_save_under_good_digests(tmp_path: Path) -> None:
+    path = plain(tmp_path)
+    other = make(tmp_path / "d", {"ema.w": np.ones((6, 4), "f4")}, rows(2), uuid="1" * 32)
+    shard = (other / "shard-00001.safetensors").read_bytes()
+    (path / "shard-00001.safetensors").write_bytes(shard)
+
+    def renew(manifest: dict) -> None:
+        for record in manifest["files"]:
+            if record["name"] == "shard-00001.safetensors":
+                record["digest"] = xxhash.xxh3_128_hexdigest(shard)
+                record["header_digest"] = xxhash.xxh3_128_hexdigest(shard[:4096])
+
+    message = refused_everywhere(resigned(path, renew), tmp_path / "out")
+    assert "shard-00001.safetensors belongs to another save" in message
 
 
 BAD_NAMES = [

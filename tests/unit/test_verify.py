@@ -300,6 +300,14 @@ def test_tensors_larger_than_a_block(tmp_path: Path) -> None:
     assert found == pytest.approx(np.linalg.norm(apart) / np.linalg.norm(wide.astype("f8")))
 
 
+def test_a_difference_in_the_first_block_only(tmp_path: Path) -> None:
+    wide = RANDOM.random(1_200_000, "f4")  # two blocks
+    weights = hugging_face(tmp_path / "m", {"w": wide})
+    wide[0] += 1
+    report = verify(make(tmp_path / "c", {"ema.w": wide}), model=weights)
+    assert report.ok and report.facts["average ema"]["equal_tensors"] == 0
+
+
 # ---------------------------------------------------------------------- the command
 
 
