@@ -30,7 +30,7 @@ test: $(VENV)/.test
 
 # What takes minutes: hundreds of kills, of damaged bytes, ten minutes of fuzzing.
 test-long: $(VENV)/.test
-	$(BIN)/python -m pytest -m long
+	$(BIN)/python -m pytest -m long --timeout 3600
 
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu -rs

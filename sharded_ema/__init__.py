@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.summary import inspect
+    from sharded_ema.tools.verify import verify
 
 __all__ = [
     "Constant",
@@ -38,6 +39,7 @@ __all__ = [
     "consolidate",
     "inspect",
     "latest_checkpoint",
+    "verify",
 ]
 
 _HOME = {
@@ -56,6 +58,7 @@ _HOME = {
     "consolidate": "tools.consolidate",
     "inspect": "tools.summary",
     "latest_checkpoint": "checkpoint.reading.runs",
+    "verify": "tools.verify",
 }
 
 

@@ -13,6 +13,7 @@ from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.summary import inspect
+from sharded_ema.tools.verify import verify
 from sharded_ema.version import __version__
 
 
@@ -30,6 +31,18 @@ def build_parser() -> argparse.ArgumentParser:
     look.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.add_argument("--json", action="store_true", help="print the report as JSON")
+
+    check = commands.add_parser(
+        "verify", help="check every byte of a checkpoint, and that its averages are averages"
+    )
+    check.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
+    check.add_argument(
+        "--model",
+        metavar="DIR",
+        help="raw weights to compare with: a Hugging Face directory, a safetensors file or a DCP "
+        "checkpoint",
+    )
+    check.add_argument("--json", action="store_true", help="print the report as JSON")
 
     merge = commands.add_parser(
         "consolidate", help="write one average as a model that from_pretrained loads"
@@ -63,6 +76,8 @@ def run(arguments: argparse.Namespace) -> Report:
     """Call the tool that the command names."""
     if arguments.command == "inspect":
         return inspect(arguments.checkpoint, tensors=arguments.tensors)
+    if arguments.command == "verify":
+        return verify(arguments.checkpoint, model=arguments.model)
     return consolidate(
         arguments.src,
         arguments.dst,
@@ -84,7 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         report = run(arguments)
     except (EMAError, OSError) as error:
-        print(f"sharded-ema: error: {error}", file=sys.stderr)
+        print(_printable(f"sharded-ema: error: {error}"), file=sys.stderr)
         return 1 if isinstance(error, CheckpointCorruptError) else 2
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else report.text())
+    print(json.dumps(report.to_dict(), indent=1) if arguments.json else _printable(report.text()))
     return 0 if report.ok else 1
+
+
+def _printable(text: str) -> str:
+    """Names from a checkpoint may hold what a terminal takes for commands."""
+    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)

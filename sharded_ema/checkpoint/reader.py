@@ -23,10 +23,8 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.reading.catalog import Catalog
+from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.runs import find_checkpoint
-from sharded_ema.checkpoint.reading.stream import verify_chunk
 from sharded_ema.errors import CheckpointCorruptError
 
 # Bytes read at a time; a row of a tensor that is longer is read whole.
@@ -40,7 +38,8 @@ class SafetensorsStorageReader(StorageReader):
 
     Args:
         path: directory of the checkpoint.
-        verify: check the digest of every chunk before any of it is copied.
+        verify: check the digest of every chunk, in DCP's format of the files that hold them,
+            before anything is copied.
 
     Raises:
         CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError: when the
@@ -62,7 +61,7 @@ class SafetensorsStorageReader(StorageReader):
     def catalog(self) -> Catalog:
         """What is in the checkpoint; opened on first use."""
         if self._catalog is None:
-            self._catalog = find_checkpoint(self._path)
+            self._catalog = open_checkpoint(self._path)
         return self._catalog
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -93,9 +92,9 @@ class SafetensorsStorageReader(StorageReader):
         chunks = self._chunks_of(plan)
         if self._verify:
             # Several items may read from one chunk.
-            needed = {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
-            for chunk, key in needed.items():
-                verify_chunk(self.catalog.path, chunk, key)
+            self.catalog.verify(
+                {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
+            )
         for item, chunk in zip(plan.items, chunks, strict=True):
             target = planner.resolve_tensor(item).detach()
             dtype = TORCH_DTYPE[self.catalog.tensors[item.storage_index.fqn].dtype]

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from sharded_ema.checkpoint.reading.locations import Location, inside_of, name_of, parent_of
-from sharded_ema.checkpoint.reading.runs import LATEST_NAME, committed, is_pointer
+from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, is_pointer
+from sharded_ema.checkpoint.reading.runs import committed
 from sharded_ema.errors import EMAWarning
 
 

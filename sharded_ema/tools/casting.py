@@ -10,7 +10,7 @@ from sharded_ema.errors import ConfigError
 
 #: Names that users write, and safetensors'.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
-_FLOATING = {"F64", "F32", "F16", "BF16"}
+FLOATING = {"F64", "F32", "F16", "BF16"}
 
 Bytes = numpy.ndarray
 Cast = Callable[[Bytes], Bytes]
@@ -24,7 +24,7 @@ def target_dtype(stored: str, wanted: str | None) -> str:
     """
     if wanted is not None and wanted not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    return DTYPES[wanted] if wanted is not None and stored in _FLOATING else stored
+    return DTYPES[wanted] if wanted is not None and stored in FLOATING else stored
 
 
 def caster(source: str, target: str) -> Cast | None:
@@ -43,6 +43,11 @@ def caster(source: str, target: str) -> Cast | None:
             return wide.astype("<f4" if target == "F32" else "<f2").view("u1")
 
     return cast
+
+
+def widen(data: Bytes, source: str) -> numpy.ndarray:
+    """The values as float64, exactly."""
+    return _to_wide(data, source).astype("<f8")
 
 
 def _to_wide(data: Bytes, source: str) -> numpy.ndarray:

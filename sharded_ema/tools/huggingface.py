@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from sharded_ema.checkpoint.reading.safetensors_file import read_header
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.files import is_plain_name, read_whole
+from sharded_ema.checkpoint.reading.safetensors_file import load_json, read_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
-from sharded_ema.layout import Shape
+from sharded_ema.layout import Box, Shape
 
 _INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_MAX_INDEX_BYTES = 1 << 28
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
@@ -52,20 +56,54 @@ def read_model(path: Path) -> Model:
     if not path.is_dir():
         raise CheckpointNotFoundError(f"there is no model directory at {path}")
     is_adapter = (path / ADAPTER_CONFIG).is_file()
-    if (path / _INDEX).is_file():
-        try:
-            files = list(
-                dict.fromkeys(json.loads((path / _INDEX).read_bytes())["weight_map"].values())
-            )
-        except (ValueError, KeyError, AttributeError) as error:
-            raise CheckpointCorruptError(f"{path / _INDEX} is no index: {error!r}") from error
-    else:
-        names = (ADAPTER_WEIGHTS,) if is_adapter else ("model.safetensors",)
-        files = [name for name in names if (path / name).is_file()]
+    files = _weight_files(path, is_adapter)
     shapes = {
         name: entry.shape for file in files for name, entry in read_header(path / file)[0].items()
     }
     return Model(path, shapes if files else None, is_adapter)
+
+
+def open_model(path: Path) -> Catalog:
+    """The weights of a model directory, or of one safetensors file; no digest covers them.
+
+    Raises:
+        CheckpointNotFoundError: there is neither.
+        CheckpointCorruptError: an index or a header cannot be read.
+    """
+    if path.is_dir():
+        root, is_adapter = path, (path / ADAPTER_CONFIG).is_file()
+        files = _weight_files(path, is_adapter)
+    else:
+        root, is_adapter = path.parent, False
+        files = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
+    if not files:
+        raise CheckpointNotFoundError(
+            f"{path} holds no weights: neither safetensors files nor a DCP checkpoint"
+        )
+    tensors: dict[str, StoredTensor] = {}
+    chunks: dict[str, list[Chunk]] = {}
+    for file in files:
+        entries, _, start = read_header(root / file)
+        for name, entry in entries.items():
+            tensors[name] = StoredTensor(name, entry.shape, entry.dtype)
+            whole = Chunk(
+                Box.whole(entry.shape), file, start + entry.start, entry.stop - entry.start, None
+            )
+            chunks[name] = [whole] if whole.num_bytes else []
+    name = "adapter" if is_adapter else "safetensors"
+    return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
+
+
+def _weight_files(path: Path, is_adapter: bool) -> list[str]:
+    """Names of files in the directory; they may be links, as in the cache of the Hub."""
+    if not (path / _INDEX).is_file():
+        names = (ADAPTER_WEIGHTS,) if is_adapter else ("model.safetensors",)
+        return [name for name in names if (path / name).is_file()]
+    index = load_json(read_whole(path / _INDEX, _MAX_INDEX_BYTES), str(path / _INDEX))
+    files = index.get("weight_map")
+    if not isinstance(files, dict) or not all(map(is_plain_name, files.values())):
+        raise CheckpointCorruptError(f"{path / _INDEX} is no index of safetensors files")
+    return list(dict.fromkeys(files.values()))
 
 
 def copy_description(model: Model, target: Path) -> list[str]:

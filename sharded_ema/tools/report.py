@@ -11,7 +11,7 @@ class Report:
     """The result of one tool.
 
     Attributes:
-        action: ``"inspect"`` or ``"consolidate"``.
+        action: ``"inspect"``, ``"verify"`` or ``"consolidate"``.
         path: what it was about.
         ok: whether every check passed.
         facts: results by name; JSON types only.

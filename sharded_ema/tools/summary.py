@@ -6,8 +6,7 @@ import math
 import os
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog
-from sharded_ema.checkpoint.reading.runs import find_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.schedules import horizon
 from sharded_ema.tools.contents import num_bytes
@@ -24,7 +23,7 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     Raises:
         CheckpointError: it cannot be opened; the class says why.
     """
-    catalog = find_checkpoint(path)
+    catalog = open_checkpoint(path)
     report = Report("inspect", str(path))
     report.facts["format"] = catalog.format
     report.facts["metadata"] = "verified" if catalog.verified_metadata else "unverified"

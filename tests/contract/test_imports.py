@@ -142,7 +142,7 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import sharded_ema",
-        "import sharded_ema; sharded_ema.consolidate; sharded_ema.inspect; sharded_ema.HalfLife",
+        "import sharded_ema as s; s.consolidate; s.inspect; s.verify; s.HalfLife",
         "import sharded_ema.cli",
     ],
 )

@@ -35,7 +35,7 @@ def test_script_and_commands(tmp_path: Path) -> None:
         for line in block.splitlines()
         if line.startswith("sharded-ema")
     ]
-    assert len(commands) == 2
+    assert len(commands) == 3
     for _, *arguments in commands:
         command = [sys.executable, "-m", "sharded_ema", *arguments]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)

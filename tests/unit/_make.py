@@ -106,6 +106,8 @@ def make(
     metas: Mapping[str, dict[str, Any]] | None = None,
     dtypes: Mapping[str, str] | None = None,
     change: Callable[[list[tuple[int, Chunk]]], None] | None = None,
+    uuid: str = UUID,
+    listed: Mapping[str, dict[str, Any]] | None = None,
 ) -> Path:
     """Write a committed checkpoint.
 
@@ -114,6 +116,8 @@ def make(
         metas: descriptions by prefix; one average at the top unless given.
         dtypes: safetensors names for those that numpy lacks (bfloat16 as uint16).
         change: alters the chunk table's rows before all digests are computed.
+        uuid: of the save.
+        listed: descriptions for the manifest, if they are to differ from those in the tensors.
     """
     metas = {"": meta()} if metas is None else metas
     arrays = dict(tensors)
@@ -133,7 +137,7 @@ def make(
         if not mine:
             continue
         mine.sort(key=lambda piece: -ITEMSIZE[names[piece[0]]])
-        record, written = _write_shard(path, rank, mine, arrays, names)
+        record, written = _write_shard(path, rank, mine, arrays, names, uuid)
         files.append(record)
         for (key, _), chunk in zip(mine, written, strict=True):
             chunks[key].append(chunk)
@@ -146,12 +150,12 @@ def make(
         table += [(len(records) - 1, chunk) for chunk in mine_sorted]
     if change is not None:
         change(table)
-    data = write_chunk_table(table, {f.name: i for i, f in enumerate(files)}, UUID)
+    data = write_chunk_table(table, {f.name: i for i, f in enumerate(files)}, uuid)
     (path / CHUNKS_NAME).write_bytes(data)
     files.append(FileRecord(CHUNKS_NAME, len(data), xxhash.xxh3_128_hexdigest(data)))
     manifest = Manifest(
-        "safetensors", UUID, dict(metas), tuple(records), tuple(files), max(1, len(pieces)),
-        {"torch": "0"},
+        "safetensors", uuid, dict(listed or metas), tuple(records), tuple(files),
+        max(1, len(pieces)), {"torch": "0"},
     )  # fmt: skip
     (path / MANIFEST_NAME).write_bytes(dump_manifest(manifest))
     return path
@@ -163,9 +167,10 @@ def _write_shard(
     pieces: Sequence[tuple[str, Box]],
     arrays: Mapping[str, np.ndarray],
     names: Mapping[str, str],
+    uuid: str,
 ) -> tuple[FileRecord, list[Chunk]]:
     described = [(f"{key}@{i}", names[key], box.sizes) for i, (key, box) in enumerate(pieces)]
-    header, entries = build_header(described, {"format": "pt", "uuid": UUID})
+    header, entries = build_header(described, {"format": "pt", "uuid": uuid})
     name = f"shard-{rank:05d}.safetensors"
     blocks = []
     chunks = []

@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import load
 
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
-from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
+from sharded_ema.checkpoint.reading.chunks import Chunk, tiles, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Box
@@ -102,3 +102,11 @@ def test_many_row_shards_are_checked_in_no_time(tmp_path: Path) -> None:
     tensors = {"ema.a": np.zeros((4096, 2), "f4"), "ema.b": np.zeros((4096,), "f4")}
     catalog = open_checkpoint(make(tmp_path / "c", tensors, rows(2048)))
     assert len(catalog.chunks("ema.a")) == len(catalog.chunks("ema.b")) == 2048
+
+
+def test_blocks_with_too_many_corners_are_refused() -> None:
+    """Single elements of a tensor of 12 dimensions: 4096 blocks, 16 million corners."""
+    boxes = [Box(index, (1,) * 12) for index in np.ndindex(*(2,) * 12)]
+    with pytest.raises(CheckpointCorruptError, match="cut in 12 dimensions"):
+        tiles(boxes, (2,) * 12)
+    assert tiles([Box(index, (1,) * 8) for index in np.ndindex(*(2,) * 8)], (2,) * 8)

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from sharded_ema.checkpoint.reading.chunks import Chunk, ChunkTable, tiles
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME, DcpIndex
+from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
 from sharded_ema.checkpoint.reading.manifest import (
     CHUNKS_NAME,
     MANIFEST_NAME,
-    FileRecord,
     Manifest,
     check_meta,
     decode_meta,
-    parse_manifest,
 )
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, read_header
-from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor, verify_file
+from sharded_ema.checkpoint.reading.pointer import follow
+from sharded_ema.checkpoint.reading.safetensors_file import (
+    ITEMSIZE,
+)
+from sharded_ema.checkpoint.reading.stream import (
+    SourceFiles,
+    stream_tensor,
+    verify_chunk,
+    verify_file,
+)
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -33,6 +38,7 @@ from sharded_ema.errors import (
 )
 from sharded_ema.layout import Shape
 
+_MAX_META_BYTES = 1 << 24
 _TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
 _PART = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
 
@@ -63,6 +69,8 @@ class Catalog:
         manifest: ``None`` for a DCP checkpoint that this library did not write.
         tensors: by key.
         unsupported: torch dtype by key of stored tensors that this library does not read.
+        table: the chunk table of the format ``"safetensors"``.
+        index: the metadata of the format ``"dcp"``.
     """
 
     path: Path
@@ -71,6 +79,8 @@ class Catalog:
     tensors: dict[str, StoredTensor]
     unsupported: dict[str, str]
     _locate: Callable[[str], list[Chunk]]
+    table: ChunkTable | None = None
+    index: DcpIndex | None = None
 
     @property
     def verified_metadata(self) -> bool:
@@ -110,6 +120,30 @@ class Catalog:
             )
         return chunks
 
+    def verify(self, chunks: Mapping[Chunk, str]) -> None:
+        """Compare the data of chunks, given with the keys of their tensors, with their digests.
+
+        Of this library's checkpoints in the format ``"dcp"`` the files that hold them are hashed
+        whole: what an entry says of itself does not show that it belongs to this save.
+
+        Raises:
+            CheckpointCorruptError: it is not what was written.
+            CheckpointMismatchError: a chunk carries no checksum.
+        """
+        if self.format == "dcp" and self.manifest is not None:
+            needed = {chunk.file for chunk in chunks}
+            for record in self.manifest.files:
+                if record.name in needed:
+                    verify_file(self.path / record.name, record.digest)
+            return
+        for chunk, key in chunks.items():
+            if chunk.digest is None and chunk.crc32 is None:
+                raise CheckpointMismatchError(
+                    f"{key} in {self.path} was written without a CRC32, so it cannot be verified; "
+                    "load it with verify=False if you trust it"
+                )
+            verify_chunk(self.path, chunk, key)
+
     def read_bytes(self, key: str) -> bytes:
         """All bytes of a small tensor in C order, checked.
 
@@ -138,17 +172,30 @@ class Catalog:
             CheckpointMismatchError: there is no average under it.
             CheckpointCorruptError: its description is damaged.
         """
-        where = f"{prefix}{META_KEY} in {self.path}"
         if prefix not in self.prefixes():
             known = ", ".join(repr(p) for p in self.prefixes()) or "none"
             raise CheckpointMismatchError(
                 f"{self.path} holds no average under the prefix {prefix!r}; it has: {known}"
             )
         if self.manifest is None:
-            return decode_meta(self.read_bytes(prefix + META_KEY), where)
+            return self.stored_meta(prefix)
         meta = self.manifest.emas[prefix]
-        check_meta(meta, where)
+        check_meta(meta, f"{prefix}{META_KEY} in {self.path}")
         return meta
+
+    def stored_meta(self, prefix: str) -> dict[str, Any]:
+        """The same from the tensor ``_meta``, where a manifest would have it as well.
+
+        Raises:
+            CheckpointMismatchError, CheckpointCorruptError: see :meth:`meta`.
+        """
+        key = prefix + META_KEY
+        if self.tensors[key].num_bytes > _MAX_META_BYTES:
+            raise CheckpointCorruptError(
+                f"{key} in {self.path} has {self.tensors[key].num_bytes} bytes, which no "
+                "description takes"
+            )
+        return decode_meta(self.read_bytes(key), f"{key} in {self.path}")
 
 
 def is_meta_key(key: str) -> bool:
@@ -156,6 +203,39 @@ def is_meta_key(key: str) -> bool:
     inner = f".{key}"
     return inner.endswith(f".{META_KEY}") and not any(
         f".{part}" in inner for part in (BUFFERS_PREFIX, FROZEN_PREFIX)
+    )
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, set[str]]:
+    """The directory that holds a committed checkpoint, and the names in it.
+
+    It is ``path`` itself, or what a file ``latest`` at ``path`` names, or what an interrupted
+    replacement of ``path`` has set aside.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CheckpointUncommittedError: a save that did not finish.
+    """
+    path = Path(follow(Path(path)))
+    if not path.is_dir():
+        path = _interrupted_replacement(path)
+    if is_temporary(path.name):
+        raise CheckpointUncommittedError(
+            f"{path} is the temporary directory of a save that did not finish; use an earlier "
+            "checkpoint"
+        )
+    names = {entry.name for entry in os.scandir(path)}
+    if MANIFEST_NAME in names or METADATA_NAME in names:
+        return path, names
+    if any(_PART.fullmatch(name) for name in names):
+        raise CheckpointUncommittedError(
+            f"{path} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, or "
+            "the manifest was not copied; use an earlier checkpoint"
+        )
+    inner = sorted(entry.parent.name for entry in path.glob(f"*/{MANIFEST_NAME}"))
+    raise CheckpointNotFoundError(
+        f"{path} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
+        + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
     )
 
 
@@ -171,29 +251,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    path = Path(path)
-    if not path.is_dir():
-        path = _interrupted_replacement(path)
-    if is_temporary(path.name):
-        raise CheckpointUncommittedError(
-            f"{path} is the temporary directory of a save that did not finish; use an earlier "
-            "checkpoint"
-        )
-    names = {entry.name for entry in os.scandir(path)}
-    if MANIFEST_NAME in names:
-        return _open_own(path, names)
-    if METADATA_NAME in names:
+    path, names = find_checkpoint(path)
+    if MANIFEST_NAME not in names:
         return _open_dcp(path, None)
-    if any(_PART.fullmatch(name) for name in names):
-        raise CheckpointUncommittedError(
-            f"{path} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, or "
-            "the manifest was not copied; use an earlier checkpoint"
-        )
-    inner = sorted(entry.parent.name for entry in path.glob(f"*/{MANIFEST_NAME}"))
-    raise CheckpointNotFoundError(
-        f"{path} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
-        + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
-    )
+    manifest = read_manifest(path)
+    check_listing(path, names, manifest)
+    for record in manifest.files:
+        check_file(path, record, manifest.uuid)
+    return open_listed(path, manifest)
 
 
 def is_part(name: str) -> bool:
@@ -232,42 +297,17 @@ def _interrupted_replacement(path: Path) -> Path:
     return aside
 
 
-def _open_own(path: Path, names: set[str]) -> Catalog:
-    manifest_path = inside(path, MANIFEST_NAME)
-    manifest = parse_manifest(manifest_path.read_bytes(), str(manifest_path))
-    listed = {file.name for file in manifest.files}
-    unlisted = names - listed - {MANIFEST_NAME}
-    if unlisted:
-        raise CheckpointCorruptError(
-            f"{path} has {len(unlisted)} files that its manifest does not list, such as "
-            f"{min(unlisted)!r}; move them elsewhere"
-        )
+def open_listed(path: Path, manifest: Manifest) -> Catalog:
+    """The contents of a checkpoint whose files have been checked.
+
+    Raises:
+        CheckpointCorruptError: the chunk table, or ``.metadata``, is damaged.
+    """
+    tables = (CHUNKS_NAME, METADATA_NAME)
     for record in manifest.files:
-        _check_file(path, record, manifest.uuid)
-    if manifest.format == "dcp":
-        return _open_dcp(path, manifest)
-    return _open_safetensors(path, manifest)
-
-
-def _check_file(path: Path, record: FileRecord, uuid: str) -> None:
-    file = inside(path, record.name)
-    if not file.is_file():
-        raise CheckpointCorruptError(f"{file} is missing")
-    size = file.stat().st_size
-    if size != record.num_bytes:
-        raise CheckpointCorruptError(
-            f"{file} has {size} bytes, {record.num_bytes} were written: it is truncated or replaced"
-        )
-    if record.name in (CHUNKS_NAME, METADATA_NAME):
-        verify_file(file, record.digest)
-    if record.header_bytes:
-        with open(file, "rb") as opened:
-            header = opened.read(record.header_bytes)
-        if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
-            raise CheckpointCorruptError(f"the header of {file} is damaged, or of another save")
-        _, metadata, start = read_header(file)
-        if metadata.get("uuid") != uuid or start != record.header_bytes:
-            raise CheckpointCorruptError(f"{file} belongs to another save")
+        if record.name in tables:
+            verify_file(path / record.name, record.digest)
+    return (_open_dcp if manifest.format == "dcp" else _open_safetensors)(path, manifest)
 
 
 def _open_safetensors(path: Path, manifest: Manifest) -> Catalog:
@@ -298,11 +338,10 @@ def _open_safetensors(path: Path, manifest: Manifest) -> Catalog:
         return chunks
 
     tensors = {t.key: StoredTensor(t.key, t.shape, t.dtype) for t in manifest.tensors}
-    return Catalog(path, "safetensors", manifest, tensors, {}, chunks_of)
+    return Catalog(path, "safetensors", manifest, tensors, {}, chunks_of, table=table)
 
 
 def _open_dcp(path: Path, manifest: Manifest | None) -> Catalog:
-    inside(path, METADATA_NAME)
     index = DcpIndex(path)
     tensors = {
         key: StoredTensor(key, shape, dtype) for key, (shape, dtype) in index.tensors.items()
@@ -314,22 +353,9 @@ def _open_dcp(path: Path, manifest: Manifest | None) -> Catalog:
             raise CheckpointCorruptError(f"{path}: manifest and .metadata list different tensors")
 
     def chunks_of(key: str) -> list[Chunk]:
-        for name in index.files(key):
-            inside(path, name)
+        for name in {location.file for location in index.locations(key)}:
             if listed is not None and name not in listed:
                 raise CheckpointCorruptError(f"{path}: {key} lies in {name}, which is not listed")
         return index.chunks(key)
 
-    return Catalog(path, "dcp", manifest, tensors, index.unsupported, chunks_of)
-
-
-def inside(root: Path, name: str) -> Path:
-    """The path of a file of the checkpoint.
-
-    Raises:
-        CheckpointCorruptError: the name, or a link that has it, leads out of the directory.
-    """
-    path = root / name
-    if "\0" in name or not path.resolve().is_relative_to(root.resolve()):
-        raise CheckpointCorruptError(f"{root}: the file name {name!r} leads out of the directory")
-    return path
+    return Catalog(path, "dcp", manifest, tensors, index.unsupported, chunks_of, index=index)

@@ -1,28 +1,24 @@
 """Checkpoints in torch.distributed.checkpoint's own format, read without running their code.
 
-``.metadata`` is a pickle. It is parsed with an allow-list: the classes of torch that may occur are
-mapped to inert records here or to immutable builtins, and anything else is refused. The tensors lie
-in ``.distcp`` files, each one a ``torch.save`` archive (see :mod:`.torch_entry`).
+``.metadata`` is a pickle, which is taken apart (see :mod:`.pickles`) and never loaded; a global
+that does not belong there is refused. The tensors lie in ``.distcp`` files, each one a
+``torch.save`` archive (see :mod:`.torch_entry`).
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.torch_entry import (
-    DTYPE_NAMES,
-    UNPICKLING_ERRORS,
-    is_shape,
-    locate,
-)
-from sharded_ema.errors import CheckpointCorruptError, CheckpointUncommittedError
+from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
+from sharded_ema.checkpoint.reading.pickles import Global, Note, refuse, take_apart
+from sharded_ema.checkpoint.reading.torch_entry import DTYPE_NAMES, is_shape, locate
+from sharded_ema.errors import CheckpointError, CheckpointUncommittedError
 from sharded_ema.layout import Box, Shape
 
 METADATA_NAME = ".metadata"
@@ -30,100 +26,42 @@ METADATA_NAME = ".metadata"
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
 _DTYPE = re.compile(r"(bfloat|float|complex|u?int|qu?int|bits|bool)[0-9a-z_]*")
+# Five times that of a 70B model on 512 ranks.
+_MAX_METADATA_BYTES = 1 << 28
+
+_METADATA = Global(_METADATA_MODULE, "Metadata")
+_TENSOR = Global(_METADATA_MODULE, "TensorStorageMetadata")
+_VALUE = Global(_METADATA_MODULE, "BytesStorageMetadata")
+_CHUNK = Global(_METADATA_MODULE, "ChunkStorageMetadata")
+_PROPERTIES = Global(_METADATA_MODULE, "TensorProperties")
+_INDEX = Global(_METADATA_MODULE, "MetadataIndex")
+_STORAGE_INFO = Global(_STORAGE_MODULE, "_StorageInfo")
+_SIZE = Global("torch", "Size")
+_KNOWN = {
+    _METADATA, _TENSOR, _VALUE, _CHUNK, _PROPERTIES, _INDEX, _STORAGE_INFO, _SIZE,
+    Global(_METADATA_MODULE, "StorageMeta"),
+    Global(_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
+    Global("torch.serialization", "_get_layout"),
+    Global("collections", "OrderedDict"),
+}  # fmt: skip
+_PATHS = ("PosixPath", "PurePosixPath", "WindowsPath")
 
 
-class _Record:
-    """An object of the pickle: its fields and nothing else."""
-
-    __slots__ = ("fields",)
-
-    def __init__(self, *arguments: Any) -> None:
-        self.fields: dict[str, Any] = {}
-
-    def __setstate__(self, state: Any) -> None:
-        # Its presence also keeps a pickle from setting attributes on this class.
-        self.fields = state if isinstance(state, dict) else {"state": state}
-
-
-class _Metadata(_Record):
-    __slots__ = ()
-
-
-class _TensorStorage(_Record):
-    __slots__ = ()
-
-
-class _BytesStorage(_Record):
-    __slots__ = ()
-
-
-class _Chunk(_Record):
-    __slots__ = ()
-
-
-class _Properties(_Record):
-    __slots__ = ()
-
-
-class _StorageInfo(_Record):
-    __slots__ = ()
-
-
-class _Index(_Record):
-    """A key of the table of storage: name and offset of a chunk."""
-
-    __slots__ = ("key",)
-
-    def __setstate__(self, state: Any) -> None:
-        name, offset = state["fqn"], state.get("offset")
-        if not isinstance(name, str) or not (offset is None or is_shape(offset)):
-            raise pickle.UnpicklingError("a malformed index of a chunk")
-        self.key: tuple[str, Shape | None] = (name, offset)
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Index) and self.key == other.key
-
-
-# Only classes of this module and immutable builtins: a pickle can call what it names, and set
-# attributes on it.
-_ALLOWED: dict[tuple[str, str], Any] = {
-    (_METADATA_MODULE, "Metadata"): _Metadata,
-    (_METADATA_MODULE, "TensorStorageMetadata"): _TensorStorage,
-    (_METADATA_MODULE, "BytesStorageMetadata"): _BytesStorage,
-    (_METADATA_MODULE, "ChunkStorageMetadata"): _Chunk,
-    (_METADATA_MODULE, "TensorProperties"): _Properties,
-    (_METADATA_MODULE, "MetadataIndex"): _Index,
-    (_METADATA_MODULE, "StorageMeta"): _Record,
-    (_METADATA_MODULE, "_MEM_FORMAT_ENCODING"): int,
-    (_STORAGE_MODULE, "_StorageInfo"): _StorageInfo,
-    ("torch", "Size"): tuple,
-    ("torch.serialization", "_get_layout"): str,
-    ("collections", "OrderedDict"): dict,
-    **{("pathlib", name): _Record for name in ("PosixPath", "PurePosixPath", "WindowsPath")},
-}
-
-
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if module.startswith("pathlib."):  # its private parts in Python 3.13
-            module = "pathlib"
-        if module == "torch" and _DTYPE.fullmatch(name):
-            return name
-        found = _ALLOWED.get((module, name))
-        if found is None:
-            raise pickle.UnpicklingError(f"it names the forbidden global {module}.{name}")
-        return found
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it names a persistent object")
+def _allowed(found: Global) -> bool:
+    if found.module.split(".")[0] == "pathlib":  # its private parts in Python 3.13
+        return found.name in _PATHS
+    return found in _KNOWN or (found.module == "torch" and bool(_DTYPE.fullmatch(found.name)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Location:
-    box: Box
+class Location:
+    """Where an entry lies: bytes ``offset`` to ``offset + length`` of ``file``.
+
+    Attributes:
+        box: of the chunk that the entry holds; ``None`` for a pickled value.
+    """
+
+    box: Box | None
     file: str
     offset: int
     length: int
@@ -133,7 +71,7 @@ class _Location:
 class _Tensor:
     shape: Shape
     dtype: str
-    locations: list[_Location]
+    locations: list[Location]
 
 
 class DcpIndex:
@@ -143,7 +81,7 @@ class DcpIndex:
         root: directory of the checkpoint.
 
     Attributes:
-        tensors: ``(shape, dtype)`` by key; values that were pickled are left out.
+        values: places of what was pickled, by key; never read as values.
         unsupported: torch dtype by key of tensors that this library does not read.
 
     Raises:
@@ -152,23 +90,31 @@ class DcpIndex:
 
     def __init__(self, root: Path) -> None:
         self._root = root
+        self._path = inside(root, METADATA_NAME)
         self._tensors: dict[str, _Tensor] = {}
+        self.values: dict[str, Location] = {}
         self.unsupported: dict[str, str] = {}
-        path = root / METADATA_NAME
-        try:
-            with open(path, "rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-            self._take(metadata)
-        except UNPICKLING_ERRORS as error:
-            raise CheckpointCorruptError(f"{path} cannot be read: {error}") from None
+        data = read_whole(self._path, _MAX_METADATA_BYTES)
+        # Chunks may be shared by many tensors in a forged pickle; a true one has bytes for each.
+        self._chunks_left = len(data)
+        self._take(take_apart(data, _allowed, str(self._path)))
 
     @property
     def tensors(self) -> dict[str, tuple[Shape, str]]:
+        """``(shape, dtype)`` by key; values that were pickled are left out."""
         return {key: (tensor.shape, tensor.dtype) for key, tensor in self._tensors.items()}
 
-    def files(self, key: str) -> set[str]:
-        """Names of the files that hold a tensor, as ``.metadata`` gives them, unchecked."""
-        return {location.file for location in self._tensors[key].locations}
+    def entries(self) -> dict[str, list[tuple[int, int, str]]]:
+        """All entries by file, as ``(offset, length, key)`` in the order of the file."""
+        found: dict[str, list[tuple[int, int, str]]] = {}
+        places = [(key, at) for key, tensor in self._tensors.items() for at in tensor.locations]
+        for key, at in [*places, *self.values.items()]:
+            found.setdefault(at.file, []).append((at.offset, at.length, key))
+        return {name: sorted(entries) for name, entries in sorted(found.items())}
+
+    def locations(self, key: str) -> list[Location]:
+        """The entries that hold a tensor, as ``.metadata`` gives them, unchecked."""
+        return self._tensors[key].locations
 
     def chunks(self, key: str) -> list[Chunk]:
         """Locate the data of a tensor; reads the tail of each of its entries.
@@ -176,67 +122,130 @@ class DcpIndex:
         Raises:
             CheckpointCorruptError: an entry is not there, or is not what ``.metadata`` says.
         """
-        tensor = self._tensors[key]
-        found = []
-        for location in tensor.locations:
-            where = f"{key} at {location.box.offsets} in {self._root / location.file}"
-            try:
-                descriptor = os.open(self._root / location.file, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise CheckpointCorruptError(f"{where}: the file is missing") from None
-            try:
-                entry = locate(descriptor, location.offset, location.length, where)
-            finally:
-                os.close(descriptor)
-            if entry.shape != location.box.sizes or entry.dtype != tensor.dtype:
-                raise CheckpointCorruptError(
-                    f"{where} is {entry.dtype} of shape {entry.shape}, .metadata says "
-                    f"{tensor.dtype} of shape {location.box.sizes}"
-                )
-            found.append(
-                Chunk(
-                    box=location.box,
-                    file=location.file,
-                    byte_offset=entry.byte_offset,
-                    num_bytes=entry.num_bytes,
-                    digest=None,
-                    crc32=entry.crc32,
-                    strides=entry.strides,
-                )
+        return [self.chunk(key, location) for location in self._tensors[key].locations]
+
+    def chunk(self, key: str, location: Location) -> Chunk:
+        """Locate the data of one chunk of a tensor.
+
+        Raises:
+            CheckpointCorruptError: the entry is not there, or is not what ``.metadata`` says.
+        """
+        dtype, box = self._tensors[key].dtype, location.box
+        assert box is not None
+        where = f"{key} at {box.offsets} in {self._root / location.file}"
+        try:
+            descriptor = open_regular(inside(self._root, location.file))
+        except CheckpointError as error:
+            raise type(error)(f"{where}: {error}") from None
+        try:
+            entry = locate(descriptor, location.offset, location.length, where)
+        finally:
+            os.close(descriptor)
+        if entry.shape != box.sizes or entry.dtype != dtype:
+            refuse(
+                where,
+                f"it is {entry.dtype} of shape {entry.shape}, .metadata says {dtype} of shape "
+                f"{box.sizes}",
             )
-        return found
+        return Chunk(
+            box=box,
+            file=location.file,
+            byte_offset=entry.byte_offset,
+            num_bytes=entry.num_bytes,
+            digest=None,
+            crc32=entry.crc32,
+            strides=entry.strides,
+        )
 
     def _take(self, metadata: Any) -> None:
-        if not isinstance(metadata, _Metadata):
-            raise ValueError("it describes no checkpoint")
-        storage = metadata.fields["storage_data"]
-        if storage is None:
+        fields = self._fields(metadata, _METADATA)
+        if fields.get("storage_data") is None:
             raise CheckpointUncommittedError(f"{self._root} has a .metadata without storage")
-        for key, value in metadata.fields["state_dict_metadata"].items():
-            if not isinstance(value, _TensorStorage):
-                continue
-            shape, dtype = value.fields["size"], value.fields["properties"].fields["state"][0]
-            if not isinstance(key, str) or not is_shape(shape):
-                raise ValueError(f"the shape of {key!r:.80} is {shape!r:.80}")
-            if dtype not in DTYPE_NAMES:
-                self.unsupported[key] = str(dtype)
-                continue
-            locations = list(self._locations(key, value.fields["chunks"], storage))
-            self._tensors[key] = _Tensor(shape, DTYPE_NAMES[dtype], locations)
+        storage = self._storage(self._dict(fields["storage_data"]))
+        for key, value in self._dict(fields.get("state_dict_metadata")).items():
+            if not isinstance(key, str) or not isinstance(value, Note):
+                self._refuse("an item is described by what is no description")
+            if value.of == _TENSOR:
+                self._take_tensor(key, self._fields(value, _TENSOR), storage)
+            elif (key, None) in storage:
+                self.values[key] = self._location(None, storage[key, None])
 
-    def _locations(self, key: str, chunks: Any, storage: Any) -> Iterator[_Location]:
+    def _take_tensor(
+        self, key: str, fields: dict[str, Any], storage: dict[tuple[str, Shape | None], Any]
+    ) -> None:
+        shape, chunks = self._shape(fields.get("size")), fields.get("chunks")
+        properties = fields.get("properties")
+        if not isinstance(properties, Note) or properties.of != _PROPERTIES:
+            self._refuse(f"{key} has no properties")
+        state = properties.state
+        dtype = state[0] if isinstance(state, tuple) and state else None
+        if not isinstance(dtype, Global) or not isinstance(chunks, list):
+            self._refuse(f"the properties of {key} are malformed")
+        if dtype.name not in DTYPE_NAMES:
+            self.unsupported[key] = dtype.name
+            return
+        locations = list(self._locations(key, chunks, storage))
+        self._tensors[key] = _Tensor(shape, DTYPE_NAMES[dtype.name], locations)
+
+    def _storage(self, stored: dict[Any, Any]) -> dict[tuple[str, Shape | None], Any]:
+        """The table of storage by name and offset of a chunk."""
+        found: dict[tuple[str, Shape | None], Any] = {}
+        for index, info in stored.items():
+            fields = self._fields(index, _INDEX)
+            name, offset = fields.get("fqn"), fields.get("offset")
+            if not isinstance(name, str):
+                self._refuse("it has an index without a name")
+            found[name, None if offset is None else self._shape(offset)] = info
+        return found
+
+    def _locations(
+        self, key: str, chunks: list[Any], storage: dict[tuple[str, Shape | None], Any]
+    ) -> Iterator[Location]:
         for chunk in chunks:
-            box = Box(chunk.fields["offsets"], chunk.fields["sizes"])
-            if not is_shape(box.offsets) or not is_shape(box.sizes):
-                raise ValueError(f"{key!r} has a chunk at {box.offsets!r:.80}")
+            self._chunks_left -= 1
+            if self._chunks_left < 0:
+                self._refuse("it lists more chunks than it has bytes")
+            fields = self._fields(chunk, _CHUNK)
+            offsets, sizes = self._shape(fields.get("offsets")), self._shape(fields.get("sizes"))
+            if len(offsets) != len(sizes):
+                self._refuse(f"a chunk of {key} has offsets and sizes of different length")
+            box = Box(offsets, sizes)
             if not box.numel:
                 continue
-            index = _Index()
-            index.__setstate__({"fqn": key, "offset": box.offsets})
-            info = storage[index].fields
-            if info.get("transform_descriptors"):
-                raise ValueError(f"{key!r} went through a transformation that is not supported")
-            name, offset, length = (info[k] for k in ("relative_path", "offset", "length"))
-            if not isinstance(name, str) or not is_shape((offset, length)):
-                raise ValueError(f"{key!r} has a malformed place of storage")
-            yield _Location(box, name, offset, length)
+            # Taken out, because no two chunks lie at one place.
+            info = storage.pop((key, offsets), None)
+            if info is None:
+                self._refuse(f"the chunk of {key} at {offsets} has no place, or two")
+            yield self._location(box, info)
+
+    def _location(self, box: Box | None, info: Any) -> Location:
+        fields = self._fields(info, _STORAGE_INFO)
+        if fields.get("transform_descriptors"):
+            self._refuse("an entry went through a transformation that is not supported")
+        name, offset, length = (fields.get(name) for name in ("relative_path", "offset", "length"))
+        if not isinstance(name, str) or not is_shape((offset, length)):
+            self._refuse("an entry has a malformed place")
+        return Location(box, name, offset, length)  # type: ignore[arg-type]
+
+    def _shape(self, value: Any) -> Shape:
+        """A ``torch.Size``, or the tuple that it is made of."""
+        if isinstance(value, Note) and value.of == _SIZE and len(value.arguments) == 1:
+            value = value.arguments[0]
+        if not is_shape(value):
+            self._refuse("a shape is no tuple of sizes")
+        shape: Shape = value
+        return shape
+
+    def _fields(self, value: Any, of: Global) -> dict[str, Any]:
+        if not isinstance(value, Note) or value.of != of or not isinstance(value.state, dict):
+            self._refuse(f"there is no {of.name} where one should be")
+        fields: dict[str, Any] = value.state
+        return fields
+
+    def _dict(self, value: Any) -> dict[Any, Any]:
+        if not isinstance(value, dict):
+            self._refuse("a table is missing")
+        return value
+
+    def _refuse(self, what: str) -> NoReturn:
+        refuse(str(self._path), what)

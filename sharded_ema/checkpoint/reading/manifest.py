@@ -8,6 +8,7 @@ digest before it trusts any other field.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,14 @@ from typing import Any
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, is_sizes, load_json
+from sharded_ema.checkpoint.reading.files import is_plain_name
+from sharded_ema.checkpoint.reading.safetensors_file import (
+    ITEMSIZE,
+    is_sizes,
+    is_text,
+    load_json,
+    shown,
+)
 from sharded_ema.config import META_VERSION
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.layout import Shape
@@ -27,6 +35,7 @@ FORMATS = ("safetensors", "dcp")
 
 _DIGEST_FIELD = b',"digest":"'
 _ZEROS = b"0" * 32
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*")
 _TAIL_BYTES = len(_DIGEST_FIELD) + len(_ZEROS) + len(b'"}')
 
 
@@ -156,7 +165,7 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     fields.get("kind", lambda v: v == "ema")
     manifest = Manifest(
         format=fields.get("format", lambda v: v in FORMATS),
-        uuid=fields.get("uuid", _is_text),
+        uuid=fields.get("uuid", is_text),
         emas=fields.get("emas", lambda v: _is_table(v, dict)),
         tensors=tuple(_tensor(fields.inner(t)) for t in fields.get("tensors", _is_list)),
         files=tuple(_file(fields.inner(f)) for f in fields.get("files", _is_list)),
@@ -191,28 +200,48 @@ def decode_meta(data: bytes, where: str) -> dict[str, Any]:
 
 
 def check_meta(meta: dict[str, Any], where: str) -> None:
-    """Whether this version of the library can read a description.
+    """Whether this version of the library can read a description; checks every field.
 
     Raises:
         CheckpointMismatchError: not of an average, or of a later version.
+        CheckpointCorruptError: fields that cannot be.
     """
     version, kind = meta.get("version"), meta.get("kind")
     if kind != "ema" or type(version) is not int:
-        raise CheckpointMismatchError(f"{where} does not describe a ShardedEMA (kind {kind!r})")
+        raise CheckpointMismatchError(f"{where} does not describe a ShardedEMA")
     if version > META_VERSION:
         raise CheckpointMismatchError(
             f"{where} has version {version}, this version of sharded_ema reads up to "
             f"{META_VERSION}; update it"
         )
-    if not _is_table(meta.get("profiles"), dict):
-        raise CheckpointMismatchError(f"{where} names no profiles")
-
-
-def is_plain_name(name: object) -> bool:
-    """Whether a file name stays inside the directory it is joined to."""
-    return (
-        isinstance(name, str) and bool(re.fullmatch(r"[^/\\\0]+", name)) and name not in (".", "..")
-    )
+    fields = _Fields(meta, where)
+    for name in ("num_updates", "applied_steps", "last_lerp_step", "start_step"):
+        fields.get(name, _is_count)
+    fields.get("step", lambda v: type(v) is int)
+    fields.get("seed_step", lambda v: v is None or _is_count(v))
+    fields.get("update_every", lambda v: _is_count(v) and v > 0)
+    fields.get("nonfinite_elements", _is_count)
+    fields.get("aliases", lambda v: _is_table(v, list) and all(map(_is_names, v.values())))
+    fields.get("buffers", is_text)
+    fields.get("frozen", is_text)
+    absent = fields.inner(fields.get("absent", lambda v: isinstance(v, dict)))
+    absent.get("count", _is_count)
+    absent.get("names", _is_names)
+    profiles = fields.get("profiles", lambda v: _is_table(v, dict) and bool(v))
+    for name, settings in profiles.items():
+        if not _PROFILE_NAME.fullmatch(name):
+            raise CheckpointCorruptError(f"{where} is malformed: {shown(name)} names no profile")
+        profile = fields.inner(settings)
+        profile.get("schedule", lambda v: isinstance(v, dict))
+        profile.get("decay", lambda v: _is_number(v) and v <= 1)
+        profile.get("seed_weight", lambda v: _is_number(v) and v <= 1)
+    if "adapters" in meta:
+        fields.get("adapters", _is_names)
+    if "sampled_distance" in meta:
+        fields.get(
+            "sampled_distance",
+            lambda v: isinstance(v, dict) and all(d is None or _is_number(d) for d in v.values()),
+        )
 
 
 def _canonical(value: dict[str, Any]) -> bytes:
@@ -221,20 +250,24 @@ def _canonical(value: dict[str, Any]) -> bytes:
     ).encode()
 
 
+# What is missing is told from what is null.
+_MISSING = object()
+
+
 class _Fields:
     """A JSON object whose fields are checked as they are taken."""
 
     def __init__(self, values: Any, where: str) -> None:
         if not isinstance(values, dict):
-            raise CheckpointCorruptError(f"{where} is malformed: {values!r:.80} is no object")
+            raise CheckpointCorruptError(f"{where} is malformed: {shown(values)} is no object")
         self._values = values
         self._where = where
 
-    def get(self, name: str, check: Callable[[Any], bool], default: Any = None) -> Any:
+    def get(self, name: str, check: Callable[[Any], bool], default: Any = _MISSING) -> Any:
         value = self._values.get(name, default)
-        if not check(value):
+        if value is _MISSING or not check(value):
             raise CheckpointCorruptError(
-                f"{self._where} is malformed: {name!r} cannot be {value!r:.80}"
+                f"{self._where} is malformed: {name!r} cannot be {shown(value)}"
             )
         return value
 
@@ -245,7 +278,7 @@ class _Fields:
 def _tensor(fields: _Fields) -> TensorRecord:
     first, count = fields.get("chunks", lambda v: is_sizes(v) and len(v) == 2)
     return TensorRecord(
-        key=fields.get("key", _is_text),
+        key=fields.get("key", is_text),
         shape=tuple(fields.get("shape", is_sizes)),
         dtype=fields.get("dtype", lambda v: isinstance(v, str) and v in ITEMSIZE),
         first_chunk=first,
@@ -257,7 +290,7 @@ def _file(fields: _Fields) -> FileRecord:
     return FileRecord(
         name=fields.get("name", lambda v: is_plain_name(v) and v != MANIFEST_NAME),
         num_bytes=fields.get("bytes", _is_count),
-        digest=fields.get("digest", _is_text),
+        digest=fields.get("digest", is_text),
         header_bytes=fields.get("header_bytes", _is_count),
         header_digest=fields.get("header_digest", lambda v: isinstance(v, str)),
     )
@@ -267,8 +300,12 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and value >= 0
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value)
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and value >= 0
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(map(is_text, value))
 
 
 def _is_list(value: Any) -> bool:

@@ -5,25 +5,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, is_temporary, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import is_temporary
 from sharded_ema.checkpoint.reading.locations import (
     Location,
     as_location,
     entries,
-    exists,
     inside_of,
     is_file,
-    name_of,
-    parent_of,
     read_small,
 )
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, is_plain_name, parse_manifest
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, parse_manifest
 from sharded_ema.errors import CheckpointError, CheckpointNotFoundError
 
-#: Name of the file that names the last checkpoint beside it.
-LATEST_NAME = "latest"
-# Larger than any name can be.
-_MAX_POINTER_BYTES = 4096
 # The manifest of a million tensors has about 100 MB.
 _MAX_MANIFEST_BYTES = 1 << 30
 
@@ -85,35 +78,3 @@ def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
     if not found:
         raise CheckpointNotFoundError(f"{run} holds no committed checkpoint of an average")
     return found[-1].path
-
-
-def find_checkpoint(location: str | os.PathLike[str]) -> Catalog:
-    """Open the checkpoint at ``location``, or the one that a file ``latest`` there names.
-
-    Raises:
-        CheckpointError: see :func:`open_checkpoint`.
-    """
-    where = as_location(location)
-    if name_of(where) == LATEST_NAME and is_file(where):
-        named = _named_by(where)
-        if named is None:
-            raise CheckpointNotFoundError(f"{where} names no checkpoint beside it")
-        where = named
-    return open_checkpoint(where)
-
-
-def is_pointer(location: Location) -> bool:
-    """Whether a file ``latest`` may be replaced: there is none, or it names one of ours.
-
-    One that is gone counts as ours.
-    """
-    if not exists(location):
-        return True
-    target = _named_by(location) if is_file(location) else None
-    return target is not None and (not exists(target) or is_file(inside_of(target, MANIFEST_NAME)))
-
-
-def _named_by(pointer: Location) -> Location | None:
-    data = read_small(pointer, _MAX_POINTER_BYTES)
-    name = (data or b"").decode(errors="replace").strip()
-    return inside_of(parent_of(pointer), name) if is_plain_name(name) else None

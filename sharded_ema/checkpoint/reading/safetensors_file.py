@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from sharded_ema.checkpoint.reading.files import open_regular
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -37,8 +39,12 @@ ITEMSIZE: dict[str, int] = {
     "BOOL": 1,
 }
 
-# The limit of the reference implementation; a length beyond it is damage, not a header.
-_MAX_HEADER_BYTES = 100_000_000
+#: Dimensions that a tensor can have in torch and numpy.
+MAX_DIMS = 64
+#: The limit of the reference implementation; a length beyond it is damage, not a header.
+MAX_HEADER_BYTES = 100_000_000
+# Some 300,000 tensors. Parsing takes about 100 bytes a value, in a forged file up to twice that.
+_MAX_JSON_VALUES = 4_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +113,11 @@ def read_header(
             and a size that differs from what the header says included.
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, _MAX_HEADER_BYTES):
+        if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointCorruptError(
                 f"{path}: the header should take {length} bytes and the file has {size}; it is "
                 "truncated or no safetensors file"
@@ -121,6 +127,8 @@ def read_header(
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise CheckpointCorruptError(f"{path}: __metadata__ must map names to texts")
+    if not all(map(is_text, header)):
+        raise CheckpointCorruptError(f"{path}: a tensor has a name that is no text")
     entries = {key: _entry(key, value, path) for key, value in header.items()}
     position = 0
     for entry in sorted(entries.values(), key=lambda e: (e.start, e.stop)):
@@ -138,13 +146,13 @@ def read_header(
 
 
 def _entry(key: str, value: Any, path: Path) -> Entry:
-    fields = value if isinstance(value, dict) else {}
-    dtype, shape, offsets = (fields.get(name) for name in ("dtype", "shape", "data_offsets"))
+    fields: dict[str, Any] = value if isinstance(value, dict) else {}
+    dtype: Any = fields.get("dtype")
+    shape: Any = fields.get("shape")
+    offsets: Any = fields.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise CheckpointCorruptError(f"{path}: {key} has the unknown dtype {dtype!r}")
-    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2) or not (
-        is_sizes(shape) and is_sizes(offsets)
-    ):
+        raise CheckpointCorruptError(f"{path}: {key} has the unknown dtype {shown(dtype)}")
+    if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointCorruptError(f"{path}: the header entry of {key} is malformed")
     start, stop = offsets
     if stop - start != num_bytes(dtype, shape):
@@ -156,15 +164,31 @@ def _entry(key: str, value: Any, path: Path) -> Entry:
 
 
 def is_sizes(value: Any) -> bool:
-    """Whether a JSON value is a list of integers, none of them negative."""
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+    """Whether a value is a list of sizes: integers of 63 bits, not more than a tensor can have."""
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_DIMS
+        and all(type(n) is int and 0 <= n < 1 << 63 for n in value)
+    )
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that is not empty and has a meaning in UTF-8."""
+    try:
+        return isinstance(value, str) and bool(value.encode())
+    except UnicodeEncodeError:  # half a surrogate pair, from a JSON escape
+        return False
 
 
 def load_json(data: bytes, where: str) -> dict[str, Any]:
-    """Parse a JSON object; a key that stands twice is refused, since readers differ on it.
+    """Parse a JSON object.
+
+    A key that stands twice is refused, since readers differ on it, and so are NaN and Infinity,
+    which are not JSON.
 
     Raises:
-        CheckpointCorruptError: not UTF-8, not JSON, not an object, or a repeated key.
+        CheckpointCorruptError: not UTF-8, not JSON, not an object, one of the above, or more than
+            four million values.
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -173,10 +197,21 @@ def load_json(data: bytes, where: str) -> dict[str, Any]:
             raise ValueError("a key is there twice")
         return found
 
+    def constant(name: str) -> NoReturn:
+        raise ValueError(f"{name} is no JSON")
+
+    # Every value but the first follows one of these. Counted first, so that memory is bounded.
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_JSON_VALUES:
+        raise CheckpointCorruptError(f"{where} has more values than any model could need")
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique)
+        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{where} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):
         raise CheckpointCorruptError(f"{where} holds no JSON object")
     return value
+
+
+def shown(value: Any) -> str:
+    """A value of any size and depth, for messages."""
+    return reprlib.repr(value)[:80]

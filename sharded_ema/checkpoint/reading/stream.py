@@ -11,7 +11,8 @@ import math
 import os
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,6 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.files import open_regular
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -73,10 +75,7 @@ class SourceFiles:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
                 os.close(self._open.popitem(last=False)[1])
-            try:
-                self._open[name] = os.open(self._root / name, os.O_RDONLY | os.O_CLOEXEC)
-            except FileNotFoundError:
-                raise CheckpointCorruptError(f"{self._root / name} is missing") from None
+            self._open[name] = open_regular(self._root / name)
         self._open.move_to_end(name)
         return self._open[name]
 
@@ -133,13 +132,80 @@ def verify_file(path: Path, digest: str) -> None:
         CheckpointCorruptError: it is not what was written.
     """
     found = xxhash.xxh3_128()
-    with open(path, "rb") as file:
+    with open(open_regular(path), "rb") as file:
         while block := file.read(BLOCK_BYTES):
             found.update(block)
     if found.hexdigest() != digest:
         raise CheckpointCorruptError(
             f"{path} is damaged: its digest is not the one in the manifest"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Bytes ``start`` to ``stop`` of a file and what their checksum must be.
+
+    Attributes:
+        digest: their xxh3-128, or
+        crc32: their CRC32.
+        content: what they are, for messages.
+    """
+
+    start: int
+    stop: int
+    digest: bytes | None
+    crc32: int | None
+    content: Callable[[], str]
+
+
+def scan_file(path: Path, spans: Iterable[Span], num_bytes: int) -> tuple[str, list[Span]]:
+    """Read a file once, from its first byte on.
+
+    Args:
+        spans: in ascending order, without overlap.
+        num_bytes: how much to read; what follows, if anything, is not looked at.
+
+    Returns:
+        The xxh3-128 of all that was read in hex, and the spans that are damaged or missing.
+    """
+    whole = xxhash.xxh3_128()
+    damaged: list[Span] = []
+    buffer = np.empty(BLOCK_BYTES, np.uint8)
+    position = 0
+    running: Any = None
+    with open(open_regular(path), "rb", buffering=0) as file:
+        waiting = iter(spans)
+        span = next(waiting, None)
+        while count := file.readinto(buffer.data[: num_bytes - position]):
+            whole.update(buffer[:count].data)
+            while span is not None and span.start < position + count:
+                if running is None:
+                    running = _Crc32() if span.digest is None else xxhash.xxh3_128()
+                part = buffer[max(0, span.start - position) : min(count, span.stop - position)]
+                running.update(part.data)
+                if span.stop > position + count:
+                    break
+                expected = span.crc32 if span.digest is None else span.digest
+                if running.digest() != expected:
+                    damaged.append(span)
+                span, running = next(waiting, None), None
+            position += count
+    if span is not None:
+        damaged += [span, *waiting]
+    return whole.hexdigest(), damaged
+
+
+class _Crc32:
+    """CRC32 with the interface of a hash."""
+
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: memoryview) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def digest(self) -> int:
+        return self._value
 
 
 def stream_tensor(

@@ -1,7 +1,7 @@
 """Where the data lies in one tensor that ``torch.save`` wrote: a zip archive with a small pickle.
 
-The pickle is parsed with an allow-list that can build nothing but tuples, texts and dicts. Its
-zip records carry the CRC32 of the data, which torch itself never checks.
+The pickle is taken apart and never loaded. The zip records carry the CRC32 of their data, which
+torch itself never checks.
 """
 
 from __future__ import annotations
@@ -9,33 +9,26 @@ from __future__ import annotations
 import io
 import math
 import os
-import pickle
+import struct
 import zipfile
 import zlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE
+from sharded_ema.checkpoint.reading.pickles import PERSISTENT, Global, Note, take_apart
+from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape, c_strides
 
-# What an allow-listed unpickler can raise on bytes that are not what they should be.
-UNPICKLING_ERRORS = (
-    pickle.UnpicklingError,
-    AttributeError,
-    EOFError,
-    IndexError,
-    KeyError,
-    MemoryError,
-    OverflowError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
 # zipfile says NotImplementedError of archives with features (encryption, versions) it lacks.
-_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, KeyError, ValueError)
+_ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error)
 _MAX_PICKLE_BYTES = 1 << 20
 _LOCAL_HEADER_BYTES = 30
+_ENCRYPTED = 0x1
+
+_REBUILD = {Global("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3")}
+_UNTYPED = Global("torch.storage", "UntypedStorage")
+_KNOWN = {*_REBUILD, _UNTYPED, Global("collections", "OrderedDict")}
 
 #: safetensors names of torch's dtypes and of its typed storages.
 DTYPE_NAMES: dict[str, str] = {
@@ -90,6 +83,23 @@ class StoredEntry:
     strides: Shape | None
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One file of a zip archive, as its central directory has it.
+
+    Attributes:
+        name: without the folder that torch puts all of them in.
+        byte_offset: position of its data in the file around the archive.
+        num_bytes: length of the data.
+        crc32: of the data, ``None`` where the writer was told to leave it out.
+    """
+
+    name: str
+    byte_offset: int
+    num_bytes: int
+    crc32: int | None
+
+
 def locate(descriptor: int, offset: int, length: int, where: str) -> StoredEntry:
     """Find the data of the entry in bytes ``offset`` to ``offset + length`` of an open file.
 
@@ -99,29 +109,62 @@ def locate(descriptor: int, offset: int, length: int, where: str) -> StoredEntry
     Raises:
         CheckpointCorruptError: no such entry, or one that this library does not read.
     """
+    infos = _directory(descriptor, offset, length, where)
+    order = infos.get("byteorder")
+    if order is not None and _read_small(descriptor, offset, order, where) != b"little":
+        raise CheckpointCorruptError(f"{where} was written on a big-endian machine")
+    if "data.pkl" not in infos:
+        _refuse(where)
+    head = _read_small(descriptor, offset, infos["data.pkl"], where)
+    dtype, storage, shape, strides = _described(take_apart(head, _allowed, where), where)
+    info = infos.get(f"data/{storage}")
+    if info is None:
+        _refuse(where)
+    data = _record(descriptor, offset, info, where)
+    size = math.prod(shape) * ITEMSIZE[dtype]
+    if data.num_bytes != size:
+        raise CheckpointCorruptError(
+            f"{where} holds {data.num_bytes} bytes, {dtype} of shape {shape} takes {size}"
+        )
+    return StoredEntry(dtype, shape, data.byte_offset, size, data.crc32, strides)
+
+
+def records(descriptor: int, offset: int, length: int, where: str) -> list[Record]:
+    """All files of the archive in bytes ``offset`` to ``offset + length`` of an open file.
+
+    Raises:
+        CheckpointCorruptError: no archive as torch writes it.
+    """
+    infos = _directory(descriptor, offset, length, where)
+    return [_record(descriptor, offset, info, where) for info in infos.values()]
+
+
+def _directory(descriptor: int, offset: int, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
+    """The archive's records by name, none of them compressed, repeated or in another's bytes."""
+    if offset + length > os.fstat(descriptor).st_size:
+        raise CheckpointCorruptError(
+            f"{where}: its file ends before byte {offset + length}; it is truncated or replaced"
+        )
     window = _Window(descriptor, offset, length)
     try:
         with zipfile.ZipFile(io.BufferedReader(window)) as archive:
-            records = {info.filename.partition("/")[2]: info for info in archive.infolist()}
-            if any(info.compress_type != zipfile.ZIP_STORED for info in records.values()):
-                raise CheckpointCorruptError(f"{where} is compressed, which torch never does")
-            order = records.get("byteorder")
-            if order is not None and _read_small(descriptor, offset, order, where) != b"little":
-                raise CheckpointCorruptError(f"{where} was written on a big-endian machine")
-            head = _read_small(descriptor, offset, records["data.pkl"], where)
-            rebuild = _unpickle(head, where)
-            dtype, storage, shape, strides = _described(rebuild, where)
-            data = records[f"data/{storage}"]
+            listed, end = archive.infolist(), archive.start_dir
     except _ZIP_ERRORS as error:
         raise CheckpointCorruptError(f"{where} cannot be read as a saved tensor: {error}") from None
-    start = _data_start(descriptor, offset, data, where)
-    size = math.prod(shape) * ITEMSIZE[dtype]
-    if data.file_size != size or start + size > offset + length:
-        raise CheckpointCorruptError(
-            f"{where} holds {data.file_size} bytes, {dtype} of shape {shape} takes {size}"
-        )
-    # torch writes a zero where it was told not to compute the sum.
-    return StoredEntry(dtype, shape, start, size, data.CRC or None, strides)
+    found: dict[str, zipfile.ZipInfo] = {}
+    for info in sorted(listed, key=lambda i: i.header_offset, reverse=True):
+        if info.compress_type != zipfile.ZIP_STORED or info.compress_size != info.file_size:
+            raise CheckpointCorruptError(f"{where} is compressed, which torch never does")
+        if info.flag_bits & _ENCRYPTED:
+            raise CheckpointCorruptError(f"{where} is encrypted, which torch never does")
+        if not 0 <= info.header_offset <= end - _LOCAL_HEADER_BYTES - info.file_size:
+            raise CheckpointCorruptError(f"{where} has records that overlap or lie outside")
+        end = info.header_offset
+        name = info.filename.partition("/")[2]
+        if name in found:
+            raise CheckpointCorruptError(f"{where} has two records {name!r}")
+        found[name] = info
+    return found
 
 
 class _Window(io.RawIOBase):
@@ -158,75 +201,53 @@ def _read_small(descriptor: int, offset: int, info: zipfile.ZipInfo, where: str)
     """A record that must be held whole; ``zipfile`` would insist on a CRC32 that may be absent."""
     if info.file_size > _MAX_PICKLE_BYTES:
         raise CheckpointCorruptError(f"{where}: its {info.filename} takes {info.file_size} bytes")
-    data = os.pread(descriptor, info.file_size, _data_start(descriptor, offset, info, where))
-    if info.CRC and zlib.crc32(data) != info.CRC:
+    record = _record(descriptor, offset, info, where)
+    data = os.pread(descriptor, record.num_bytes, record.byte_offset)
+    if len(data) != record.num_bytes or record.crc32 not in (None, zlib.crc32(data)):
         raise CheckpointCorruptError(f"{where}: its {info.filename} is damaged (CRC32 mismatch)")
     return data
 
 
-def _data_start(descriptor: int, offset: int, info: zipfile.ZipInfo, where: str) -> int:
-    # Names and padding in the local header differ from the central directory's.
+def _record(descriptor: int, offset: int, info: zipfile.ZipInfo, where: str) -> Record:
+    # Its padding is in the local header only.
     start = offset + info.header_offset
-    header = os.pread(descriptor, _LOCAL_HEADER_BYTES, start)
-    if len(header) != _LOCAL_HEADER_BYTES or header[:4] != b"PK\x03\x04":
-        raise CheckpointCorruptError(f"{where}: the zip header of its data is damaged")
-    name_bytes = int.from_bytes(header[26:28], "little")
-    extra_bytes = int.from_bytes(header[28:30], "little")
-    return start + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+    name = info.orig_filename.encode()
+    header = os.pread(descriptor, _LOCAL_HEADER_BYTES + len(name), start)
+    lengths = header[26:30]
+    if (
+        len(header) != _LOCAL_HEADER_BYTES + len(name)
+        or header[:4] != b"PK\x03\x04"
+        or lengths[:2] != len(name).to_bytes(2, "little")
+        or header[_LOCAL_HEADER_BYTES:] != name
+    ):
+        raise CheckpointCorruptError(f"{where}: the zip header of its {info.filename} is damaged")
+    start += len(header) + int.from_bytes(lengths[2:], "little")
+    # torch writes a zero where it was told not to compute the sum.
+    return Record(info.filename.partition("/")[2], start, info.file_size, info.CRC or None)
 
 
-class _Rebuild:
-    """The arguments with which torch would rebuild the tensor."""
-
-    __slots__ = ("arguments",)
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __setstate__(self, state: Any) -> NoReturn:
-        # Its presence also keeps a pickle from setting attributes on this class.
-        raise pickle.UnpicklingError("it sets a state on a tensor")
+def _allowed(found: Global) -> bool:
+    if found.module == "torch":
+        return found.name in DTYPE_NAMES or found.name in _STORAGE_NAMES
+    return found == PERSISTENT or found in _KNOWN
 
 
-class _TensorUnpickler(pickle.Unpickler):
-    """Reads ``data.pkl`` of a plain tensor; any other global is refused."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return _Rebuild
-        if (module, name) == ("collections", "OrderedDict"):
-            return dict
-        if (module, name) == ("torch.storage", "UntypedStorage"):
-            return name
-        if module == "torch" and (name in DTYPE_NAMES or name in _STORAGE_NAMES):
-            return name
-        raise pickle.UnpicklingError(f"it names the forbidden global {module}.{name}")
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid
-
-
-def _unpickle(data: bytes, where: str) -> _Rebuild:
-    try:
-        value = _TensorUnpickler(io.BytesIO(data)).load()
-    except UNPICKLING_ERRORS as error:
-        raise CheckpointCorruptError(f"{where} is not a saved tensor: {error}") from None
-    if not isinstance(value, _Rebuild):
-        _refuse(where)
-    return value
-
-
-def _described(rebuild: _Rebuild, where: str) -> tuple[str, str, Shape, Shape | None]:
+def _described(rebuild: Any, where: str) -> tuple[str, str, Shape, Shape | None]:
     """Dtype, name of the storage record, shape and strides."""
+    if not isinstance(rebuild, Note) or rebuild.of not in _REBUILD or rebuild.state is not None:
+        _refuse(where)
     try:
         storage, storage_offset, shape, strides, *rest = rebuild.arguments
-        _, storage_type, record, _, _ = storage
-    except (TypeError, ValueError):
+        (identifier,) = storage.arguments
+        _, storage_type, record, _, _ = identifier
+    except (AttributeError, TypeError, ValueError):
         _refuse(where)
+    if storage.of != PERSISTENT or not isinstance(storage_type, Global):
+        _refuse(where)
+    dtype = _STORAGE_NAMES.get(storage_type.name)
     # A storage without a type is followed by the dtype, after requires_grad and hooks.
-    dtype = _STORAGE_NAMES.get(storage_type) if isinstance(storage_type, str) else None
-    if storage_type == "UntypedStorage" and len(rest) > 2 and isinstance(rest[2], str):
-        dtype = DTYPE_NAMES.get(rest[2])
+    if storage_type == _UNTYPED and len(rest) > 2 and isinstance(rest[2], Global):
+        dtype = DTYPE_NAMES.get(rest[2].name)
     if (
         dtype is None
         or not isinstance(record, str)
@@ -255,8 +276,8 @@ def _unless_c_order(shape: Shape, strides: Shape, where: str) -> Shape | None:
 
 
 def is_shape(value: Any) -> bool:
-    """Whether an unpickled value is a tuple of integers, none of them negative."""
-    return isinstance(value, tuple) and all(type(n) is int and n >= 0 for n in value)
+    """Whether a value from a pickle is a tuple of sizes."""
+    return isinstance(value, tuple) and is_sizes(list(value[: MAX_DIMS + 1]))
 
 
 def _refuse(where: str) -> NoReturn:

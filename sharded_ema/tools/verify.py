@@ -1,0 +1,257 @@
+"""``verify``: whether every byte of a checkpoint is the one that was written.
+
+Each file is read once, from its first byte to its last. All that is wrong is reported, not only the
+first of it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from sharded_ema.checkpoint.reading.catalog import (
+    Catalog,
+    find_checkpoint,
+    open_checkpoint,
+    open_listed,
+)
+from sharded_ema.checkpoint.reading.chunks import ChunkTable
+from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
+from sharded_ema.checkpoint.reading.files import inside, open_regular
+from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
+from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
+from sharded_ema.checkpoint.reading.stream import Span, scan_file
+from sharded_ema.checkpoint.reading.torch_entry import records
+from sharded_ema.config import META_KEY
+from sharded_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from sharded_ema.tools.comparison import compare, open_weights
+from sharded_ema.tools.report import Report
+
+
+def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> Report:
+    """Check every byte of a checkpoint, and that its averages are averages.
+
+    Reads all files in blocks of 4 MiB. Of a DCP checkpoint that this library did not write only the
+    CRC32 of its entries can be checked; ``metadata: unverified`` says so.
+
+    Args:
+        path: a committed checkpoint, ours or one of PyTorch's distributed format.
+        model: raw weights to compare the averages with: a Hugging Face directory, a safetensors
+            file, or a DCP checkpoint. The check fails if an average that was updated, and not
+            with a decay of zero, equals them in every element: then it does not average.
+
+    Returns:
+        A report that lists all damage. ``ok`` is false if there is any, or if an average is a copy
+        of ``model``.
+
+    Raises:
+        CheckpointNotFoundError, CheckpointUncommittedError: there is no committed checkpoint.
+        CheckpointMismatchError: of a later version, or ``model`` has other tensors.
+        CheckpointCorruptError: ``model`` cannot be read.
+    """
+    root, names = find_checkpoint(path)
+    report = Report("verify", str(path))
+    weights = None if model is None else open_weights(Path(model))
+    catalog = None
+    with _noting(report):
+        if MANIFEST_NAME in names:
+            catalog = _verify_own(root, names, report)
+        else:
+            catalog = _verify_stock(root, names, report)
+    if catalog is not None and report.ok:
+        _verify_descriptions(catalog, report)
+    if weights is not None and catalog is not None and report.ok:
+        report.facts["model"] = str(model)
+        compare(catalog, weights, report)
+    elif weights is not None:
+        report.notes.append("not compared with the model, because the checkpoint is damaged")
+    return report
+
+
+@contextmanager
+def _noting(report: Report) -> Iterator[None]:
+    """Turn damage that is met inside into a line of the report."""
+    try:
+        yield
+    except CheckpointMismatchError:
+        raise
+    except (CheckpointError, OSError) as error:
+        report.fail(str(error))
+
+
+def _verify_structure(catalog: Catalog, report: Report) -> bool:
+    """Whether the blocks of every tensor fill it."""
+    before = len(report.problems)
+    for key in catalog.tensors:
+        with _noting(report):
+            catalog.chunks(key)
+    return len(report.problems) == before
+
+
+def _verify_descriptions(catalog: Catalog, report: Report) -> None:
+    for prefix in catalog.prefixes():
+        with _noting(report):
+            if catalog.meta(prefix) != catalog.stored_meta(prefix):
+                report.fail(
+                    f"{catalog.path}: {prefix}{META_KEY} differs from what {MANIFEST_NAME} says"
+                )
+
+
+def _tell(report: Report, file: Path, damaged: Iterable[Span]) -> None:
+    for span in damaged:
+        report.fail(
+            f"{file}, bytes {span.start} to {span.stop}: {span.content()} is damaged or missing"
+        )
+
+
+# ---------------------------------------------------------------------- with a manifest
+
+
+def _verify_own(root: Path, names: set[str], report: Report) -> Catalog | None:
+    manifest = read_manifest(root)
+    report.facts |= {
+        "format": manifest.format,
+        "metadata": "verified",
+        "tensors": len(manifest.tensors),
+        "files": len(manifest.files) + 1,
+        "bytes": sum(f.num_bytes for f in manifest.files),
+    }
+    with _noting(report):
+        check_listing(root, names, manifest)
+    faulty = set()
+    for record in manifest.files:
+        before = len(report.problems)
+        with _noting(report):
+            check_file(root, record, manifest.uuid)
+        if len(report.problems) > before:
+            faulty.add(record.name)
+    catalog = table = None
+    if not faulty & {CHUNKS_NAME, METADATA_NAME}:
+        with _noting(report):
+            catalog = open_listed(root, manifest)
+            if _verify_structure(catalog, report) and catalog.table is not None:
+                table = _Table(catalog.table, manifest)
+    entries = catalog.index.entries() if catalog is not None and catalog.index is not None else {}
+    for number, record in enumerate(manifest.files):
+        before = len(report.problems)
+        spans: Iterable[Span] = ()
+        with _noting(report):
+            if table is not None:
+                spans = table.spans(number)
+            elif record.name in entries:
+                spans = _spans_of_entries(inside(root, record.name), entries[record.name], report)
+        sound = record.name not in faulty and len(report.problems) == before
+        try:
+            digest, damaged = scan_file(inside(root, record.name), spans, record.num_bytes)
+        except (CheckpointError, OSError) as error:
+            digest, damaged = record.digest, list(spans)
+            if sound:
+                report.fail(str(error))
+        _tell(report, root / record.name, damaged)
+        if digest != record.digest and sound and not damaged:
+            report.fail(
+                f"{root / record.name}: its digest is not the one in the manifest; what has "
+                "changed lies outside the data of its tensors"
+            )
+    return catalog
+
+
+class _Table:
+    """The chunks by file; a few columns of numbers instead of an object per chunk."""
+
+    def __init__(self, table: ChunkTable, manifest: Manifest) -> None:
+        self._table = table
+        self._manifest = manifest
+        self._columns = table.places()
+        self._order = np.lexsort((self._columns["byte_offset"], self._columns["file"]))
+        self._files = self._columns["file"][self._order]
+
+    def spans(self, number: int) -> Iterator[Span]:
+        """The chunks in a file, in its order.
+
+        Raises:
+            CheckpointCorruptError: they leave a hole in the file, or overlap.
+        """
+        record = self._manifest.files[number]
+        first, last = np.searchsorted(self._files, [number, number + 1])
+        rows = self._order[first:last]
+        starts = self._columns["byte_offset"][rows]
+        stops = starts + self._columns["num_bytes"][rows]
+        if record.header_bytes and not np.array_equal(
+            np.append(starts, record.num_bytes), np.append(record.header_bytes, stops)
+        ):
+            raise CheckpointCorruptError(f"the chunks in {record.name} leave holes or overlap")
+        digests = self._columns["digest"][rows]
+        for row, start, stop, digest in zip(rows, starts, stops, digests, strict=True):
+            describe = partial(self._describe, int(row))
+            yield Span(int(start), int(stop), digest.tobytes(), None, describe)
+
+    def _describe(self, row: int) -> str:
+        tensor = int(self._columns["tensor"][row])
+        record = self._manifest.tensors[tensor]
+        (chunk,) = self._table.rows(row, 1, tensor=tensor, ndim=len(record.shape))
+        return f"{record.key}, the chunk at {chunk.box.offsets} of size {chunk.box.sizes},"
+
+
+# ---------------------------------------------------------------------- PyTorch's own
+
+
+def _verify_stock(root: Path, names: set[str], report: Report) -> Catalog:
+    catalog = open_checkpoint(root)
+    assert catalog.index is not None
+    entries = catalog.index.entries()
+    report.facts |= {
+        "format": "dcp",
+        "metadata": "unverified",
+        "tensors": len(catalog.tensors),
+        "files": len(entries) + 1,
+        "bytes": sum(length for places in entries.values() for _, length, _ in places),
+    }
+    _verify_structure(catalog, report)
+    unchecked = 0
+    for name, places in entries.items():
+        with _noting(report):
+            file = inside(root, name)
+            spans = _spans_of_entries(file, places, report)
+            checked = [span for span in spans if span.crc32 is not None]
+            unchecked += len(spans) - len(checked)
+            _, damaged = scan_file(file, checked, checked[-1].stop if checked else 0)
+            _tell(report, file, damaged)
+    if unchecked:
+        report.facts["unchecked"] = unchecked
+        report.notes.append(f"{unchecked} records carry no CRC32, so their bytes were not checked")
+    if others := names - entries.keys() - {METADATA_NAME}:
+        report.notes.append(f"{len(others)} files are not part of it, such as {min(others)}")
+    return catalog
+
+
+def _spans_of_entries(
+    file: Path, entries: Sequence[tuple[int, int, str]], report: Report
+) -> list[Span]:
+    """The records in the entries of a ``.distcp`` file, in its order."""
+    found: list[Span] = []
+    end = 0
+    with open(open_regular(file), "rb") as opened:
+        for offset, length, key in entries:
+            with _noting(report):
+                if offset < end:
+                    raise CheckpointCorruptError(
+                        f"{file}: {key} at byte {offset} overlaps the entry before it"
+                    )
+                end = offset + length
+                for record in records(opened.fileno(), offset, length, f"{key} in {file}"):
+                    start, stop = record.byte_offset, record.byte_offset + record.num_bytes
+                    describe = partial("{} of {}".format, record.name, key)
+                    if start < stop:
+                        found.append(Span(start, stop, None, record.crc32, describe))
+    found.sort(key=lambda span: span.start)
+    for before, span in pairwise(found):
+        if span.start < before.stop:
+            raise CheckpointCorruptError(f"{file}: {span.content()} overlaps {before.content()}")
+    return found
