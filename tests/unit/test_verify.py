@@ -255,6 +255,9 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         verify(path, model=hugging_face(tmp_path / "n", {**WEIGHTS, "b": np.ones(8, "f4")}))
     with pytest.raises(CheckpointNotFoundError):
         verify(path, model=tmp_path / "nothing")
+    raw = in_dcp(tmp_path / "raw", WEIGHTS)
+    with pytest.raises(CheckpointMismatchError, match="no average"):
+        verify(raw, model=raw)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointNotFoundError, match="no weights"):
         verify(path, model=tmp_path / "empty")
