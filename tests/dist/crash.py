@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.values import pieces_of
 
 WORLD = 2
@@ -204,6 +205,20 @@ def job_main(number: int, folder: str, saves: int, together: Any, pipe: Any) -> 
         except EMAError as error:
             found.append(type(error).__name__)
     pipe.send(found)
+
+
+def consolidate_main(
+    folder: str, call: int, after: bool, options: dict[str, Any], pipe: Any
+) -> None:
+    """Consolidate ``folder/c`` into ``folder/out`` and die at a call; else tell how many it took."""
+    counter = Counter(call, after)
+    try:
+        with counter.installed():
+            consolidate(Path(folder, "c"), Path(folder, "out"), **options)
+    except EMAError as error:
+        pipe.send(f"{type(error).__name__}: {error}")
+    else:
+        pipe.send(counter.calls)
 
 
 def race(folder: Path, saves: int) -> list[list[str]]:
