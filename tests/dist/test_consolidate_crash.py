@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import random
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from sharded_ema.errors import CheckpointExistsError
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
-from tests.dist.crash import PRELOADED, TIMEOUT, consolidate_main
+from tests.dist.crash import PRELOADED, TIMEOUT, serve_consolidations
 from tests.unit._make import make, rows
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 300, "progress": False}
@@ -30,22 +31,32 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def start(folder: Path, call: int = 0, after: bool = False, **options: Any) -> tuple[Any, Any]:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    ours, theirs = context.Pipe()
-    args = (str(folder), call, after, {**OPTIONS, **options}, theirs)
-    process = context.Process(target=consolidate_main, args=args, daemon=True)
-    process.start()
-    theirs.close()
-    return process, ours
+class Consolidations:
+    """Runs consolidations in processes of their own, which may die."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve_consolidations, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def run(self, *jobs: tuple[Path, int, bool, dict[str, Any]]) -> list[tuple[int, Any]]:
+        """All of them at once; exit codes and what each of them says."""
+        self._pipe.send([(str(f), call, after, {**OPTIONS, **o}) for f, call, after, o in jobs])
+        assert self._pipe.poll(TIMEOUT), "a consolidation hangs"
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(TIMEOUT)
 
 
-def finish(started: tuple[Any, Any]) -> tuple[int, Any]:
-    process, pipe = started
-    process.join(TIMEOUT)
-    assert process.exitcode is not None, "it hangs"
-    return process.exitcode, pipe.recv() if process.exitcode == 0 else None
+@pytest.fixture(scope="module")
+def consolidations() -> Iterator[Consolidations]:
+    server = Consolidations()
+    yield server
+    server.close()
 
 
 def leftover(folder: Path) -> list[Path]:
@@ -65,10 +76,12 @@ def finished_files(folder: Path) -> dict[str, tuple[int, int]]:
     return found
 
 
-def kill_at(folder: Path, call: int, after: bool, wanted: dict[str, bytes]) -> str:
+def kill_at(
+    server: Consolidations, folder: Path, call: int, after: bool, wanted: dict[str, bytes]
+) -> str:
     """One kill and what follows; what it met."""
     source(folder / "c")
-    code, _ = finish(start(folder, call, after))
+    ((code, _),) = server.run((folder, call, after, {}))
     assert code == -signal.SIGKILL
     if (folder / "out").exists():
         assert contents(folder / "out") == wanted, "what is there is whole"
@@ -87,12 +100,12 @@ def kill_at(folder: Path, call: int, after: bool, wanted: dict[str, bytes]) -> s
     return f"{len(kept)} taken over"
 
 
-def kills(folder: Path, number: int | None, seed: int) -> set[str]:
+def kills(server: Consolidations, folder: Path, number: int | None, seed: int) -> set[str]:
     """Kill at ``number`` moments drawn from all, or at all of them."""
     reference = folder / "reference"
     reference.mkdir()
     source(reference / "c")
-    code, calls = finish(start(reference))
+    ((code, calls),) = server.run((reference, 0, False, {}))
     assert code == 0 and calls > 40
     wanted = contents(reference / "out")
     assert len(wanted) == 4, "three files and their index"
@@ -104,19 +117,19 @@ def kills(folder: Path, number: int | None, seed: int) -> set[str]:
     for call, after in moments:
         here = folder / f"{call}-{after}"
         here.mkdir()
-        met.add(kill_at(here, call, after, wanted))
+        met.add(kill_at(server, here, call, after, wanted))
     return met
 
 
-def test_kills(tmp_path: Path) -> None:
-    met = kills(tmp_path, 24, seed=1)
+def test_kills(tmp_path: Path, consolidations: Consolidations) -> None:
+    met = kills(consolidations, tmp_path, 30, seed=1)
     assert met >= {"0 taken over", "1 taken over", "2 taken over", "3 taken over"}
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_every_call(tmp_path: Path) -> None:
-    met = kills(tmp_path, None, seed=1)
+def test_every_call(tmp_path: Path, consolidations: Consolidations) -> None:
+    met = kills(consolidations, tmp_path, None, seed=1)
     assert met == {f"{n} taken over" for n in range(4)} | {"published"}
 
 
@@ -183,14 +196,14 @@ def test_what_is_damaged_in_between_is_written_again(
 
 
 @pytest.mark.parametrize("other", [{}, {"dtype": "bfloat16"}])
-def test_two_at_once(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_two_at_once(tmp_path: Path, other: dict[str, Any], consolidations: Consolidations) -> None:
     """One of them wins and is whole; the other is told, and nothing is left of it."""
     for number in range(6):
         folder = tmp_path / str(number)
         folder.mkdir()
         source(folder / "c")
-        both = [start(folder), start(folder, **other)]
-        words = [word for code, word in map(finish, both) if code == 0]
+        both = consolidations.run((folder, 0, False, {}), (folder, 0, False, other))
+        words = [word for code, word in both if code == 0]
         lost = [word for word in words if isinstance(word, str)]
         assert len(words) == 2 and len(lost) == 1, words
         assert lost[0].startswith("CheckpointExistsError"), lost
