@@ -130,6 +130,10 @@ def consolidate(
     )
     _check_shapes_known(catalog, wanted)
     report = Report("consolidate", str(src))
+    if not average.meta and catalog.index is not None:
+        left = sum(key.startswith(average.prefix) for key in catalog.index.values)
+        if left:
+            report.notes.append(f"{left} values that are no tensors are left out, unread")
     outputs = plan_outputs(catalog, average, wanted, report)
     total = sum(output.num_bytes for output in outputs)
     if wanted.is_adapter:  # PEFT reads one file

@@ -154,7 +154,7 @@ def _fill(
             report.fail(
                 f"{name} is {named[name].shape} here and {base.tensors[name].shape} in {base.path}"
             )
-    report.facts["from base"] = len(filled)
+    report.facts["from_base"] = len(filled)
     return filled
 
 
