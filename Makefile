@@ -49,7 +49,7 @@ bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 
-# Some ten minutes and 10 GB of disk.
+# A quarter of an hour and 13 GB of disk.
 bench-consolidate: $(VENV)/.deepspeed
 	$(BIN)/python launch/bench/consolidate.py
 

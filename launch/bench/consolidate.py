@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     parser.add_argument("--layouts", nargs="+", default=["rows", "columns", "ranges"])
-    parser.add_argument("--dir", type=Path, help="where to write; takes 18 bytes a parameter")
+    parser.add_argument("--dir", type=Path, help="where to write; takes 24 bytes a parameter")
     parser.add_argument(
         "--csv", type=Path, default=ROOT / "docs" / "benchmarks" / "consolidate.csv",
         help="table to append to (default: docs/benchmarks/consolidate.csv)",

@@ -143,7 +143,7 @@ def consolidate(
     report.facts |= {
         "output": str(target),
         "format": format,
-        **{k: v for k, v in average.header().items() if k != "decay"},
+        **average.facts(),
         "tensors": len(outputs),
         "bytes": total,
         "files": len(files) if format == "safetensors" else 1,

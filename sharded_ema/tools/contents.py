@@ -40,17 +40,20 @@ class Average:
         absent = self.meta.get("absent", {"count": 0, "names": []})
         return absent["count"], absent["names"]
 
-    def header(self) -> dict[str, str]:
-        """What a file that holds it says of itself, beside the format."""
+    def facts(self) -> dict[str, Any]:
+        """What a report says of it."""
         if not self.meta:
             return {"kind": "tensors", "prefix": self.prefix}
-        return {
-            "kind": "ema",
-            "profile": self.profile,
-            "decay": repr(self.meta["profiles"][self.profile]["decay"]),
-            "num_updates": str(self.meta["num_updates"]),
-            "step": str(self.meta["step"]),
-        }
+        step, updates = self.meta["step"], self.meta["num_updates"]
+        return {"kind": "ema", "profile": self.profile, "step": step, "updates": updates}
+
+    def header(self) -> dict[str, str]:
+        """What a file that holds it says of itself, beside the format."""
+        said = {name: str(value) for name, value in self.facts().items()}
+        if self.meta:
+            said["num_updates"] = said.pop("updates")
+            said["decay"] = repr(self.meta["profiles"][self.profile]["decay"])
+        return said
 
 
 def find_prefix(catalog: Catalog, prefix: str | None) -> str:

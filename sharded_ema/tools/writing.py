@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -85,7 +85,7 @@ def write_files(
             if name not in place.finished
         ]
         try:
-            for done in running:
+            for done in as_completed(running):
                 done.result()
         finally:
             stopped.set()
