@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
 from sharded_ema.checkpoint.reading.stream import (
     SourceFiles,
@@ -151,8 +152,8 @@ def consolidate(
     return report
 
 
-def _check_target(target: Path, source: Path) -> None:
-    if target.resolve().is_relative_to(source.resolve()):
+def _check_target(target: Path, source: Location) -> None:
+    if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointExistsError(f"{target} already exists; nothing was written")

@@ -6,19 +6,10 @@ import os
 from dataclasses import dataclass
 
 from sharded_ema.checkpoint.reading.catalog import is_temporary
-from sharded_ema.checkpoint.reading.locations import (
-    Location,
-    as_location,
-    entries,
-    inside_of,
-    is_file,
-    read_small,
-)
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, parse_manifest
+from sharded_ema.checkpoint.reading.listed import read_manifest
+from sharded_ema.checkpoint.reading.locations import Location, as_location, entries, is_file
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointError, CheckpointNotFoundError
-
-# The manifest of a million tensors has about 100 MB.
-_MAX_MANIFEST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,20 +34,16 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
     """
     found = []
     for name in entries(as_location(run)):
-        path = inside_of(as_location(run), name)
-        manifest = inside_of(path, MANIFEST_NAME)
-        if is_temporary(name) or not is_file(manifest):
+        path = as_location(run) / name
+        if is_temporary(name) or not is_file(path / MANIFEST_NAME):
             continue
         try:
-            data = read_small(manifest, _MAX_MANIFEST_BYTES)
-            if data is None:
-                continue
-            fields = parse_manifest(data, str(manifest))
-        except (CheckpointError, FileNotFoundError):
+            manifest = read_manifest(path)
+        except CheckpointError:
             continue  # damaged, or removed between the look and the read
-        steps = [meta["step"] for meta in fields.emas.values() if type(meta.get("step")) is int]
+        steps = [meta["step"] for meta in manifest.emas.values() if type(meta.get("step")) is int]
         if steps:
-            found.append(Committed(path, max(steps), fields.saved_at))
+            found.append(Committed(path, max(steps), manifest.saved_at))
     return sorted(found, key=lambda c: (c.saved_at, c.step))
 
 
