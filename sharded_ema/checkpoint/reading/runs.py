@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sharded_ema.checkpoint.reading.catalog import is_temporary
@@ -29,11 +30,34 @@ class Committed:
         path: its directory or URL.
         step: the step it was saved under.
         saved_at: when it was committed, Unix time in milliseconds.
+        uuid: of the save.
+        num_bytes: size of its files, without the manifest.
     """
 
     path: Location
     step: int
     saved_at: int
+    uuid: str
+    num_bytes: int
+
+
+def committed_at(path: Location) -> Committed | None:
+    """The committed checkpoint at ``path``; ``None`` if there is none, or no average in it.
+
+    Only its manifest is read.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        FileNotFoundError: it was removed just now.
+    """
+    manifest = inside_of(path, MANIFEST_NAME)
+    data = read_small(manifest, _MAX_MANIFEST_BYTES) if is_file(manifest) else None
+    if data is None:
+        return None
+    fields = parse_manifest(data, str(manifest))
+    steps = [meta["step"] for meta in fields.emas.values() if type(meta.get("step")) is int]
+    num_bytes = sum(file.num_bytes for file in fields.files)
+    return Committed(path, max(steps), fields.saved_at, fields.uuid, num_bytes) if steps else None
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
@@ -43,21 +67,16 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
     """
     found = []
     for name in entries(as_location(run)):
-        path = inside_of(as_location(run), name)
-        manifest = inside_of(path, MANIFEST_NAME)
-        if is_temporary(name) or not is_file(manifest):
-            continue
-        try:
-            data = read_small(manifest, _MAX_MANIFEST_BYTES)
-            if data is None:
-                continue
-            fields = parse_manifest(data, str(manifest))
-        except (CheckpointError, FileNotFoundError):
-            continue  # damaged, or removed between the look and the read
-        steps = [meta["step"] for meta in fields.emas.values() if type(meta.get("step")) is int]
-        if steps:
-            found.append(Committed(path, max(steps), fields.saved_at))
-    return sorted(found, key=lambda c: (c.saved_at, c.step))
+        # Damaged, or removed between the look and the read.
+        with suppress(CheckpointError, FileNotFoundError):
+            at = None if is_temporary(name) else committed_at(inside_of(as_location(run), name))
+            found += [at] if at else []
+    return sorted(found, key=in_order)
+
+
+def in_order(checkpoint: Committed) -> tuple[int, int]:
+    """What the checkpoints of a run are sorted by: after going back, steps fall."""
+    return checkpoint.saved_at, checkpoint.step
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
