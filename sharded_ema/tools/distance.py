@@ -41,14 +41,15 @@ class Distance:
     elements: int = 0
     differing: int = 0
 
-    def add(self, other: Distance) -> None:
-        """Take in the sums of another tensor."""
-        self.apart += other.apart
-        self.norm += other.norm
-        # NaN stays, whichever comes first.
-        self.largest = float(np.maximum(self.largest, other.largest))
+    def add(self, other: Distance, *, counts_only: bool = False) -> None:
+        """Take in the sums of another tensor, or only how many of its elements differ."""
         self.elements += other.elements
         self.differing += other.differing
+        if not counts_only:
+            self.apart += other.apart
+            self.norm += other.norm
+            # NaN stays, whichever comes first.
+            self.largest = float(np.maximum(self.largest, other.largest))
 
     @property
     def equal(self) -> bool:

@@ -53,7 +53,7 @@ def _lines(name: str, value: Any, *, indent: int) -> list[str]:
         ]
     if isinstance(value, list) and value:
         return [f"{space}{name}:"] + [f"{space}  {_inline(item)}" for item in value]
-    return [f"{space}{name}: {_shown(value)}"]
+    return [f"{space}{name}: {'none' if value in ([], {}) else _shown(value)}"]
 
 
 def _inline(item: Any) -> str:
@@ -66,7 +66,7 @@ def _inline(item: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    if value is None or value in ([], {}):
+    if value is None:
         return "none"
     if isinstance(value, float):
         return f"{value:,.6g}"

@@ -8,15 +8,18 @@ from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
 from sharded_ema.checkpoint.reading.runs import Committed
+from sharded_ema.checkpoint.reading.safetensors_file import read_header
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.layout import Box, Shape
 from sharded_ema.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
 from sharded_ema.tools.contents import num_bytes
+from sharded_ema.tools.huggingface import open_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.runs import Run, checkpoint_name, read_run
 
@@ -25,8 +28,9 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     """Describe a checkpoint, or list those of a run, from metadata alone; reads no tensor data.
 
     Args:
-        path: a committed checkpoint, ours or one of PyTorch's distributed format; or a directory
-            with several of ours in it.
+        path: a committed checkpoint, ours or one of PyTorch's distributed format; a directory
+            with several of ours in it; or a model directory or safetensors file, such as
+            ``consolidate`` writes.
         tensors: list every tensor, with the number of its chunks and how they cut it.
 
     Returns:
@@ -35,14 +39,17 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     Raises:
         CheckpointError: it cannot be opened; the class says why.
     """
+    report = Report("inspect", str(path))
     try:
-        catalog = open_checkpoint(path)
+        return _describe_checkpoint(open_checkpoint(path), tensors, report)
     except CheckpointNotFoundError:
         run = read_run(path)
-        if not (run.checkpoints or run.damaged or run.leftovers):
+        if run.checkpoints or run.damaged or run.leftovers:
+            return _describe_run(run, report)
+        model = _find_model(path)
+        if model is None:
             raise
-        return _describe_run(run, Report("inspect", str(path)))
-    return _describe_checkpoint(catalog, tensors, Report("inspect", str(path)))
+    return _describe_checkpoint(model, tensors, report)
 
 
 # ---------------------------------------------------------------------- a run
@@ -107,13 +114,17 @@ def _describe_checkpoint(catalog: Catalog, tensors: bool, report: Report) -> Rep
     for prefix in catalog.prefixes():
         name = f"average under {prefix!r}" if prefix else "average"
         report.facts[name] = _describe_average(catalog, prefix)
-    if catalog.manifest is None:
+    if catalog.manifest is None and catalog.index is not None:
         report.facts["parts"] = _parts(catalog)
         report.notes.append(
             "a checkpoint of torch.distributed.checkpoint not written by this library: only its "
             "data can have checksums"
         )
-    if not catalog.prefixes():
+    elif catalog.manifest is None:
+        report.facts["header"] = header = _header(catalog)
+        if "kind" not in header:
+            report.notes.append("its files do not say whether it is an average")
+    if not catalog.prefixes() and (catalog.manifest or catalog.index):
         report.notes.append("no average of this library is in it")
     if catalog.unsupported:
         report.notes.append(
@@ -141,6 +152,18 @@ def _describe_checkpoint(catalog: Catalog, tensors: bool, report: Report) -> Rep
             for key, found in boxes.items()
         ]
     return report
+
+
+def _find_model(path: str | os.PathLike[str]) -> Catalog | None:
+    with suppress(CheckpointNotFoundError):
+        return open_model(Path(path))
+    return None
+
+
+def _header(model: Catalog) -> dict[str, str]:
+    """What the files of a model say of it, such as that it is an average, and of which step."""
+    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
+    return {} if file is None else read_header(model.path / file)[1]
 
 
 def _describe_average(catalog: Catalog, prefix: str) -> dict[str, Any]:
@@ -181,8 +204,14 @@ def _span(settings: dict[str, Any]) -> dict[str, Any]:
         known = schedule_from_dict(schedule)
         if isinstance(known, Power):
             schedule["sigma_rel"] = sigma_rel_from_gamma(known.gamma)
+    kind = schedule.pop("type", "unknown")
+    shown = (
+        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
+        for name, value in schedule.items()
+        if value is not None
+    )
     return {
-        "schedule": ", ".join(f"{k}={v}" for k, v in schedule.items() if v is not None),
+        "schedule": f"{kind}({', '.join(shown)})",
         "decay": decay,
         # JSON has no infinity.
         "horizon_steps": horizon(decay) if decay < 1 else None,
