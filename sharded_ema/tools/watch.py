@@ -254,7 +254,7 @@ class _Watcher:
         # The last one of each name is what the name stands for now.
         last = {export.of: export for export in exports}
         kept = [export for export in exports if last[export.of] is export][-self._keep :]
-        if kept and kept[-1].wanted:
+        if kept:
             self._point_to(kept[-1].path.name)
         for export in exports:
             if export not in kept:

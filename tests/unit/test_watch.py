@@ -248,8 +248,10 @@ def test_what_a_killed_watch_has_left(tmp_path: Path) -> None:
     commit.temporary(out / "latest").symlink_to("step_1")
     (out / "latest").unlink()  # killed between the export and the link
     (out / "notes").mkdir()
-    assert not once(run, out)
-    assert {path.name for path in out.iterdir()} == {"step_1", "latest", "notes"}
+    seen: list[set[str]] = []
+    script = Script(lambda: seen.append({path.name for path in out.iterdir()}))
+    assert not list(watch(run, out, stop=script))
+    assert seen == [{"step_1", "latest", "notes"}]
 
 
 def test_an_interrupted_export_leaves_nothing(
@@ -272,6 +274,23 @@ def test_an_interrupted_export_leaves_nothing(
     assert shown(out) == {"step_1": 1, "latest": 1}
     assert main([*command, "--once"]) == 0
     assert shown(out) == {"step_1": 1, "step_2": 2, "latest": 2}
+
+
+def test_an_interrupted_removal_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    save(run / "step_1", 1)
+    once(run, out)
+    save(run / "step_2", 2)
+
+    def interrupted(*_: object, **__: object) -> None:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    assert main(["watch", str(run), "--out", str(out), "--keep", "1"]) == 0
+    assert shown(out) == {"step_2": 2, "latest": 2}
 
 
 def test_wrong_use(tmp_path: Path) -> None:
