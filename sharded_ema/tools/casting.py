@@ -30,17 +30,18 @@ def target_dtype(stored: str, wanted: str | None) -> str:
 def caster(source: str, target: str) -> Cast | None:
     """A function from uint8 arrays to uint8 arrays, or ``None`` if nothing changes.
 
-    Rounds to nearest, ties to even; NaN stays NaN, infinities and signs stay.
+    Rounds to nearest, ties to even; NaN stays NaN, infinities and signs stay. As torch does, fp64
+    is rounded to fp32 first.
     """
     if source == target:
         return None
 
     def cast(data: Bytes) -> Bytes:
-        wide = _to_wide(data, source)
-        if target == "BF16":
-            return _round_to_bf16(wide.astype("<f4", copy=False)).view("u1")
         with numpy.errstate(over="ignore"):  # too large for the target: infinity, as everywhere
-            return wide.astype("<f4" if target == "F32" else "<f2").view("u1")
+            single = _to_wide(data, source).astype("<f4", copy=False)
+            if target == "BF16":
+                return _round_to_bf16(single).view("u1")
+            return single.astype("<f4" if target == "F32" else "<f2", copy=False).view("u1")
 
     return cast
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from sharded_ema.schedules import schedule_from_dict
@@ -16,6 +16,7 @@ from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.distance import Distance, distance
 from sharded_ema.tools.huggingface import open_model
+from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
 
 
@@ -27,7 +28,7 @@ def open_weights(path: str | os.PathLike[str]) -> Catalog:
         CheckpointCorruptError: it cannot be read.
     """
     try:
-        return open_checkpoint(path)
+        return open_source(path)
     except CheckpointNotFoundError:
         return open_model(Path(path))
 

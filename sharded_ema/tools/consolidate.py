@@ -3,6 +3,7 @@
 Everything is planned from metadata first. Tensors are then assembled through small buffers into
 safetensors files in the Hugging Face layout, every chunk's checksum being verified on the way, and
 the finished directory is published by one rename: whoever looks finds nothing or a whole model.
+A consolidation that was killed goes on with the files that it had finished.
 """
 
 from __future__ import annotations
@@ -10,51 +11,38 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from tqdm import tqdm
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.reading.stream import (
-    SourceFiles,
-    stream_tensor,
-    verify_chunk,
-    verify_file,
+from sharded_ema.checkpoint.reading.catalog import Catalog
+from sharded_ema.checkpoint.reading.locations import Location
+from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
+from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    CheckpointWriteError,
+    ConfigError,
+    EMAError,
 )
-from sharded_ema.config import DEFAULT_PROFILE, META_KEY
-from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
-from sharded_ema.tools.adapters import adapter_tensors
-from sharded_ema.tools.casting import caster, target_dtype
-from sharded_ema.tools.contents import Average, find_average, num_bytes
+from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.huggingface import (
-    ADAPTER_WEIGHTS,
-    Model,
+    ADAPTER_STEM,
+    INDEX,
     copy_description,
     index_bytes,
+    open_model,
     read_model,
 )
+from sharded_ema.tools.locating import open_source
+from sharded_ema.tools.naming import Renaming
+from sharded_ema.tools.plan import Wanted, digest_plan, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.workplace import Workplace, remove_leftovers
+from sharded_ema.tools.writing import Files, verify_rest, write_files
 
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A tensor to write: its name, what it is read from, and its dtype in the file."""
-
-    name: str
-    source: StoredTensor
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return num_bytes(self.source, self.dtype)
+FORMATS = ("safetensors", "torch", "dcp")
 
 
 def consolidate(
@@ -69,24 +57,48 @@ def consolidate(
     jobs: int = 1,
     tied: str = "drop",
     adapter: str | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    rename: Sequence[str] = (),
+    base: str | os.PathLike[str] | None = None,
+    format: str = "safetensors",
+    plan: bool = False,
     progress: bool = True,
 ) -> Report:
     """Write one average as a model directory that ``from_pretrained`` loads.
 
+    A run that was killed leaves ``<dst>.tmp-<digest>``. The same call goes on from there: files
+    that were finished are checked and kept. A call with other arguments for the same ``dst``
+    removes it.
+
     Args:
-        src: a committed checkpoint: ours, or a DCP one with an average of ours in it.
+        src: a committed checkpoint: ours, a DCP one, what ``engine.save_checkpoint`` of DeepSpeed
+            wrote with an average in it, or the shards of ``HuggingFaceStorageWriter``.
         dst: directory to create; it must not exist, or be empty.
         profile: which average.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for floating tensors, rounded to
             nearest even; ``None`` keeps what is stored.
         max_shard_size: bytes per output file, such as ``"5GB"``; a larger tensor gets its own.
-        prefix: key prefix of the average if the checkpoint holds several.
+        prefix: key prefix of the average if the checkpoint holds several. If no average of this
+            library lies under it, all tensors there are written as they are; ``""`` means all.
         like: a Hugging Face directory. Its configuration and tokenizer files are copied; if it has
             safetensors weights, names and shapes must be theirs. The directory of a PEFT adapter
             makes the output one: ``adapter_model.safetensors``, with PEFT's names.
         jobs: output files written at a time.
         tied: ``"drop"`` writes tied weights under one name, ``"emit"`` under all their names.
         adapter: write the PEFT adapter of this name; needed if the model had several.
+        include, exclude: shell patterns of output names; ``*`` also stands for dots. Each must fit
+            a name.
+        rename: substitutions ``s/PATTERN/REPLACEMENT/``, or with ``g`` at the end, of :mod:`re`,
+            one after the other. Each must change a name, and no two may become equal. ``like``,
+            ``base``, ``include`` and ``exclude`` see the new names.
+        base: a Hugging Face directory or a safetensors file, from which comes what the checkpoint
+            does not store (``frozen="skip"``, ``exclude``). It must have all of that, and equal
+            shapes where both have a tensor.
+        format: ``"safetensors"``; ``"torch"``, one ``pytorch_model.bin``; or ``"dcp"``, a
+            checkpoint of torch.distributed.checkpoint. The last two import PyTorch and are made
+            from the first one, so they need the disk twice.
+        plan: write nothing, only report what would be written.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -100,162 +112,129 @@ def consolidate(
     started = time.monotonic()
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
-    catalog = open_checkpoint(src)
-    average = find_average(catalog, profile, prefix)
+    if format not in FORMATS:
+        raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    limit = parse_size(max_shard_size)
+    catalog = open_source(src)
+    average = find_tensors(catalog, profile, prefix)
     target = Path(dst)
     _check_target(target, catalog.path)
+    wanted = Wanted(
+        dtype=dtype,
+        tied=tied,
+        adapter=adapter,
+        rename=Renaming(rename),
+        include=include,
+        exclude=exclude,
+        base=open_model(Path(base)) if base is not None else None,
+        model=read_model(Path(like)) if like is not None else None,
+    )
+    _check_shapes_known(catalog, wanted)
     report = Report("consolidate", str(src))
-    model = read_model(Path(like)) if like is not None else None
-    if adapter is not None or (model is not None and model.is_adapter):
-        outputs = _plan_adapter(average, adapter, dtype, model, report)
-        files = [(ADAPTER_WEIGHTS, outputs)]
+    if not average.meta and catalog.index is not None:
+        left = sum(key.startswith(average.prefix) for key in catalog.index.values)
+        if left:
+            report.notes.append(f"{left} values that are no tensors are left out, unread")
+    outputs = plan_outputs(catalog, average, wanted, report)
+    total = sum(output.num_bytes for output in outputs)
+    if wanted.is_adapter:  # PEFT reads one file
+        files = plan_files(outputs, total, ADAPTER_STEM)
     else:
-        outputs = _plan_outputs(average, dtype, tied, model, report)
-        files = _plan_files(outputs, _parse_size(max_shard_size))
-    if not report.ok:
-        return report
-    _check_space(target, sum(o.num_bytes for o in outputs))
-    staging = commit.temporary(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        _verify_rest(catalog, average)
-        unchecked = _write_files(catalog, average, files, staging, jobs=jobs, progress=progress)
-        if len(files) > 1:
-            commit.write_durably(
-                staging / "model.safetensors.index.json",
-                index_bytes({o.name: name for name, group in files for o in group}, outputs),
-            )
-        copied = copy_description(model, staging) if model is not None else []
-        if target.is_dir():
-            target.rmdir()  # empty, as was checked
-        commit.publish(staging, target, replace=False)
-    except OSError as error:
-        raise CheckpointWriteError(f"{src} could not be written to {target}: {error}") from error
-    finally:
-        commit.remove(staging)
-    if unchecked:
-        report.notes.append(f"{unchecked} chunks carry no CRC32, so their bytes were not checked")
+        files = plan_files(outputs, limit)
     report.facts |= {
         "output": str(target),
-        "profile": profile,
-        "step": average.meta["step"],
-        "updates": average.meta["num_updates"],
+        "format": format,
+        **{k: v for k, v in average.header().items() if k != "decay"},
         "tensors": len(outputs),
-        "bytes": sum(o.num_bytes for o in outputs),
-        "files": len(files),
-        "copied": len(copied),
+        "bytes": total,
+        "files": len(files) if format == "safetensors" else 1,
         "metadata": "verified" if catalog.verified_metadata else "unverified",
-        "seconds": round(time.monotonic() - started, 3),
     }
+    if plan:
+        report.facts["plan"] = {
+            name: f"{len(group)} tensors, {sum(o.num_bytes for o in group):,} bytes"
+            for name, group in files
+        }
+    if report.ok and not plan:
+        try:
+            _write(catalog, average, files, target, wanted, report, format, jobs, progress)
+        except EMAError:
+            raise
+        except OSError as error:
+            raise CheckpointWriteError(
+                f"{src} could not be written to {target}: {error}"
+            ) from error
+    report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
 
-def _check_target(target: Path, source: Path) -> None:
-    if target.resolve().is_relative_to(source.resolve()):
+def _check_target(target: Path, source: Location) -> None:
+    if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        remove_leftovers(target)
         raise CheckpointExistsError(f"{target} already exists; nothing was written")
 
 
-def _plan_adapter(
+def _check_shapes_known(catalog: Catalog, wanted: Wanted) -> None:
+    if catalog.format == RANK_SHARDS and wanted.shapes is None:
+        raise CheckpointMismatchError(
+            f"{catalog.path} holds shards without metadata, which do not say how large the tensors "
+            "are, so that a missing shard would not be noticed; pass a directory of the model with "
+            "safetensors weights as like (--like)"
+        )
+    if wanted.is_adapter and wanted.base is not None:
+        raise ConfigError("an adapter takes nothing from a base model; leave base (--base) out")
+
+
+def _write(
+    catalog: Catalog,
     average: Average,
-    adapter: str | None,
-    dtype: str | None,
-    model: Model | None,
+    files: Files,
+    target: Path,
+    wanted: Wanted,
     report: Report,
-) -> list[Output]:
-    """The tensors of a PEFT adapter; PEFT reads them from one file."""
-    named = adapter_tensors(average, adapter)
-    left = len(average.tensors) - len(named)
-    if left:
-        report.notes.append(f"{left} tensors in the checkpoint are not the adapter's")
-    if model is not None and model.shapes is not None:
-        _compare(named, model, report)
-    return [Output(n, tensor, target_dtype(tensor.dtype, dtype)) for n, tensor in named.items()]
-
-
-def _plan_outputs(
-    average: Average, dtype: str | None, tied: str, model: Model | None, report: Report
-) -> list[Output]:
-    """Names and dtypes of all tensors, in the order in which they will be written."""
-    if tied not in ("drop", "emit"):
-        raise ConfigError(f'tied must be "drop" or "emit", got {tied!r}')
-    named = dict(average.tensors)
-    for canonical, aliases in average.aliases.items():
-        if canonical not in named:
-            continue
-        everywhere = dict.fromkeys([canonical, *aliases], named[canonical])
-        if model is not None and model.shapes is not None:
-            named.pop(canonical)
-            named |= {name: t for name, t in everywhere.items() if name in model.shapes}
-        elif tied == "emit":
-            named |= everywhere
-    absent = average.meta["absent"]["count"]
-    if absent:
-        report.facts["absent"] = absent
-        shown = ", ".join(average.meta["absent"]["names"][:5])
+    format: str,
+    jobs: int,
+    progress: bool,
+) -> None:
+    """Write the planned files, those of PyTorch out of them if wanted, and publish."""
+    header = {"format": "pt", **average.header()}
+    header["source"] = catalog.manifest.uuid if catalog.manifest else "unknown"
+    if wanted.base is not None:
+        header["base"] = wanted.base.path.name
+    with Workplace(target, digest_plan(files, header, format)) as place:
+        finished = [line.bytes for line in place.finished.values()]
+        total = sum(output.num_bytes for _, group in files for output in group)
+        needed = total if format == "safetensors" else 2 * total
+        _check_space(target, needed - sum(finished))
+        verify_rest(catalog, average)
+        write_files(files, place, header, jobs=jobs, progress=progress)
+        if format != "safetensors":
+            _convert([place.model / name for name, _ in files], place.model, format)
+        elif len(files) > 1:
+            commit.write_durably(place.model / INDEX, index_bytes(files))
+        copied = copy_description(wanted.model, place.model) if wanted.model is not None else []
+        place.publish()
+    unchecked = sum(line.unchecked for line in place.finished.values())
+    if unchecked:
         report.notes.append(
-            f"{absent} tensors absent: they were left out of the average or frozen and not saved "
-            f"({shown}{', ...' if absent > 5 else ''})"
+            f"{unchecked} chunks carry no checksum, so their bytes were not checked"
         )
-        if model is not None:
-            report.fail(f"{absent} tensors of the model are absent from the checkpoint")
-    if model is not None and model.shapes is not None:
-        _compare(named, model, report)
-    names = list(model.shapes) if model is not None and model.shapes is not None else list(named)
-    return [
-        Output(name, named[name], target_dtype(named[name].dtype, dtype))
-        for name in names
-        if name in named
-    ]
+    report.facts |= {"copied": len(copied), "taken_over": len(finished)}
 
 
-def _compare(named: dict[str, StoredTensor], model: Model, report: Report) -> None:
-    assert model.shapes is not None
-    missing = [name for name in model.shapes if name not in named]
-    extra = [name for name in named if name not in model.shapes]
-    if missing:
-        report.fail(
-            f"{len(missing)} tensors of {model.path} are not in the checkpoint: {missing[:5]}"
-        )
-    if extra:
-        report.fail(f"{len(extra)} tensors are unknown to {model.path}: {extra[:5]}")
-    for name, tensor in named.items():
-        shape = model.shapes.get(name, tensor.shape)
-        if shape != tensor.shape:
-            report.fail(f"{name} is {tensor.shape} here and {shape} in {model.path}")
+def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
+    """Replace safetensors files by those of PyTorch."""
+    from sharded_ema.checkpoint.torch_files import write_dcp, write_torch  # imports PyTorch
 
-
-def _plan_files(outputs: Sequence[Output], limit: int) -> list[tuple[str, list[Output]]]:
-    """Distribute tensors over files in order, none but single tensors larger than ``limit``."""
-    groups: list[list[Output]] = [[]]
-    filled = 0
-    for output in outputs:
-        if groups[-1] and filled + output.num_bytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += output.num_bytes
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [
-        (f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
-        for i, group in enumerate(groups, start=1)
-    ]
-
-
-def _parse_size(size: str | int) -> int:
-    """Bytes from ``5GB``, ``500MB`` or a number (decimal units, as in file sizes)."""
-    text = str(size).strip().upper().removesuffix("B")
-    unit = text[-1:] if text[-1:] in _UNITS else ""
-    try:
-        value = int(float(text.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise ConfigError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}")
-    return value
+    if format == "dcp":
+        write_dcp(written, folder)
+    else:
+        is_adapter = written[0].name.startswith(ADAPTER_STEM)
+        write_torch(written, folder / f"{ADAPTER_STEM if is_adapter else 'pytorch_model'}.bin")
+    for path in written:
+        path.unlink()
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -264,82 +243,3 @@ def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
-
-
-def _verify_rest(catalog: Catalog, average: Average) -> None:
-    """Check what the export does not read but depends on, or cannot check as it streams."""
-    key = average.prefix + META_KEY
-    for chunk in catalog.chunks(key):
-        verify_chunk(catalog.path, chunk, key)
-    if catalog.format == "dcp" and catalog.manifest is not None:
-        # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
-        for record in catalog.manifest.files:
-            verify_file(catalog.path / record.name, record.digest)
-
-
-def _write_files(
-    catalog: Catalog,
-    average: Average,
-    files: Sequence[tuple[str, list[Output]]],
-    staging: Path,
-    *,
-    jobs: int,
-    progress: bool,
-) -> int:
-    """Write the output files; returns how many chunks had no checksum to compare with."""
-    settings = average.meta["profiles"][average.profile]
-    header = {
-        "format": "pt",
-        "kind": "ema",
-        "profile": average.profile,
-        "decay": repr(settings["decay"]),
-        "num_updates": str(average.meta["num_updates"]),
-        "step": str(average.meta["step"]),
-        "source": catalog.manifest.uuid if catalog.manifest else "unknown",
-    }
-    total = sum(o.num_bytes for _, group in files for o in group)
-    with (
-        tqdm(
-            total=total, unit="B", unit_scale=True, desc="consolidate", disable=not progress
-        ) as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-    ):
-        running = [
-            pool.submit(_write_file, catalog, group, staging / name, header, bar.update)
-            for name, group in files
-        ]
-        try:
-            return sum(done.result() for done in running)
-        finally:
-            for waiting in running:
-                waiting.cancel()
-
-
-def _write_file(
-    catalog: Catalog,
-    outputs: Sequence[Output],
-    path: Path,
-    metadata: dict[str, str],
-    advance: Callable[[int], Any],
-) -> int:
-    unchecked = 0
-    header, _ = build_header([(o.name, o.dtype, o.source.shape) for o in outputs], metadata)
-    with open(path, "xb", buffering=0) as file, SourceFiles(catalog.path) as sources:
-        _write_all(file.fileno(), memoryview(header))
-        for output in outputs:
-            stored = output.source
-            cast = caster(stored.dtype, output.dtype)
-            chunks = catalog.chunks(stored.key)
-            unchecked += sum(c.digest is None and c.crc32 is None for c in chunks)
-            itemsize = ITEMSIZE[stored.dtype]
-            for block in stream_tensor(sources, stored.key, stored.shape, itemsize, chunks):
-                data = block if cast is None else cast(block)
-                _write_all(file.fileno(), data.data.cast("B"))
-                advance(data.nbytes)
-        os.fsync(file.fileno())
-    return unchecked
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data.nbytes:
-        data = data[os.write(descriptor, data) :]

@@ -15,15 +15,14 @@ from pathlib import Path
 
 from sharded_ema.checkpoint.reading.catalog import is_part, is_temporary
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.locations import Location, as_location, entries, inside_of
-from sharded_ema.checkpoint.reading.locations import name_of as last_part
+from sharded_ema.checkpoint.reading.locations import Location, as_location, entries
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, follow
 from sharded_ema.checkpoint.reading.runs import Committed, committed_at, in_order
+from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.errors import CheckpointError
 
 _SET_ASIDE = re.compile(r"\.old-[0-9a-f]{32}$")
-_AVERAGE = "ema"
 _CHECKPOINTS = "checkpoints"
 
 
@@ -46,22 +45,19 @@ class Run:
 
 def checkpoint_name(path: Location) -> str:
     """What to call a checkpoint of a run: the name of its step."""
-    parts = str(path).rstrip("/").split("/")
-    return parts[-2] if parts[-1] == _AVERAGE and len(parts) > 1 else parts[-1]
+    return path.parent.name if path.name == ENGINE_DIRECTORY else path.name
 
 
 def read_run(run: str | os.PathLike[str]) -> Run:
     """Look at the manifests in a run; links are not followed."""
     root = as_location(run)
-    found = Run([], {}, [], _latest(root) or _latest(inside_of(root, _CHECKPOINTS)))
+    found = Run([], {}, [], _latest(root) or _latest(root / _CHECKPOINTS))
     for path in _candidates(root):
         if _is_unfinished(path):
             found.leftovers.append(str(path).removeprefix(f"{root}/"))
             continue
         try:
             checkpoint = committed_at(path)
-        except FileNotFoundError:
-            continue  # removed between the look and the read
         except CheckpointError as error:
             found.damaged[checkpoint_name(path)] = str(error)
             continue
@@ -72,15 +68,15 @@ def read_run(run: str | os.PathLike[str]) -> Run:
 
 
 def _candidates(root: Location) -> Iterator[Location]:
-    for folder in (root, inside_of(root, _CHECKPOINTS)):
+    for folder in (root, root / _CHECKPOINTS):
         for name in sorted(_names(folder)):
-            path = inside_of(folder, name)
+            path = folder / name
             if isinstance(path, Path) and (path.is_symlink() or not path.is_dir()):
                 continue
             yield path
             if not _is_marked(name) and name != _CHECKPOINTS:
-                inner = sorted(n for n in _names(path) if n.partition(".")[0] == _AVERAGE)
-                yield from (inside_of(path, n) for n in inner)
+                inner = sorted(n for n in _names(path) if n.partition(".")[0] == ENGINE_DIRECTORY)
+                yield from (path / n for n in inner)
 
 
 def _names(folder: Location) -> set[str]:
@@ -96,16 +92,16 @@ def _is_marked(name: str) -> bool:
 
 def _is_unfinished(path: Location) -> bool:
     """Whether a directory belongs to a save that has not finished, or was replaced by one."""
-    if _is_marked(last_part(path)):
+    if _is_marked(path.name):
         return True
     names = _names(path)
     return not names & {MANIFEST_NAME, METADATA_NAME} and any(map(is_part, names))
 
 
 def _latest(folder: Location) -> str | None:
-    pointer = inside_of(folder, LATEST_NAME)
+    pointer = folder / LATEST_NAME
     try:
         named = follow(pointer)
     except CheckpointError:
         return None
-    return last_part(named) if named != pointer else None
+    return named.name if named != pointer else None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.locations import as_location, exists, is_url
+from sharded_ema.checkpoint.reading.locations import URL, as_location, exists
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.runs import Committed, committed_at
@@ -101,7 +101,7 @@ def watch(
     if not interval > 0:
         raise ConfigError(f"interval must be a positive number of seconds, got {interval}")
     place = Path(out).resolve()
-    if is_url(out) or place == Path(run).resolve():
+    if isinstance(as_location(out), URL) or place == Path(run).resolve():
         raise ConfigError(f"out must be a directory of its own on this machine, got {out}")
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
@@ -160,9 +160,12 @@ class _Watcher:
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
-        with _alone(self._out):
+        with _alone(self._out) as sure:
             while True:
+                # First, so that a consolidation which was killed is gone on with.
                 yield from self._look()
+                if sure:
+                    _sweep(self._out)
                 if interval is None or self._stop.is_set() or self._stop.wait(interval):
                     return
 
@@ -211,6 +214,7 @@ class _Watcher:
             progress=False,
         )
         report.action = "watch"
+        report.facts["step"] = checkpoint.step
         if not report.ok:
             self._refused.add(checkpoint.uuid)
         return report
@@ -280,33 +284,38 @@ def _is_there(checkpoint: Committed) -> bool:
     """Whether the checkpoint is still the one that was found."""
     try:
         now = committed_at(checkpoint.path)
-    except (CheckpointError, FileNotFoundError):
+    except CheckpointError:
         return False
     return now is not None and now.uuid == checkpoint.uuid
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[None]:
-    """Keep other watches out, and leave nothing half-written behind, nor what a killed one left."""
+def _alone(out: Path) -> Iterator[bool]:
+    """Keep other watches out, and leave nothing half-written behind.
+
+    Yields:
+        Whether this is sure: a file system without locks cannot tell.
+    """
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    sure = True
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(f"another watch is at work in {out}; give each its own") from None
-        except OSError:  # a file system without locks: nothing is known to be nobody's
-            yield
-            return
-        _sweep(out)
+        except OSError:
+            sure = False
         try:
-            yield
+            yield sure
         finally:
-            _sweep(out)
+            if sure:
+                _sweep(out)
     finally:
         os.close(descriptor)
 
 
 def _sweep(out: Path) -> None:
+    """Remove what is named as half-written, when nobody is writing."""
     for path in out.iterdir():
         if not _TEMPORARY.fullmatch(path.name):
             continue

@@ -238,20 +238,29 @@ def test_a_full_disk_may_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert shown(out) == {"step_1": 1, "latest": 1}
 
 
-def test_what_a_killed_watch_has_left(tmp_path: Path) -> None:
+def test_what_a_killed_watch_has_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is there for the export that goes on with it, and gone when the watch waits."""
     run, out = tmp_path / "run", tmp_path / "out"
     save(run / "step_1", 1)
     once(run, out)
+    (out / "latest").unlink()  # killed between the export and the link
+    commit.temporary(out / "latest").symlink_to("step_1")
     half = commit.temporary(out / "step_2")
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
-    commit.temporary(out / "latest").symlink_to("step_1")
-    (out / "latest").unlink()  # killed between the export and the link
     (out / "notes").mkdir()
+    save(run / "step_2", 2)
+
+    def looking(*args: object, **settings: object) -> Report:
+        assert half.is_dir()
+        return consolidate(*args, **settings)  # type: ignore[arg-type]
+
+    consolidate = module.consolidate
+    monkeypatch.setattr(module, "consolidate", looking)
     seen: list[set[str]] = []
     script = Script(lambda: seen.append({path.name for path in out.iterdir()}))
-    assert not list(watch(run, out, stop=script))
-    assert seen == [{"step_1", "latest", "notes"}]
+    assert len(list(watch(run, out, stop=script))) == 1
+    assert seen == [{"step_1", "step_2", "latest", "notes"}]
 
 
 def test_an_interrupted_export_leaves_nothing(
@@ -284,10 +293,13 @@ def test_an_interrupted_removal_leaves_nothing(
     once(run, out)
     save(run / "step_2", 2)
 
-    def interrupted(*_: object, **__: object) -> None:
-        monkeypatch.undo()
-        os.kill(os.getpid(), signal.SIGINT)
+    def interrupted(path: Path, **settings: bool) -> None:
+        if "step_1" in path.name:
+            monkeypatch.undo()
+            os.kill(os.getpid(), signal.SIGINT)
+        rmtree(path, **settings)
 
+    rmtree = shutil.rmtree
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     assert main(["watch", str(run), "--out", str(out), "--keep", "1"]) == 0
     assert shown(out) == {"step_2": 2, "latest": 2}

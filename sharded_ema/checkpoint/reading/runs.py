@@ -7,19 +7,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from sharded_ema.checkpoint.reading.catalog import is_temporary
-from sharded_ema.checkpoint.reading.locations import (
-    Location,
-    as_location,
-    entries,
-    inside_of,
-    is_file,
-    read_small,
-)
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, parse_manifest
+from sharded_ema.checkpoint.reading.listed import read_manifest
+from sharded_ema.checkpoint.reading.locations import Location, as_location, entries, is_file
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointError, CheckpointNotFoundError
-
-# The manifest of a million tensors has about 100 MB.
-_MAX_MANIFEST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +39,20 @@ def committed_at(path: Location) -> Committed | None:
 
     Raises:
         CheckpointError: the manifest is damaged.
-        FileNotFoundError: it was removed just now.
     """
-    manifest = inside_of(path, MANIFEST_NAME)
-    data = read_small(manifest, _MAX_MANIFEST_BYTES) if is_file(manifest) else None
-    if data is None:
+    if not is_file(path / MANIFEST_NAME):
         return None
-    fields = parse_manifest(data, str(manifest))
-    steps = [meta["step"] for meta in fields.emas.values() if type(meta.get("step")) is int]
-    num_bytes = sum(file.num_bytes for file in fields.files)
-    return Committed(path, max(steps), fields.saved_at, fields.uuid, num_bytes) if steps else None
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        if is_file(path / MANIFEST_NAME):
+            raise
+        return None  # removed between the look and the read
+    steps = [meta["step"] for meta in manifest.emas.values() if type(meta.get("step")) is int]
+    if not steps:
+        return None
+    num_bytes = sum(file.num_bytes for file in manifest.files)
+    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes)
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
@@ -67,9 +62,8 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
     """
     found = []
     for name in entries(as_location(run)):
-        # Damaged, or removed between the look and the read.
-        with suppress(CheckpointError, FileNotFoundError):
-            at = None if is_temporary(name) else committed_at(inside_of(as_location(run), name))
+        with suppress(CheckpointError):
+            at = None if is_temporary(name) else committed_at(as_location(run) / name)
             found += [at] if at else []
     return sorted(found, key=in_order)
 
