@@ -19,8 +19,10 @@ if TYPE_CHECKING:
     from sharded_ema.errors import EMAError, EMAWarning
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
     from sharded_ema.tools.consolidate import consolidate
+    from sharded_ema.tools.diff import diff
     from sharded_ema.tools.summary import inspect
     from sharded_ema.tools.verify import verify
+    from sharded_ema.tools.watch import watch
 
 __all__ = [
     "Constant",
@@ -37,9 +39,11 @@ __all__ = [
     "Warmup",
     "__version__",
     "consolidate",
+    "diff",
     "inspect",
     "latest_checkpoint",
     "verify",
+    "watch",
 ]
 
 _HOME = {
@@ -56,9 +60,11 @@ _HOME = {
     "Schedule": "schedules",
     "Warmup": "schedules",
     "consolidate": "tools.consolidate",
+    "diff": "tools.diff",
     "inspect": "tools.summary",
     "latest_checkpoint": "checkpoint.reading.runs",
     "verify": "tools.verify",
+    "watch": "tools.watch",
 }
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -63,7 +62,7 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
     """
     root, names = find_checkpoint(path)
     report = Report("verify", str(path))
-    weights = None if model is None else open_weights(Path(model))
+    weights = None if model is None else open_weights(model)
     catalog = None
     with _noting(report):
         if MANIFEST_NAME in names:

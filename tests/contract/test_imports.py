@@ -148,7 +148,7 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import sharded_ema",
-        "import sharded_ema as s; s.consolidate; s.inspect; s.verify; s.HalfLife",
+        "import sharded_ema as s; s.consolidate; s.diff; s.inspect; s.verify; s.watch; s.HalfLife",
         "import sharded_ema.cli",
     ],
 )
