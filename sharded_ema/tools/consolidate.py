@@ -8,53 +8,34 @@ the finished directory is published by one rename: whoever looks finds nothing o
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.reading.stream import (
-    SourceFiles,
-    stream_tensor,
-    verify_chunk,
-    verify_file,
-)
-from sharded_ema.config import DEFAULT_PROFILE, META_KEY
-from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
-from sharded_ema.tools.adapters import adapter_tensors
-from sharded_ema.tools.casting import caster, target_dtype
-from sharded_ema.tools.contents import Average, find_average, num_bytes
-from sharded_ema.tools.huggingface import (
-    ADAPTER_WEIGHTS,
-    Model,
-    copy_description,
-    index_bytes,
-    read_model,
+from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor
+from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.errors import ConfigError
+from sharded_ema.tools.casting import caster
+from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.planning import (
+    Files,
+    Output,
+    check_space,
+    check_target,
+    complete,
+    plan_model,
+    publishing,
+    verify_rest,
+    write_all,
 )
 from sharded_ema.tools.report import Report
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-@dataclass(frozen=True, slots=True)
-class Output:
-    """A tensor to write: its name, what it is read from, and its dtype in the file."""
-
-    name: str
-    source: StoredTensor
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        return num_bytes(self.source, self.dtype)
 
 
 def consolidate(
@@ -103,37 +84,26 @@ def consolidate(
     catalog = open_checkpoint(src)
     average = find_average(catalog, profile, prefix)
     target = Path(dst)
-    _check_target(target, catalog.path)
+    check_target(target, catalog.path)
     report = Report("consolidate", str(src))
     model = read_model(Path(like)) if like is not None else None
-    if adapter is not None or (model is not None and model.is_adapter):
-        outputs = _plan_adapter(average, adapter, dtype, model, report)
-        files = [(ADAPTER_WEIGHTS, outputs)]
-    else:
-        outputs = _plan_outputs(average, dtype, tied, model, report)
-        files = _plan_files(outputs, _parse_size(max_shard_size))
+    files = plan_model(
+        average,
+        report,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        model=model,
+        tied=tied,
+        adapter=adapter,
+    )
+    outputs = [output for _, group in files for output in group]
     if not report.ok:
         return report
-    _check_space(target, sum(o.num_bytes for o in outputs))
-    staging = commit.temporary(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        staging.mkdir()
-        _verify_rest(catalog, average)
+    check_space(target, sum(o.num_bytes for o in outputs))
+    with publishing(target) as staging:
+        verify_rest(catalog, average.prefix)
         unchecked = _write_files(catalog, average, files, staging, jobs=jobs, progress=progress)
-        if len(files) > 1:
-            commit.write_durably(
-                staging / "model.safetensors.index.json",
-                index_bytes({o.name: name for name, group in files for o in group}, outputs),
-            )
-        copied = copy_description(model, staging) if model is not None else []
-        if target.is_dir():
-            target.rmdir()  # empty, as was checked
-        commit.publish(staging, target, replace=False)
-    except OSError as error:
-        raise CheckpointWriteError(f"{src} could not be written to {target}: {error}") from error
-    finally:
-        commit.remove(staging)
+        copied = complete(staging, files, model)
     if unchecked:
         report.notes.append(f"{unchecked} chunks carry no CRC32, so their bytes were not checked")
     report.facts |= {
@@ -151,136 +121,10 @@ def consolidate(
     return report
 
 
-def _check_target(target: Path, source: Path) -> None:
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise CheckpointExistsError(f"{target} already exists; nothing was written")
-
-
-def _plan_adapter(
-    average: Average,
-    adapter: str | None,
-    dtype: str | None,
-    model: Model | None,
-    report: Report,
-) -> list[Output]:
-    """The tensors of a PEFT adapter; PEFT reads them from one file."""
-    named = adapter_tensors(average, adapter)
-    left = len(average.tensors) - len(named)
-    if left:
-        report.notes.append(f"{left} tensors in the checkpoint are not the adapter's")
-    if model is not None and model.shapes is not None:
-        _compare(named, model, report)
-    return [Output(n, tensor, target_dtype(tensor.dtype, dtype)) for n, tensor in named.items()]
-
-
-def _plan_outputs(
-    average: Average, dtype: str | None, tied: str, model: Model | None, report: Report
-) -> list[Output]:
-    """Names and dtypes of all tensors, in the order in which they will be written."""
-    if tied not in ("drop", "emit"):
-        raise ConfigError(f'tied must be "drop" or "emit", got {tied!r}')
-    named = dict(average.tensors)
-    for canonical, aliases in average.aliases.items():
-        if canonical not in named:
-            continue
-        everywhere = dict.fromkeys([canonical, *aliases], named[canonical])
-        if model is not None and model.shapes is not None:
-            named.pop(canonical)
-            named |= {name: t for name, t in everywhere.items() if name in model.shapes}
-        elif tied == "emit":
-            named |= everywhere
-    absent = average.meta["absent"]["count"]
-    if absent:
-        report.facts["absent"] = absent
-        shown = ", ".join(average.meta["absent"]["names"][:5])
-        report.notes.append(
-            f"{absent} tensors absent: they were left out of the average or frozen and not saved "
-            f"({shown}{', ...' if absent > 5 else ''})"
-        )
-        if model is not None:
-            report.fail(f"{absent} tensors of the model are absent from the checkpoint")
-    if model is not None and model.shapes is not None:
-        _compare(named, model, report)
-    names = list(model.shapes) if model is not None and model.shapes is not None else list(named)
-    return [
-        Output(name, named[name], target_dtype(named[name].dtype, dtype))
-        for name in names
-        if name in named
-    ]
-
-
-def _compare(named: dict[str, StoredTensor], model: Model, report: Report) -> None:
-    assert model.shapes is not None
-    missing = [name for name in model.shapes if name not in named]
-    extra = [name for name in named if name not in model.shapes]
-    if missing:
-        report.fail(
-            f"{len(missing)} tensors of {model.path} are not in the checkpoint: {missing[:5]}"
-        )
-    if extra:
-        report.fail(f"{len(extra)} tensors are unknown to {model.path}: {extra[:5]}")
-    for name, tensor in named.items():
-        shape = model.shapes.get(name, tensor.shape)
-        if shape != tensor.shape:
-            report.fail(f"{name} is {tensor.shape} here and {shape} in {model.path}")
-
-
-def _plan_files(outputs: Sequence[Output], limit: int) -> list[tuple[str, list[Output]]]:
-    """Distribute tensors over files in order, none but single tensors larger than ``limit``."""
-    groups: list[list[Output]] = [[]]
-    filled = 0
-    for output in outputs:
-        if groups[-1] and filled + output.num_bytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += output.num_bytes
-    if len(groups) == 1:
-        return [("model.safetensors", groups[0])]
-    return [
-        (f"model-{i:05d}-of-{len(groups):05d}.safetensors", group)
-        for i, group in enumerate(groups, start=1)
-    ]
-
-
-def _parse_size(size: str | int) -> int:
-    """Bytes from ``5GB``, ``500MB`` or a number (decimal units, as in file sizes)."""
-    text = str(size).strip().upper().removesuffix("B")
-    unit = text[-1:] if text[-1:] in _UNITS else ""
-    try:
-        value = int(float(text.removesuffix(unit)) * _UNITS[unit])
-    except (ValueError, OverflowError):
-        value = 0
-    if value < 1:
-        raise ConfigError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}")
-    return value
-
-
-def _check_space(target: Path, needed: int) -> None:
-    """Refuse before writing what the disk cannot hold."""
-    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
-
-
-def _verify_rest(catalog: Catalog, average: Average) -> None:
-    """Check what the export does not read but depends on, or cannot check as it streams."""
-    key = average.prefix + META_KEY
-    for chunk in catalog.chunks(key):
-        verify_chunk(catalog.path, chunk, key)
-    if catalog.format == "dcp" and catalog.manifest is not None:
-        # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
-        for record in catalog.manifest.files:
-            verify_file(catalog.path / record.name, record.digest)
-
-
 def _write_files(
     catalog: Catalog,
     average: Average,
-    files: Sequence[tuple[str, list[Output]]],
+    files: Files,
     staging: Path,
     *,
     jobs: int,
@@ -325,7 +169,7 @@ def _write_file(
     unchecked = 0
     header, _ = build_header([(o.name, o.dtype, o.source.shape) for o in outputs], metadata)
     with open(path, "xb", buffering=0) as file, SourceFiles(catalog.path) as sources:
-        _write_all(file.fileno(), memoryview(header))
+        write_all(file.fileno(), memoryview(header))
         for output in outputs:
             stored = output.source
             cast = caster(stored.dtype, output.dtype)
@@ -334,12 +178,7 @@ def _write_file(
             itemsize = ITEMSIZE[stored.dtype]
             for block in stream_tensor(sources, stored.key, stored.shape, itemsize, chunks):
                 data = block if cast is None else cast(block)
-                _write_all(file.fileno(), data.data.cast("B"))
+                write_all(file.fileno(), data.data.cast("B"))
                 advance(data.nbytes)
         os.fsync(file.fileno())
     return unchecked
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data.nbytes:
-        data = data[os.write(descriptor, data) :]
