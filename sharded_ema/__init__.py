@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     from sharded_ema.ema import ShardedEMA
     from sharded_ema.errors import EMAError, EMAWarning
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
+    from sharded_ema.tools.average import average
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.summary import inspect
+    from sharded_ema.tools.synthesize import synthesize
     from sharded_ema.tools.verify import verify
 
 __all__ = [
@@ -36,9 +38,11 @@ __all__ = [
     "ShardedEMA",
     "Warmup",
     "__version__",
+    "average",
     "consolidate",
     "inspect",
     "latest_checkpoint",
+    "synthesize",
     "verify",
 ]
 
@@ -55,9 +59,11 @@ _HOME = {
     "Power": "schedules",
     "Schedule": "schedules",
     "Warmup": "schedules",
+    "average": "tools.average",
     "consolidate": "tools.consolidate",
     "inspect": "tools.summary",
     "latest_checkpoint": "checkpoint.reading.runs",
+    "synthesize": "tools.synthesize",
     "verify": "tools.verify",
 }
 

@@ -38,7 +38,7 @@ def caster(source: str, target: str) -> Cast | None:
     def cast(data: Bytes) -> Bytes:
         wide = _to_wide(data, source)
         if target == "BF16":
-            return _round_to_bf16(wide.astype("<f4", copy=False)).view("u1")
+            return _round_to_bf16(_narrow_to_odd(wide)).view("u1")
         with numpy.errstate(over="ignore"):  # too large for the target: infinity, as everywhere
             return wide.astype("<f4" if target == "F32" else "<f2").view("u1")
 
@@ -54,6 +54,19 @@ def _to_wide(data: Bytes, source: str) -> numpy.ndarray:
     if source == "BF16":
         return (data.view("<u2").astype("<u4") << 16).view("<f4")
     return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[source])
+
+
+def _narrow_to_odd(values: numpy.ndarray) -> numpy.ndarray:
+    """As fp32 with the last bit set if anything was lost, so that rounding again rounds once."""
+    if values.dtype != "<f8":
+        return values.astype("<f4", copy=False)
+    with numpy.errstate(over="ignore"):
+        narrow = values.astype("<f4")
+    wide = narrow.astype("<f8")
+    bits = narrow.view("<u4")
+    bits -= numpy.abs(wide) > numpy.abs(values)
+    bits |= (wide != values) & ~numpy.isnan(values)
+    return narrow
 
 
 def _round_to_bf16(values: numpy.ndarray) -> numpy.ndarray:

@@ -11,7 +11,7 @@ class Report:
     """The result of one tool.
 
     Attributes:
-        action: ``"inspect"``, ``"verify"`` or ``"consolidate"``.
+        action: the name of the tool, such as ``"inspect"``.
         path: what it was about.
         ok: whether every check passed.
         facts: results by name; JSON types only.
