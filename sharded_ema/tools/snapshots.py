@@ -44,7 +44,8 @@ class Snapshot:
     @property
     def steps_taken_in(self) -> int:
         """Applied optimizer steps from the seed to the last update of the shadow."""
-        return int(self.meta["last_lerp_step"] - self.meta["seed_step"])
+        seed = self.meta["seed_step"]
+        return 0 if seed is None else int(self.meta["last_lerp_step"] - seed)
 
     @property
     def updates(self) -> int:
@@ -161,6 +162,8 @@ def choose(
             notes.append(f"step {snapshot.step} left aside: its average was seeded at another step")
             continue
         _check_clock(snapshot, target)
+        if not snapshot.updates and snapshot is not target:
+            notes.append(f"step {snapshot.step} left aside: its average has had no update yet")
         for name in names:
             _check_schedule(snapshot, target, name, asked=profiles is not None)
             stored = snapshot.stored(name)
@@ -212,8 +215,6 @@ def _of_step(snapshots: Sequence[Snapshot], step: int | None) -> Snapshot:
 def _check_clock(snapshot: Snapshot, target: Snapshot) -> None:
     """Refuse averages that did not move at the updates at which the last one did."""
     every = snapshot.meta["update_every"]
-    if snapshot.meta["seed_step"] is None:
-        return  # not begun: it has no weighting yet
     if every != target.meta["update_every"] or snapshot.steps_taken_in % every:
         raise CheckpointMismatchError(
             f"{snapshot.catalog.path} was averaged with update_every={every} up to step "
@@ -248,7 +249,7 @@ def _check_schedule(snapshot: Snapshot, target: Snapshot, name: str, *, asked: b
 
 
 def _why_none(target: Snapshot, names: Sequence[str]) -> str:
-    if target.meta["seed_step"] is None or not target.updates:
+    if not target.updates:
         return f"the average in {target.catalog.path} has had no update yet"
     begun_later = [n for n in names if (target.schedule(n) or {}).get("type") == "Power"]
     if begun_later:
