@@ -12,7 +12,7 @@ from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointCorruptError, EMAError
 from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
-from sharded_ema.tools.consolidate import consolidate
+from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.summary import inspect
 from sharded_ema.tools.synthesize import synthesize
@@ -55,7 +55,11 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--profile", default=DEFAULT_PROFILE, help="(default: %(default)s)")
     merge.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
     merge.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
-    merge.add_argument("--prefix", help="key prefix of the average inside a larger checkpoint")
+    merge.add_argument(
+        "--prefix",
+        help="key prefix of the average inside a larger checkpoint, or of tensors that other "
+        "software has stored ('' for all)",
+    )
     merge.add_argument(
         "--like",
         metavar="DIR",
@@ -63,6 +67,23 @@ def build_parser() -> argparse.ArgumentParser:
         "and, if it has weights, to check names and shapes against",
     )
     merge.add_argument("--adapter", help="PEFT adapter to write, if the model had several")
+    for flag, metavar, text in (
+        ("--include", "PATTERN", "only tensors whose names in the output fit; may be repeated"),
+        ("--exclude", "PATTERN", "no tensors whose names in the output fit; may be repeated"),
+        ("--rename", "s/A/B/", "substitution in the names, as in Python's re; may be repeated"),
+    ):
+        merge.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
+    merge.add_argument(
+        "--base", metavar="DIR", help="model directory to take what is not stored from"
+    )
+    merge.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help="torch: one pytorch_model.bin; dcp: a checkpoint of torch.distributed.checkpoint; "
+        "both need PyTorch (default: %(default)s)",
+    )
+    merge.add_argument("--plan", action="store_true", help="only say what would be written")
     merge.add_argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
     merge.add_argument(
         "--tied",
@@ -176,6 +197,12 @@ def run(arguments: argparse.Namespace) -> Report:
         jobs=arguments.jobs,
         tied=arguments.tied,
         adapter=arguments.adapter,
+        include=arguments.include,
+        exclude=arguments.exclude,
+        rename=arguments.rename,
+        base=arguments.base,
+        format=arguments.format,
+        plan=arguments.plan,
         progress=not arguments.no_progress,
     )
 

@@ -12,10 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.hooks import MethodWrap
-
-#: Directory of the average below a DeepSpeed tag. DeepSpeed's tools look at files of the tag only.
-DIRECTORY = "ema"
 
 
 class EngineCheckpoints:
@@ -59,7 +57,7 @@ class EngineCheckpoints:
         if tag is None:  # as DeepSpeed names it
             tag = f"global_step{self._engine.global_steps}"
         if given["save_dir"]:  # else DeepSpeed refuses
-            directory = Path(given["save_dir"], str(tag), DIRECTORY)
+            directory = Path(given["save_dir"], str(tag), ENGINE_DIRECTORY)
             self._save(directory, self._engine.global_steps)
         return original(*args, **kwargs)
 
@@ -74,5 +72,7 @@ class EngineCheckpoints:
         result = original(*args, **kwargs)
         if tag is not None and result[0] is not None:
             weights_only = given.get("load_module_only", False)
-            self._loaded(None if weights_only else Path(given["load_dir"], str(tag), DIRECTORY))
+            self._loaded(
+                None if weights_only else Path(given["load_dir"], str(tag), ENGINE_DIRECTORY)
+            )
         return result

@@ -12,22 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
-from sharded_ema.tools.combining import Plan, Source, write_sums
-from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
+from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.huggingface import holds_model, open_model, read_model
-from sharded_ema.tools.planning import (
-    check_space,
-    check_target,
-    complete,
-    plan_model,
-    publishing,
-    verify_rest,
-)
+from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.workplace import check_target
 
 
 @dataclass(frozen=True)
@@ -38,13 +32,16 @@ class _Input:
         path: as given.
         catalog: where its tensors are.
         average: the tensors that count, by name.
-        described: whether the average is one of this library.
     """
 
     path: str
     catalog: Catalog
     average: Average
-    described: bool
+
+    @property
+    def described(self) -> bool:
+        """Whether it is an average of this library."""
+        return bool(self.average.meta)
 
     def named(self) -> dict[str, StoredTensor]:
         """Its tensors by all their names."""
@@ -87,7 +84,7 @@ def average(
         weights: of each checkpoint, not negative; they are divided by their sum. ``None``: equal.
         profile: which average, of checkpoints of this library.
         prefix: key prefix of the average in a larger checkpoint, or of the model in a DCP
-            checkpoint without one, such as ``"model"``.
+            checkpoint without one, such as ``"model"``; as for ``consolidate``.
         dtype: as for ``consolidate``; ``None`` keeps that of the last input.
         max_shard_size: bytes per output file.
         like: as for ``consolidate``; if the last input is a Hugging Face directory, that one.
@@ -116,40 +113,40 @@ def average(
         like = last.path if Path(last.path).is_dir() else None
     model = read_model(Path(like)) if like is not None else None
     files = plan_model(
-        last.average, report, dtype=dtype, max_shard_size=max_shard_size, model=model
+        last.catalog,
+        last.average,
+        report,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        model=model,
     )
     if not report.ok:
         return report
-    outputs = [output for _, group in files for output in group]
-    sources = _sources(inputs, {output.name: output.source for output in outputs})
-    plan = Plan(files, sources, np.array([shares]))
-    check_space(target, plan.num_bytes)
+    outputs = {output.name: output.source for _, group in files for output in group}
+    sources = _sources(inputs, outputs)
     header = {
         "format": "pt",
         "kind": "average",
         "sources": json.dumps([each.path for each in inputs]),
         "weights": json.dumps(shares),
     }
-    with publishing(target) as staging:
-        for each in inputs:
-            if each.described:
-                verify_rest(each.catalog, each.average.prefix)
-        unchecked = write_sums(
-            plan, [staging], [header], what="average", jobs=jobs, progress=progress
-        )
-        complete(staging, files, model)
-    if unchecked:
-        report.notes.append(f"{unchecked} chunks carry no checksum, so their data was not checked")
     report.facts |= {
         "output": str(target),
         "checkpoints": len(inputs),
         "weights": shares,
-        "averaged_tensors": sum(len(s) > 1 for s in sources.values()),
-        "tensors": len(outputs),
-        "bytes": plan.num_bytes,
-        "files": len(files),
-        "seconds": round(time.monotonic() - started, 3),
+        "averaged_tensors": sum(len(found) > 1 for found in sources.values()),
     }
+    publish_sums(
+        Plan(files, sources, np.array([shares])),
+        target,
+        {"": header},
+        inputs=[(each.catalog, each.average) for each in inputs],
+        model=model,
+        report=report,
+        jobs=jobs,
+        progress=progress,
+    )
+    report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
 
@@ -172,32 +169,16 @@ def _open(path: Path, profile: str, prefix: str | None) -> _Input:
     Raises:
         CheckpointError: there is none, it is damaged, or nothing in it can be averaged.
     """
-    if holds_model(path):
-        catalog, start = open_model(path), ""
-        if catalog.format == "adapter":
-            raise CheckpointMismatchError(
-                f"{path} is a PEFT adapter; only adapters in checkpoints of this library can be "
-                "averaged, with like (--like)"
-            )
-    else:
-        catalog, start = open_checkpoint(path), f"{prefix.removesuffix('.')}." if prefix else ""
-        if catalog.prefixes():
-            found = find_average(catalog, profile, prefix)
-            return _Input(str(path), catalog, found, True)
-    unread = [key for key in catalog.unsupported if key.startswith(start)]
-    tensors = {
-        key.removeprefix(start): tensor
-        for key, tensor in catalog.tensors.items()
-        if key.startswith(start)
-    }
-    if unread or not tensors:
+    if not holds_model(path):
+        catalog = open_source(path)
+        return _Input(str(path), catalog, find_tensors(catalog, profile, prefix))
+    catalog = open_model(path)
+    if catalog.format == "adapter":
         raise CheckpointMismatchError(
-            f"{path} has "
-            + (f"{unread[0]} of a dtype that is not supported" if unread else "no tensors")
-            + (f" under the prefix {start!r}" if start else "")
+            f"{path} is a PEFT adapter; only adapters in checkpoints of this library can be "
+            "averaged, with like (--like)"
         )
-    said = {"absent": {"count": 0, "names": []}}
-    return _Input(str(path), catalog, Average(start, "", said, tensors), False)
+    return _Input(str(path), catalog, find_tensors(catalog, DEFAULT_PROFILE, ""))
 
 
 def _sources(

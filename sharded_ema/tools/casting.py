@@ -30,19 +30,30 @@ def target_dtype(stored: str, wanted: str | None) -> str:
 def caster(source: str, target: str) -> Cast | None:
     """A function from uint8 arrays to uint8 arrays, or ``None`` if nothing changes.
 
-    Rounds to nearest, ties to even; NaN stays NaN, infinities and signs stay.
+    Rounds to nearest, ties to even; NaN stays NaN, infinities and signs stay. As torch does, fp64
+    is rounded to fp32 first.
     """
     if source == target:
         return None
 
     def cast(data: Bytes) -> Bytes:
-        wide = _to_wide(data, source)
-        if target == "BF16":
-            return _round_to_bf16(_narrow_to_odd(wide)).view("u1")
         with numpy.errstate(over="ignore"):  # too large for the target: infinity, as everywhere
-            return wide.astype("<f4" if target == "F32" else "<f2").view("u1")
+            single = _to_wide(data, source).astype("<f4", copy=False)
+            if target == "BF16":
+                return _round_to_bf16(single).view("u1")
+            return single.astype("<f4" if target == "F32" else "<f2", copy=False).view("u1")
 
     return cast
+
+
+def round_once(values: numpy.ndarray, target: str) -> Bytes:
+    """float64 as uint8 of another dtype, each value the nearest one; `caster` goes over fp32."""
+    if target == "F64":
+        return values.view("u1")
+    if target == "BF16":
+        return _round_to_bf16(_narrow_to_odd(values)).view("u1")
+    with numpy.errstate(over="ignore"):
+        return values.astype("<f4" if target == "F32" else "<f2").view("u1")
 
 
 def widen(data: Bytes, source: str) -> numpy.ndarray:
@@ -58,8 +69,6 @@ def _to_wide(data: Bytes, source: str) -> numpy.ndarray:
 
 def _narrow_to_odd(values: numpy.ndarray) -> numpy.ndarray:
     """As fp32 with the last bit set if anything was lost, so that rounding again rounds once."""
-    if values.dtype != "<f8":
-        return values.astype("<f4", copy=False)
     with numpy.errstate(over="ignore"):
         narrow = values.astype("<f4")
     wide = narrow.astype("<f8")

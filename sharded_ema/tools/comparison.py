@@ -41,9 +41,11 @@ def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:
     """Add the distance of every average from the weights to a report, and what it means.
 
     Raises:
-        CheckpointMismatchError: the weights are those of another model.
+        CheckpointMismatchError: the weights are those of another model, or there is no average.
         CheckpointCorruptError: data is damaged.
     """
+    if not catalog.prefixes():
+        raise CheckpointMismatchError(f"{catalog.path} holds no average to compare with a model")
     for prefix in catalog.prefixes():
         for profile in catalog.meta(prefix)["profiles"]:
             _compare_average(catalog, find_average(catalog, profile, prefix), weights, report)

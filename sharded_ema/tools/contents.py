@@ -8,18 +8,18 @@ from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE
-from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
+from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError
 
 
 @dataclass(frozen=True, slots=True)
 class Average:
-    """One profile of one average in a checkpoint.
+    """One profile of one average in a checkpoint, or tensors that other software has stored.
 
     Attributes:
         prefix: of its keys.
         profile: its name.
-        meta: what the average says of itself.
+        meta: what the average says of itself; empty for tensors of other software.
         tensors: averaged, frozen and buffers, by the name in the bare model's ``state_dict()``.
     """
 
@@ -33,6 +33,24 @@ class Average:
         """Other names of tied weights, by the name they are stored under."""
         found: dict[str, list[str]] = self.meta.get("aliases", {})
         return found
+
+    @property
+    def absent(self) -> tuple[int, list[str]]:
+        """How many tensors of the model are not stored, and the names of up to a hundred."""
+        absent = self.meta.get("absent", {"count": 0, "names": []})
+        return absent["count"], absent["names"]
+
+    def header(self) -> dict[str, str]:
+        """What a file that holds it says of itself, beside the format."""
+        if not self.meta:
+            return {"kind": "tensors", "prefix": self.prefix}
+        return {
+            "kind": "ema",
+            "profile": self.profile,
+            "decay": repr(self.meta["profiles"][self.profile]["decay"]),
+            "num_updates": str(self.meta["num_updates"]),
+            "step": str(self.meta["step"]),
+        }
 
 
 def find_prefix(catalog: Catalog, prefix: str | None) -> str:
@@ -74,6 +92,42 @@ def find_average(catalog: Catalog, profile: str, prefix: str | None) -> Average:
             if key.startswith(start):
                 tensors[key.removeprefix(start)] = tensor
     return Average(prefix, profile, meta, tensors)
+
+
+def find_tensors(catalog: Catalog, profile: str, prefix: str | None) -> Average:
+    """The average that is meant; under a prefix that holds none, the tensors that it holds.
+
+    Raises:
+        CheckpointMismatchError: there is neither; the prefix holds what this library does not read.
+    """
+    if prefix is None and not catalog.prefixes():
+        parts = sorted({key.partition(".")[0] for key in catalog.tensors})
+        raise CheckpointMismatchError(
+            f"{catalog.path} holds no average of this library; to take tensors of other software "
+            f"as they are, pass a prefix (--prefix), '' for all; keys begin with {parts[:10]}"
+        )
+    start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
+    if start is None or start in catalog.prefixes():
+        return find_average(catalog, profile, prefix)
+    if profile != DEFAULT_PROFILE:
+        raise CheckpointMismatchError(
+            f"{catalog.path} has no average under {prefix!r}, so no profile {profile!r} either"
+        )
+    unknown = {k: d for k, d in catalog.unsupported.items() if k.startswith(start)}
+    if unknown:
+        key, dtype = next(iter(unknown.items()))
+        raise CheckpointMismatchError(
+            f"{catalog.path}: {len(unknown)} tensors under {prefix!r} have a dtype that this "
+            f"library does not read, such as {key} with torch.{dtype}; choose a longer prefix"
+        )
+    tensors = {k[len(start) :]: t for k, t in catalog.tensors.items() if k.startswith(start)}
+    if not tensors:
+        parts = sorted({key.partition(".")[0] for key in catalog.tensors})
+        raise CheckpointMismatchError(
+            f"{catalog.path} has neither an average nor tensors under the prefix {prefix!r}; keys "
+            f"begin with {parts[:10]}, averages lie under {catalog.prefixes()}"
+        )
+    return Average(start, "", {}, tensors)
 
 
 def num_bytes(tensor: StoredTensor, dtype: str | None = None) -> int:

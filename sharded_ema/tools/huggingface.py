@@ -17,16 +17,19 @@ from sharded_ema.checkpoint.reading.safetensors_file import load_json, read_head
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.layout import Box, Shape
 
-_INDEX = "model.safetensors.index.json"
+INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_STEM = "adapter_model"
+ADAPTER_WEIGHTS = f"{ADAPTER_STEM}.safetensors"
 _MAX_INDEX_BYTES = 1 << 28
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
-class Sized(Protocol):
-    """Anything with a size in bytes."""
+class Named(Protocol):
+    """Anything with a name and a size in bytes."""
 
+    @property
+    def name(self) -> str: ...
     @property
     def num_bytes(self) -> int: ...
 
@@ -96,19 +99,19 @@ def open_model(path: Path) -> Catalog:
 
 def holds_model(path: Path) -> bool:
     """Whether a directory has weights under the names used here, or a file is named like them."""
-    names = (_INDEX, "model.safetensors", ADAPTER_WEIGHTS)
+    names = (INDEX, "model.safetensors", ADAPTER_WEIGHTS)
     return path.suffix == ".safetensors" or any((path / name).is_file() for name in names)
 
 
 def _weight_files(path: Path, is_adapter: bool) -> list[str]:
     """Names of files in the directory; they may be links, as in the cache of the Hub."""
-    if not (path / _INDEX).is_file():
+    if not (path / INDEX).is_file():
         names = (ADAPTER_WEIGHTS,) if is_adapter else ("model.safetensors",)
         return [name for name in names if (path / name).is_file()]
-    index = load_json(read_whole(path / _INDEX, _MAX_INDEX_BYTES), str(path / _INDEX))
+    index = load_json(read_whole(path / INDEX, _MAX_INDEX_BYTES), str(path / INDEX))
     files = index.get("weight_map")
     if not isinstance(files, dict) or not all(map(is_plain_name, files.values())):
-        raise CheckpointCorruptError(f"{path / _INDEX} is no index of safetensors files")
+        raise CheckpointCorruptError(f"{path / INDEX} is no index of safetensors files")
     return list(dict.fromkeys(files.values()))
 
 
@@ -116,7 +119,7 @@ def copy_description(model: Model, target: Path) -> list[str]:
     """Copy configuration, tokenizer and the like; everything but weights and their index."""
     copied = []
     for source in sorted(model.path.iterdir()):
-        if source.is_file() and source.name != _INDEX and source.suffix not in _WEIGHTS:
+        if source.is_file() and source.name != INDEX and source.suffix not in _WEIGHTS:
             shutil.copyfile(source, target / source.name)
             descriptor = os.open(target / source.name, os.O_RDONLY)
             try:
@@ -127,8 +130,9 @@ def copy_description(model: Model, target: Path) -> list[str]:
     return copied
 
 
-def index_bytes(weight_map: dict[str, str], outputs: Sequence[Sized]) -> bytes:
-    """The index of a model in several files."""
-    total = sum(output.num_bytes for output in outputs)
+def index_bytes(files: Sequence[tuple[str, Sequence[Named]]]) -> bytes:
+    """The index of a model in several files, given with what each of them holds."""
+    total = sum(output.num_bytes for _, group in files for output in group)
+    weight_map = {output.name: name for name, group in files for output in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

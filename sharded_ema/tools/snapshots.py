@@ -93,6 +93,11 @@ class Chosen:
     columns: list[tuple[Snapshot, str, Profile]]
     notes: list[str]
 
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """Those that are used, by step."""
+        return list({id(snapshot): snapshot for snapshot, _, _ in self.columns}.values())
+
 
 def find_snapshots(run: Path) -> list[Snapshot]:
     """All committed checkpoints of a run that hold an average, by step.

@@ -9,24 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpoint import commit
 from sharded_ema.errors import ConfigError
 from sharded_ema.posthoc import Fit, Profile, fit
 from sharded_ema.schedules import Power
-from sharded_ema.tools.combining import Plan, Source, write_sums
-from sharded_ema.tools.contents import find_average
+from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
+from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.huggingface import read_model
-from sharded_ema.tools.planning import (
-    Files,
-    check_space,
-    check_target,
-    complete,
-    plan_model,
-    publishing,
-    verify_rest,
-)
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.snapshots import Chosen, choose, find_snapshots
+from sharded_ema.tools.workplace import check_target
+from sharded_ema.tools.writing import Files
 
 #: Widths in one call: each has a file open while it is written.
 MAX_WIDTHS = 100
@@ -86,7 +78,7 @@ def synthesize(
         raise ConfigError(f"max_residual must be positive, got {max_residual}")
     chosen = choose(find_snapshots(Path(run)), step, profiles)
     target = Path(out)
-    for snapshot in {id(s): s for s, _, _ in chosen.columns}.values():
+    for snapshot in chosen.snapshots:
         check_target(target, snapshot.catalog.path)
     report = Report("synthesize", str(run), notes=chosen.notes)
     schedules = [Power(sigma_rel=width) for width in widths]
@@ -101,34 +93,31 @@ def synthesize(
     model = read_model(Path(like)) if like is not None else None
     name = next(n for s, n, _ in chosen.columns if s is chosen.target)
     average = find_average(chosen.target.catalog, name, chosen.target.prefix)
-    files = plan_model(average, report, dtype=dtype, max_shard_size=max_shard_size, model=model)
+    files = plan_model(
+        chosen.target.catalog,
+        average,
+        report,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        model=model,
+    )
     if not report.ok:
         return report
-    plan = Plan(files, _sources(chosen, name, files), found.coefficients)
-    check_space(target, plan.num_bytes)
-    headers = [
-        _header(chosen, schedule, found, number) for number, schedule in enumerate(schedules)
-    ]
-    with publishing(target) as staging:
-        for snapshot in {id(s): s for s, _, _ in chosen.columns}.values():
-            verify_rest(snapshot.catalog, snapshot.prefix)
-        places = [staging / folder for folder in folders]
-        for place in places:
-            place.mkdir()
-        unchecked = write_sums(
-            plan, places, headers, what="synthesize", jobs=jobs, progress=progress
-        )
-        for place in places:
-            complete(place, files, model)
-            commit.fsync_directory(place)
-    if unchecked:
-        report.notes.append(f"{unchecked} chunks carry no CRC32, so their bytes were not checked")
-    report.facts |= {
-        "tensors": sum(len(group) for _, group in files),
-        "bytes": plan.num_bytes,
-        "files": len(files) * len(folders),
-        "seconds": round(time.monotonic() - started, 3),
+    headers = {
+        folder: _header(chosen, schedule, found, number)
+        for number, (folder, schedule) in enumerate(zip(folders, schedules, strict=True))
     }
+    publish_sums(
+        Plan(files, _sources(chosen, name, files), found.coefficients),
+        target,
+        headers,
+        inputs=[(s.catalog, Average(s.prefix, "", s.meta, {})) for s in chosen.snapshots],
+        model=model,
+        report=report,
+        jobs=jobs,
+        progress=progress,
+    )
+    report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
 
@@ -152,7 +141,7 @@ def _facts(
         "updates": chosen.target.updates,
         "update_every": meta["update_every"],
         "seed_step": meta["seed_step"],
-        "snapshots": list(dict.fromkeys(s.step for s, _, _ in chosen.columns)),
+        "snapshots": [s.step for s in chosen.snapshots],
         "profiles": {n: s.schedule(n) for s, n, _ in chosen.columns},
         "widths": {
             str(schedule.sigma_rel): {
@@ -229,7 +218,7 @@ def _header(chosen: Chosen, schedule: Power, found: Fit, number: int) -> dict[st
         "num_updates": str(target.meta["num_updates"]),
         "step": str(target.step),
         "source": manifest.uuid if manifest else "unknown",
-        "source_steps": ",".join(dict.fromkeys(str(s.step) for s, _, _ in chosen.columns)),
+        "source_steps": ",".join(str(s.step) for s in chosen.snapshots),
         "residual": repr(float(found.residuals[number])),
         "coefficients": json.dumps(parts),
     }

@@ -29,7 +29,12 @@ from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, 
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
 from sharded_ema.config import META_KEY
-from sharded_ema.errors import CheckpointCorruptError, CheckpointError, CheckpointMismatchError
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointMismatchError,
+    CheckpointUncommittedError,
+)
 from sharded_ema.tools.comparison import compare, open_weights
 from sharded_ema.tools.report import Report
 
@@ -79,7 +84,7 @@ def _noting(report: Report) -> Iterator[None]:
     """Turn damage that is met inside into a line of the report."""
     try:
         yield
-    except CheckpointMismatchError:
+    except (CheckpointMismatchError, CheckpointUncommittedError):
         raise
     except (CheckpointError, OSError) as error:
         report.fail(str(error))
@@ -151,7 +156,7 @@ def _verify_own(root: Path, names: set[str], report: Report) -> Catalog | None:
             digest, damaged = scan_file(inside(root, record.name), spans, record.num_bytes)
         except (CheckpointError, OSError) as error:
             digest, damaged = record.digest, list(spans)
-            if sound:
+            if record.name not in faulty:
                 report.fail(str(error))
         _tell(report, root / record.name, damaged)
         if digest != record.digest and sound and not damaged:

@@ -119,6 +119,12 @@ def test_torch_free_modules_name_no_torch() -> None:
             assert "torch" not in names, path
 
 
+def test_nothing_can_unpickle() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        names = {n.split(".")[0] for n in all_imports(path.read_text())}
+        assert not names & {"pickle", "_pickle", "cPickle", "dill", "marshal", "shelve"}, path
+
+
 def all_imports(source: str) -> list[str]:
     tree = ast.parse(source)
     # Imports under TYPE_CHECKING do not run.

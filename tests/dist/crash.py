@@ -32,6 +32,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.values import pieces_of
 
 WORLD = 2
@@ -204,6 +205,33 @@ def job_main(number: int, folder: str, saves: int, together: Any, pipe: Any) -> 
         except EMAError as error:
             found.append(type(error).__name__)
     pipe.send(found)
+
+
+def consolidate_here(folder: str, call: int, after: bool, options: dict[str, Any]) -> Any:
+    """Consolidate ``folder/c`` into ``folder/out`` and die at a call; else how many it took."""
+    counter = Counter(call, after)
+    try:
+        with counter.installed():
+            consolidate(Path(folder, "c"), Path(folder, "out"), **options)
+    except EMAError as error:
+        return f"{type(error).__name__}: {error}"
+    return counter.calls
+
+
+def serve_consolidations(pipe: Any) -> None:
+    """Forks for each job; much cheaper than a new process of :mod:`multiprocessing` each."""
+    while job := pipe.recv():
+        ends = []
+        for arguments in job:
+            ours, theirs = multiprocessing.Pipe(duplex=False)
+            pid = os.fork()
+            if not pid:
+                theirs.send(consolidate_here(*arguments))
+                os._exit(0)
+            theirs.close()
+            ends.append((pid, ours))
+        codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in ends]
+        pipe.send([(code, _receive(ours)) for code, (_, ours) in zip(codes, ends, strict=True)])
 
 
 def race(folder: Path, saves: int) -> list[list[str]]:

@@ -22,6 +22,7 @@ from sharded_ema.errors import (
     CheckpointError,
     CheckpointExistsError,
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     CheckpointUncommittedError,
     ConfigError,
     EMAError,
@@ -362,3 +363,50 @@ def test_memory_is_bounded(tmp_path: Path, chunking: Chunking, shape: tuple[int,
     command = [sys.executable, "-c", PEAK, str(source), str(tmp_path / "out")]
     peak = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(peak.stdout) < 128, "megabytes"
+
+
+def test_a_checkpoint_of_deepspeed(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tag = tmp_path / "run" / f"global_step{step}"
+        make(tag / "ema", {"ema.w": np.full(3, step, "f4")})
+        (tag / "mp_rank_00_model_states.pt").write_bytes(b"weights of DeepSpeed")
+    (tmp_path / "run" / "latest").write_text("global_step2\n")
+    for number, (path, step) in enumerate(
+        [("run", 2), ("run/latest", 2), ("run/global_step1", 1), ("run/global_step1/ema", 1)]
+    ):
+        run(tmp_path / path, tmp_path / f"out{number}")
+        found = load_file(tmp_path / f"out{number}" / "model.safetensors")
+        assert equal(found, {"w": np.full(3, step, "f4")})
+
+
+def test_a_checkpoint_of_deepspeed_without_an_average(tmp_path: Path) -> None:
+    tag = tmp_path / "run" / "tag"
+    tag.mkdir(parents=True)
+    (tag / "mp_rank_00_model_states.pt").write_bytes(b"weights of DeepSpeed")
+    (tmp_path / "run" / "latest").write_text("tag")
+    for path in (tag, tmp_path / "run"):
+        with pytest.raises(CheckpointNotFoundError, match="zero_to_fp32"):
+            run(path, tmp_path / "out")
+    make(tag / "ema.tmp-0", {"ema.w": np.ones(3, "f4")})
+    with pytest.raises(CheckpointNotFoundError, match="zero_to_fp32"):
+        run(tag, tmp_path / "out")
+    (tmp_path / "run" / "latest").write_text("gone")
+    with pytest.raises(CheckpointNotFoundError):
+        run(tmp_path / "run", tmp_path / "out")
+
+
+def test_progress_tells_rate_and_remaining_time(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    consolidate(checkpoint(tmp_path / "c"), tmp_path / "out")
+    shown = capsys.readouterr().err
+    assert "consolidate" in shown and "B/s" in shown and "<" in shown and "100%" in shown
+
+
+def test_an_error_in_one_of_several_jobs_stops_all(tmp_path: Path) -> None:
+    source = checkpoint(tmp_path / "c", rows(2))
+    chunk = open_checkpoint(source).chunks("ema.layers.10.w")[0]
+    flip(source / chunk.file, chunk.byte_offset)
+    with pytest.raises(CheckpointCorruptError, match="layers"):
+        run(source, tmp_path / "out", max_shard_size=100, jobs=4)
+    assert {p.name for p in tmp_path.iterdir()} == {"c"}

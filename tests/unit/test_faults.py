@@ -6,7 +6,9 @@ is tried on both formats and on every way to read that looks at data.
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import pickle
 import shutil
 from collections.abc import Callable, Iterator
@@ -406,3 +408,26 @@ def test_data_without_any_checksum_is_never_called_verified(tmp_path: Path) -> N
     assert ema.load(path) == 0
     report = consolidate(path, tmp_path / "out", progress=False)
     assert report.ok and any("not checked" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_disk_that_cannot_read(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
+) -> None:
+    path, real = saved / f"{format}-1", os.preadv
+    (file,) = {chunk.file for chunk in open_checkpoint(path).chunks("ema.scale")}
+    number = (path / file).stat().st_ino
+
+    def fails(descriptor: int, buffers: list, position: int) -> int:
+        if os.fstat(descriptor).st_ino == number:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, buffers, position)
+
+    monkeypatch.setattr(os, "preadv", fails)
+    report = verify(path)
+    assert not report.ok and f"{file} cannot be read at byte" in report.text()
+    with pytest.raises(CheckpointCorruptError, match="cannot be read"):
+        consolidate(path, tmp_path / "out", progress=False)
+    ema = fresh(3)
+    with pytest.raises(CheckpointCorruptError):
+        ema.load(path, verify=True)

@@ -16,6 +16,7 @@ from safetensors.numpy import save_file
 
 from sharded_ema.cli import main
 from sharded_ema.errors import (
+    CheckpointCorruptError,
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
@@ -254,9 +255,32 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         verify(path, model=hugging_face(tmp_path / "n", {**WEIGHTS, "b": np.ones(8, "f4")}))
     with pytest.raises(CheckpointNotFoundError):
         verify(path, model=tmp_path / "nothing")
+    raw = in_dcp(tmp_path / "raw", WEIGHTS)
+    with pytest.raises(CheckpointMismatchError, match="no average"):
+        verify(raw, model=raw)
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointNotFoundError, match="no weights"):
         verify(path, model=tmp_path / "empty")
+
+
+@pytest.mark.parametrize("name", ["../m.safetensors", "/etc/passwd", 1, None, ["a"], ""])
+def test_an_index_that_names_what_it_may_not(tmp_path: Path, name: object) -> None:
+    path, model = make(tmp_path / "c", AVERAGE), hugging_face(tmp_path / "m", WEIGHTS)
+    index = model / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a.w": name}}))
+    with pytest.raises(CheckpointCorruptError, match="is no index"):
+        verify(path, model=model)
+    index.write_text("[" * 100_000)
+    with pytest.raises(CheckpointCorruptError, match="cannot be read as JSON"):
+        verify(path, model=model)
+
+
+def test_weights_that_are_links(tmp_path: Path) -> None:
+    """As in the cache of the Hugging Face Hub."""
+    path, model = make(tmp_path / "c", AVERAGE), hugging_face(tmp_path / "m", WEIGHTS)
+    (model / "model.safetensors").rename(tmp_path / "blob")
+    (model / "model.safetensors").symlink_to("../blob")
+    assert verify(path, model=model).facts["average ema"]["compared_tensors"] == 2
 
 
 def test_an_average_and_its_weights_in_one_checkpoint(tmp_path: Path) -> None:

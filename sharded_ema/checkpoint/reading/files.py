@@ -31,6 +31,20 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
+def read_at(descriptor: int, view: memoryview, position: int, path: Path) -> int:
+    """Read bytes of an open file from ``position`` on; returns how many, 0 at its end.
+
+    Raises:
+        CheckpointCorruptError: the disk cannot read them.
+    """
+    try:
+        return os.preadv(descriptor, [view], position)
+    except OSError as error:
+        raise CheckpointCorruptError(
+            f"{path} cannot be read at byte {position}: {error.strerror}"
+        ) from error
+
+
 def read_whole(path: str | os.PathLike[str], limit: int) -> bytes:
     """The content of a small file.
 

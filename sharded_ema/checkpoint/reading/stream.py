@@ -23,7 +23,7 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.files import open_regular
+from sharded_ema.checkpoint.reading.files import open_regular, read_at
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -63,7 +63,7 @@ class SourceFiles:
         descriptor = self._descriptor(name)
         view = buffer.data
         while view.nbytes:
-            count = os.preadv(descriptor, [view], position)
+            count = read_at(descriptor, view, position, self._root / name)
             if not count:
                 raise CheckpointCorruptError(
                     f"{self._root / name} ends at byte {position}, {view.nbytes} bytes are missing"
@@ -131,11 +131,7 @@ def verify_file(path: Path, digest: str) -> None:
     Raises:
         CheckpointCorruptError: it is not what was written.
     """
-    found = xxhash.xxh3_128()
-    with open(open_regular(path), "rb") as file:
-        while block := file.read(BLOCK_BYTES):
-            found.update(block)
-    if found.hexdigest() != digest:
+    if scan_file(path)[0] != digest:
         raise CheckpointCorruptError(
             f"{path} is damaged: its digest is not the one in the manifest"
         )
@@ -158,25 +154,32 @@ class Span:
     content: Callable[[], str]
 
 
-def scan_file(path: Path, spans: Iterable[Span], num_bytes: int) -> tuple[str, list[Span]]:
+def scan_file(
+    path: Path, spans: Iterable[Span] = (), num_bytes: int | None = None
+) -> tuple[str, list[Span]]:
     """Read a file once, from its first byte on.
 
     Args:
         spans: in ascending order, without overlap.
-        num_bytes: how much to read; what follows, if anything, is not looked at.
+        num_bytes: how much to read; what follows is not looked at.
 
     Returns:
         The xxh3-128 of all that was read in hex, and the spans that are damaged or missing.
+
+    Raises:
+        CheckpointCorruptError: there is no such file, or the disk cannot read it.
     """
     whole = xxhash.xxh3_128()
     damaged: list[Span] = []
     buffer = np.empty(BLOCK_BYTES, np.uint8)
     position = 0
     running: Any = None
-    with open(open_regular(path), "rb", buffering=0) as file:
+    descriptor = open_regular(path)
+    try:
         waiting = iter(spans)
         span = next(waiting, None)
-        while count := file.readinto(buffer.data[: num_bytes - position]):
+        end = os.fstat(descriptor).st_size if num_bytes is None else num_bytes
+        while count := read_at(descriptor, buffer.data[: end - position], position, path):
             whole.update(buffer[:count].data)
             while span is not None and span.start < position + count:
                 if running is None:
@@ -190,6 +193,8 @@ def scan_file(path: Path, spans: Iterable[Span], num_bytes: int) -> tuple[str, l
                     damaged.append(span)
                 span, running = next(waiting, None), None
             position += count
+    finally:
+        os.close(descriptor)
     if span is not None:
         damaged += [span, *waiting]
     return whole.hexdigest(), damaged

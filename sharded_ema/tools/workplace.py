@@ -1,0 +1,234 @@
+"""Where a consolidation works, and what a later one takes over from it if it is killed.
+
+``<target>.tmp-<plan>`` lies beside the target; ``plan`` is a digest of everything that decides on
+the bytes of the output, so the same command finds it again and no other one does. Inside, finished
+files wait in ``model/`` and ``journal.jsonl`` has a line for each of them: a file has its name only
+once it is on disk, and counts only once its line is. ``model/`` becomes the target by one rename.
+
+Whoever works there holds a lock on the directory, which the system drops when the process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import threading
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Self
+
+from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint.reading.files import is_plain_name
+from sharded_ema.checkpoint.reading.stream import verify_file
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointExistsError,
+    CheckpointWriteError,
+    ConfigError,
+)
+
+_JOURNAL = "journal.jsonl"
+_MODEL = "model"
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A line of the journal.
+
+    Attributes:
+        file: name of an output file.
+        bytes: its size.
+        digest: its xxh3-128 in hex.
+        source: digest of what it was made from and how: the plan's.
+        unchecked: chunks without a checksum among those that went into it.
+    """
+
+    file: str
+    bytes: int
+    digest: str
+    source: str
+    unchecked: int
+
+
+class Workplace:
+    """The directory in which one consolidation works; a context manager.
+
+    Leaving it removes the directory. Only a process that dies, or is interrupted from the keyboard,
+    leaves it to the next one.
+
+    Args:
+        target: directory to be made.
+        plan: hex digest of 128 bits; see above.
+
+    Attributes:
+        finished: what an earlier run has left, checked byte for byte, by file name.
+        model: directory to write into.
+
+    Raises:
+        CheckpointExistsError: another process is at work on the same target.
+        OSError: the directory cannot be made.
+    """
+
+    def __init__(self, target: Path, plan: str) -> None:
+        self._target, self._plan = target, plan
+        self._path = target.with_name(f"{target.name}.tmp-{plan}")
+        self.model = self._path / _MODEL
+        self._lock = threading.Lock()
+        remove_leftovers(target, but=self._path)
+        self._descriptor = self._occupy()
+        self.finished = {line.file: line for line in self._take_over()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            commit.remove(self._path)
+        os.close(self._descriptor)
+
+    def record(self, file: str, size: int, digest: str, unchecked: int) -> None:
+        """Note, for good, that a file is whole and on disk under its name."""
+        line = Finished(file, size, digest, self._plan, unchecked)
+        with self._lock:
+            self.finished[file] = line
+            with open(self._path / _JOURNAL, "ab") as journal:
+                journal.write(_line(line))
+                journal.flush()
+                os.fsync(journal.fileno())
+
+    def publish(self) -> None:
+        """Make what was written the target.
+
+        Raises:
+            CheckpointExistsError: something came there in the meantime.
+        """
+        if self._target.is_dir() and not any(self._target.iterdir()):
+            self._target.rmdir()
+        commit.publish(self.model, self._target, replace=False)
+
+    def _occupy(self) -> int:
+        """Make the directory, or take over one that a dead process has left; the lock on it."""
+        while True:
+            self._path.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:  # removed by whoever held it
+                continue
+            if not _lock(descriptor):
+                os.close(descriptor)
+                raise CheckpointExistsError(
+                    f"another process is consolidating into {self._target} (in {self._path}); "
+                    "nothing was written"
+                )
+            try:
+                self.model.mkdir(exist_ok=True)
+                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
+                    return descriptor
+            except FileNotFoundError:
+                pass
+            os.close(descriptor)
+
+    def _take_over(self) -> list[Finished]:
+        """What is finished; whatever else lies there goes."""
+        journal = self._path / _JOURNAL
+        kept = []
+        for line in _read(journal, self._plan):
+            path = self.model / line.file
+            try:
+                if path.stat().st_size == line.bytes:
+                    verify_file(path, line.digest)
+                    kept.append(line)
+            except (FileNotFoundError, CheckpointCorruptError):
+                continue  # it is written again
+        for path in self.model.iterdir():
+            if path.name not in {line.file for line in kept}:
+                path.unlink()
+        commit.replace_durably(journal, b"".join(map(_line, kept)))
+        return kept
+
+
+def check_target(target: Path, source: Path) -> None:
+    """Refuse a target that is taken, or that lies inside the source.
+
+    Raises:
+        CheckpointExistsError, ConfigError: see above.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        remove_leftovers(target)
+        raise CheckpointExistsError(f"{target} already exists; nothing was written")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse before writing what the disk cannot hold.
+
+    Raises:
+        CheckpointWriteError: it has less than ``needed`` bytes free.
+    """
+    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
+
+
+def remove_leftovers(target: Path, *, but: Path | None = None) -> None:
+    """Remove what killed consolidations into ``target`` have left, but not the directory ``but``.
+
+    Nothing is removed in which a process is at work.
+    """
+    named = re.compile(re.escape(target.name) + r"\.tmp-[0-9a-f]{32}")
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
+        # What cannot be removed is only in the way.
+        if path != but and named.fullmatch(path.name):
+            with suppress(OSError):
+                _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    with suppress(OSError):
+        path.rmdir()  # killed before there was anything in it, or after
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if all(map(_is_ours, path.iterdir())) and _lock(descriptor):
+            commit.remove(path)
+    finally:
+        os.close(descriptor)
+
+
+def _is_ours(path: Path) -> bool:
+    return path.name == _MODEL or path.name.startswith(_JOURNAL)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether nobody else holds the lock on a directory."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # This file system has no locks. Two that run the same plan write the same bytes under
+        # names of their own, and the first to rename the directory wins.
+        return True
+    return True
+
+
+def _line(finished: Finished) -> bytes:
+    return f"{json.dumps(asdict(finished))}\n".encode()
+
+
+def _read(journal: Path, plan: str) -> list[Finished]:
+    """The lines of a journal that are whole and belong to the plan."""
+    found = []
+    lines = journal.read_bytes().splitlines() if journal.is_file() else []
+    for line in lines:
+        with suppress(ValueError, TypeError):  # the last one may be half written
+            finished = Finished(**json.loads(line))
+            if finished.source == plan and is_plain_name(finished.file):
+                found.append(finished)
+    return found

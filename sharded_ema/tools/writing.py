@@ -1,0 +1,134 @@
+"""Writing planned output files, several at a time, every chunk's checksum verified on the way."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import xxhash
+from tqdm import tqdm
+
+from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint.reading.catalog import Catalog
+from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
+from sharded_ema.checkpoint.reading.stream import (
+    SourceFiles,
+    stream_tensor,
+    verify_chunk,
+    verify_file,
+)
+from sharded_ema.config import META_KEY
+from sharded_ema.tools.casting import caster
+from sharded_ema.tools.contents import Average
+from sharded_ema.tools.plan import Output
+from sharded_ema.tools.workplace import Workplace
+
+Files = Sequence[tuple[str, Sequence[Output]]]
+
+
+def verify_rest(catalog: Catalog, average: Average) -> None:
+    """Check what the export does not read but depends on, or cannot check as it streams.
+
+    Raises:
+        CheckpointCorruptError: it is not what was written.
+    """
+    if average.meta:
+        key = average.prefix + META_KEY
+        for chunk in catalog.chunks(key):
+            verify_chunk(catalog.path, chunk, key)
+    if catalog.format == "dcp" and catalog.manifest is not None:
+        # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
+        for record in catalog.manifest.files:
+            verify_file(catalog.path / record.name, record.digest)
+
+
+def write_files(
+    files: Files, place: Workplace, metadata: Mapping[str, str], *, jobs: int, progress: bool
+) -> None:
+    """Write the output files that are not finished yet.
+
+    Args:
+        metadata: texts for the header of each.
+        jobs: files at a time.
+        progress: show a bar with rate and remaining time on standard error.
+
+    Raises:
+        CheckpointCorruptError: a chunk is not what was written.
+        OSError: a file cannot be written.
+    """
+    sizes = {name: sum(output.num_bytes for output in group) for name, group in files}
+    with (
+        tqdm(
+            total=sum(sizes.values()),
+            initial=sum(sizes[name] for name in place.finished),
+            unit="B",
+            unit_scale=True,
+            desc="consolidate",
+            disable=not progress,
+        ) as bar,
+        ThreadPoolExecutor(max_workers=jobs) as pool,
+    ):
+        stopped = threading.Event()
+
+        def advance(count: int) -> None:
+            if stopped.is_set():  # nobody waits for the rest of this file
+                raise CancelledError
+            bar.update(count)
+
+        running = [
+            pool.submit(_write_file, group, place, name, metadata, advance)
+            for name, group in files
+            if name not in place.finished
+        ]
+        try:
+            for done in running:
+                done.result()
+        finally:
+            stopped.set()
+            for waiting in running:
+                waiting.cancel()
+
+
+def _write_file(
+    outputs: Sequence[Output],
+    place: Workplace,
+    name: str,
+    metadata: Mapping[str, str],
+    advance: Callable[[int], None],
+) -> None:
+    header, _ = build_header([(o.name, o.dtype, o.source.shape) for o in outputs], dict(metadata))
+    path = place.model / name
+    new = commit.temporary(path)
+    unchecked, size, digest = 0, 0, xxhash.xxh3_128()
+    with ExitStack() as stack, open(new, "xb", buffering=0) as file:
+
+        def write(data: memoryview) -> None:
+            nonlocal size
+            digest.update(data)
+            size += data.nbytes
+            while data.nbytes:
+                data = data[os.write(file.fileno(), data) :]
+
+        write(memoryview(header))
+        opened: dict[Path, SourceFiles] = {}
+        for output in outputs:
+            stored, root = output.source, output.catalog.path
+            if root not in opened:
+                opened[root] = stack.enter_context(SourceFiles(root))
+            cast = caster(stored.dtype, output.dtype)
+            chunks = output.catalog.chunks(stored.key)
+            unchecked += sum(c.digest is None and c.crc32 is None for c in chunks)
+            itemsize = ITEMSIZE[stored.dtype]
+            for block in stream_tensor(opened[root], stored.key, stored.shape, itemsize, chunks):
+                data = block if cast is None else cast(block)
+                write(data.data.cast("B"))
+                advance(data.nbytes)
+        os.fsync(file.fileno())
+    # The name says that the file is whole, so it comes last.
+    os.rename(new, path)
+    commit.fsync_directory(place.model)
+    place.record(name, size, digest.hexdigest(), unchecked)

@@ -1,0 +1,213 @@
+"""Consolidations that are killed: nothing half-made is ever seen, and the next one goes on."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sharded_ema.errors import CheckpointExistsError
+from sharded_ema.tools.consolidate import consolidate
+from sharded_ema.tools.workplace import Workplace
+from tests.dist.crash import PRELOADED, TIMEOUT, serve_consolidations
+from tests.unit._make import make, rows
+
+OPTIONS: dict[str, Any] = {"max_shard_size": 300, "progress": False}
+
+
+def source(path: Path) -> Path:
+    tensors = {f"ema.w{i}": np.arange(60, dtype="f4").reshape(12, 5) + i for i in range(3)}
+    return make(path, tensors, rows(2))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Consolidations:
+    """Runs consolidations in processes of their own, which may die."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve_consolidations, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def run(self, *jobs: tuple[Path, int, bool, dict[str, Any]]) -> list[tuple[int, Any]]:
+        """All of them at once; exit codes and what each of them says."""
+        self._pipe.send([(str(f), call, after, {**OPTIONS, **o}) for f, call, after, o in jobs])
+        assert self._pipe.poll(TIMEOUT), "a consolidation hangs"
+        return self._pipe.recv()
+
+    def close(self) -> None:
+        self._pipe.send(None)
+        self._process.join(TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def consolidations() -> Iterator[Consolidations]:
+    server = Consolidations()
+    yield server
+    server.close()
+
+
+def leftover(folder: Path) -> list[Path]:
+    return [path for path in folder.iterdir() if ".tmp-" in path.name]
+
+
+def finished_files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Inode and time of each file that the journal of a killed consolidation calls finished."""
+    found = {}
+    for place in leftover(folder):
+        journal = place / "journal.jsonl"
+        for line in journal.read_bytes().splitlines(keepends=True) if journal.exists() else ():
+            if line.endswith(b"\n"):
+                path = place / "model" / json.loads(line)["file"]
+                if path.exists():
+                    found[path.name] = (path.stat().st_ino, path.stat().st_mtime_ns)
+    return found
+
+
+def kill_at(
+    server: Consolidations, folder: Path, call: int, after: bool, wanted: dict[str, bytes]
+) -> str:
+    """One kill and what follows; what it met."""
+    source(folder / "c")
+    ((code, _),) = server.run((folder, call, after, {}))
+    assert code == -signal.SIGKILL
+    if (folder / "out").exists():
+        assert contents(folder / "out") == wanted, "what is there is whole"
+        with pytest.raises(CheckpointExistsError):
+            consolidate(folder / "c", folder / "out", **OPTIONS)
+        assert not leftover(folder)
+        return "published"
+    kept = finished_files(folder)
+    report = consolidate(folder / "c", folder / "out", **OPTIONS)
+    assert report.ok and report.facts["taken_over"] == len(kept)
+    assert contents(folder / "out") == wanted
+    for name, state in kept.items():
+        found = (folder / "out" / name).stat()
+        assert (found.st_ino, found.st_mtime_ns) == state, f"{name} was written again"
+    assert not leftover(folder)
+    return f"{len(kept)} taken over"
+
+
+def kills(server: Consolidations, folder: Path, number: int | None, seed: int) -> set[str]:
+    """Kill at ``number`` moments drawn from all, or at all of them."""
+    reference = folder / "reference"
+    reference.mkdir()
+    source(reference / "c")
+    ((code, calls),) = server.run((reference, 0, False, {}))
+    assert code == 0 and calls > 40
+    wanted = contents(reference / "out")
+    assert len(wanted) == 4, "three files and their index"
+    moments = [(call, after) for call in range(1, calls + 1) for after in (False, True)]
+    draw = random.Random(seed)
+    if number is not None:
+        moments = draw.sample(moments, number)
+    met = set()
+    for call, after in moments:
+        here = folder / f"{call}-{after}"
+        here.mkdir()
+        met.add(kill_at(server, here, call, after, wanted))
+    return met
+
+
+def test_kills(tmp_path: Path, consolidations: Consolidations) -> None:
+    met = kills(consolidations, tmp_path, 30, seed=1)
+    assert met >= {"0 taken over", "1 taken over", "2 taken over", "3 taken over"}
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_every_call(tmp_path: Path, consolidations: Consolidations) -> None:
+    met = kills(consolidations, tmp_path, None, seed=1)
+    assert met == {f"{n} taken over" for n in range(4)} | {"published"}
+
+
+def stopped_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that is left when a user stops a consolidation with two files finished."""
+    source(folder / "c")
+    record = Workplace.record
+
+    def stopping(place: Workplace, *line: Any) -> None:
+        if len(place.finished) == 2:
+            raise KeyboardInterrupt
+        record(place, *line)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "record", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            consolidate(folder / "c", folder / "out", **OPTIONS)
+    assert len(finished_files(folder)) == 2
+    return leftover(folder)[0]
+
+
+@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"rename": ["s/^w/v/"]}])
+def test_other_arguments_take_nothing_over(
+    tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = stopped_midway(tmp_path, monkeypatch)
+    report = consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS, **options)
+    assert report.facts["taken_over"] == 0
+    assert not place.exists() and not leftover(tmp_path)
+
+
+def test_a_save_again_under_the_same_name_takes_nothing_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stopped_midway(tmp_path, monkeypatch)
+    (tmp_path / "c").rename(tmp_path / "old")
+    make(tmp_path / "c", {f"ema.w{i}": np.zeros((12, 5), "f4") for i in range(3)}, rows(2))
+    assert consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS).facts["taken_over"] == 0
+    assert not leftover(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "journal", "torn line"])
+def test_what_is_damaged_in_between_is_written_again(
+    tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = stopped_midway(tmp_path, monkeypatch)
+    journal, file = place / "journal.jsonl", place / "model" / "model-00001-of-00003.safetensors"
+    data = file.read_bytes()
+    if fault == "flipped":
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    elif fault == "truncated":
+        file.write_bytes(data[:-1])
+    elif fault == "missing":
+        file.unlink()
+    elif fault == "journal":
+        journal.write_bytes(b"\xff[]\n{}\n" + journal.read_bytes())
+    else:
+        journal.write_bytes(journal.read_bytes()[:-9])
+    (place / "model" / "stray").write_bytes(b"")
+    report = consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+    assert report.facts["taken_over"] == (2 if fault == "journal" else 1)
+    consolidate(tmp_path / "c", tmp_path / "again", **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("other", [{}, {"dtype": "bfloat16"}])
+def test_two_at_once(tmp_path: Path, other: dict[str, Any], consolidations: Consolidations) -> None:
+    """One of them wins and is whole; the other is told, and nothing is left of it."""
+    for number in range(6):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        source(folder / "c")
+        both = consolidations.run((folder, 0, False, {}), (folder, 0, False, other))
+        words = [word for code, word in both if code == 0]
+        lost = [word for word in words if isinstance(word, str)]
+        assert len(words) == 2 and len(lost) == 1, words
+        assert lost[0].startswith("CheckpointExistsError"), lost
+        for name, options in (("same", {}), ("other", other)):
+            consolidate(folder / "c", folder / name, **OPTIONS, **options)
+        assert contents(folder / "out") in (contents(folder / "same"), contents(folder / "other"))
+        assert not leftover(folder)
