@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from safetensors.torch import load_file as load_torch
 
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.cli import main
@@ -114,6 +115,15 @@ def test_tied_weights_have_any_of_their_names(tmp_path: Path) -> None:
         assert mean(inputs, tmp_path / name).ok
         found = load_file(tmp_path / name / "model.safetensors")
         assert found.keys() == {name} and (found[name] == 0.5).all()
+
+
+def test_the_mean_is_rounded_once(tmp_path: Path) -> None:
+    for number, value in enumerate((2 + 2.0**-7, 2.0**-39)):
+        save_file({"w": np.array([value], "f4")}, tmp_path / f"{number}.safetensors")
+    inputs = [tmp_path / f"{number}.safetensors" for number in range(2)]
+    mean(inputs, tmp_path / "out", dtype="bfloat16")
+    (found,) = load_torch(tmp_path / "out" / "model.safetensors")["w"].tolist()
+    assert found == 1 + 2**-7, "in fp32 the mean is a tie, which would go to 1"
 
 
 def test_one_checkpoint_keeps_its_bits(tmp_path: Path) -> None:

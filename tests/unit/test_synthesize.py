@@ -6,16 +6,21 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
+from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
+from sharded_ema.checkpoint.stock_writer import StockStorageWriter
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -25,9 +30,11 @@ from sharded_ema.errors import (
     ConfigError,
 )
 from sharded_ema.schedules import Power
+from sharded_ema.tools.casting import round_once
 from sharded_ema.tools.synthesize import synthesize
-from tests.unit._make import flip, grid, make, meta, ranges, rows, whole
+from tests.unit._make import flip, grid, make, meta, meta_bytes, ranges, rows, whole
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = {"a": 0.05, "b": 0.10}
 SHAPES = {"layers.w": (9, 6), "bias": (11,), "scale": (), "empty": (0, 4), "conv": (3, 2, 4, 5)}
 # Snapshots of one run need not be sharded alike.
@@ -135,6 +142,45 @@ def test_sums_are_exact_and_rounded_once(trained: Trained, run: Path, tmp_path: 
             assert (np.abs(near - total) <= np.abs(total) * 2.0**-8).all()
 
 
+def test_rounding_happens_once() -> None:
+    # On the way to bfloat16 fp32 would round each of them to a tie, or to infinity.
+    values = np.array([1 + 2**-8 + 2**-40, -1 - 2**-8 - 2**-40, 1 + 2**-8 - 2**-40, 1 + 2**-8])
+    values = np.append(values, [3.4e38, 1e300, -1e300, np.inf, np.nan, 0.0])
+    found = torch.from_numpy(round_once(values.copy(), "BF16").view("u2").copy()).view(
+        torch.bfloat16
+    )
+    step = 2**-7
+    assert found[:4].tolist() == [1 + step, -1 - step, 1, 1]
+    assert found[5:8].tolist() == [np.inf, -np.inf, np.inf] and found[8].isnan() and found[9] == 0
+    half = round_once(np.array([1 + 2**-11 + 2**-40]), "F16").view("f2")
+    assert half[0] == 1 + 2**-10
+
+
+def test_snapshots_in_the_format_of_torch(trained: Trained, run: Path, tmp_path: Path) -> None:
+    build(run, tmp_path / "ours")
+    for step in range(12, 121, 12):
+        state: dict[str, torch.Tensor] = {
+            f"{name}.{key}": torch.from_numpy(np.asarray(value, "f4"))
+            for name in NAMES
+            for key, value in trained.at[step][name].items()
+        }
+        state |= {"_frozen.head": torch.full((2, 3), 1 / 3), "_buffers.count": torch.tensor(step)}
+        state["_meta"] = torch.from_numpy(meta_bytes(**said(step)).copy())
+        place = tmp_path / "stock" / f"step_{step}"
+        if step % 24:  # below a prefix, in a checkpoint that knows nothing of this library
+            dcp.save({"ema": state, "model": torch.ones(3)}, checkpoint_id=place, no_dist=True)
+        else:
+            dcp.save(state, storage_writer=StockStorageWriter(place), no_dist=True)
+    assert build(tmp_path / "stock", tmp_path / "theirs").ok
+    wanted, found = model(tmp_path / "ours"), model(tmp_path / "theirs")
+    assert found.keys() == wanted.keys()
+    assert all(np.array_equal(found[key], value) for key, value in wanted.items())
+    (shard,) = (tmp_path / "stock" / "step_48").glob("*.distcp")
+    flip(shard, shard.stat().st_size - 200)
+    with pytest.raises(CheckpointCorruptError):
+        build(tmp_path / "stock", tmp_path / "damaged")
+
+
 def test_what_is_not_averaged_comes_from_the_last_snapshot(run: Path, tmp_path: Path) -> None:
     build(run, tmp_path / "out", step=60)
     found = model(tmp_path / "out")
@@ -192,7 +238,8 @@ def test_places(trained: Trained, tmp_path: Path, place: str) -> None:
         (tmp_path / "run" / place.format(step)).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "flat" / f"step_{step}").rename(tmp_path / "run" / place.format(step))
     last = tmp_path / "run" / place.format(120)
-    (tmp_path / "run" / "ema").symlink_to(os.path.relpath(last, tmp_path / "run"))
+    for name in ("ema", "the_last"):  # before and behind it in the order of names
+        (tmp_path / "run" / name).symlink_to(os.path.relpath(last, tmp_path / "run"))
     unfinished = last.with_name(f"step_140.tmp-{'0' * 32}")
     unfinished.mkdir()
     (unfinished / "manifest.json").touch()
@@ -269,6 +316,28 @@ def test_snapshots_that_do_not_belong_together(trained: Trained, tmp_path: Path)
         build(tmp_path / "order", tmp_path / "out2")
 
 
+def test_saves_in_a_row_count_once(trained: Trained, tmp_path: Path) -> None:
+    run = trained.save(tmp_path / "run", range(40, 121, 40))
+    trained.save(tmp_path / "more", range(120, 121), step=121)
+    (tmp_path / "more" / "step_120").rename(run / "step_121")
+    report = build(run, tmp_path / "out")
+    assert report.facts["snapshots"] == [40, 80, 121]
+    assert len(json.loads(header(tmp_path / "out")["coefficients"])) == 6
+
+
+def test_snapshots_that_are_older_than_earlier_ones_are_told(run: Path, tmp_path: Path) -> None:
+    for step in range(12, 121, 12):
+        file = run / f"step_{step}" / "manifest.json"
+        manifest = parse_manifest(file.read_bytes(), "")
+        file.write_bytes(dump_manifest(replace(manifest, saved_at=1000 + step)))
+    assert not build(run, tmp_path / "good").notes
+    file = run / "step_60" / "manifest.json"
+    manifest = parse_manifest(file.read_bytes(), "")
+    file.write_bytes(dump_manifest(replace(manifest, saved_at=2000)))
+    (note,) = build(run, tmp_path / "mixed").notes
+    assert "two runs are mixed" in note
+
+
 def test_nothing_there(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "missing"):
         with pytest.raises(CheckpointNotFoundError, match="checkpoints"):
@@ -329,6 +398,7 @@ def test_a_kill_publishes_nothing(run: Path, tmp_path: Path) -> None:
     (left,) = {p.name for p in tmp_path.iterdir()} - {"run"}
     assert left.startswith("out.tmp-")
     assert build(run, tmp_path / "out", [0.07, 0.12]).ok
+    assert {p.name for p in tmp_path.iterdir()} == {"run", "out"}
 
 
 def test_like(run: Path, tmp_path: Path) -> None:
