@@ -80,7 +80,11 @@ class Workplace:
         self._lock = threading.Lock()
         remove_leftovers(target, but=self._path)
         self._descriptor = self._occupy()
-        self.finished = {line.file: line for line in self._take_over()}
+        try:
+            self.finished = {line.file: line for line in self._take_over()}
+        except OSError:
+            os.close(self._descriptor)
+            raise
 
     def __enter__(self) -> Self:
         return self
