@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
 
-.PHONY: train train-deepspeed test test-long test-gpu lint format bench docs clean
+.PHONY: train train-deepspeed test test-long test-gpu lint format bench bench-consolidate docs clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -48,6 +48,11 @@ bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
+	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
+
+# Some ten minutes and 10 GB of disk.
+bench-consolidate: $(VENV)/.deepspeed
+	$(BIN)/python launch/bench/consolidate.py
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs

@@ -12,11 +12,13 @@ from typing import Any
 
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointCorruptError, EMAError
+from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.summary import inspect
+from sharded_ema.tools.synthesize import synthesize
 from sharded_ema.tools.verify import verify
 from sharded_ema.tools.watch import watch
 from sharded_ema.version import __version__
@@ -97,6 +99,8 @@ def build_parser() -> argparse.ArgumentParser:
     merge.add_argument("--json", action="store_true", help="print the report as JSON")
     _add_diff(commands)
     _add_watch(commands)
+    _add_synthesize(commands)
+    _add_average(commands)
     return parser
 
 
@@ -137,6 +141,77 @@ def _add_watch(commands: Any) -> None:
     follow.add_argument("--json", action="store_true", help="print a line of JSON for each export")
 
 
+def _add_synthesize(commands: Any) -> None:
+    build = commands.add_parser(
+        "synthesize", help="build averages of any length out of the power-function ones of a run"
+    )
+    build.add_argument("run", metavar="RUN", help="directory with the checkpoints of a run")
+    build.add_argument(
+        "--sigma-rel",
+        type=_numbers,
+        required=True,
+        metavar="S,...",
+        help="relative widths, such as 0.05,0.10,0.15",
+    )
+    build.add_argument("--step", type=int, help="checkpoint to end at (default: the last)")
+    build.add_argument(
+        "--profiles",
+        type=lambda text: text.split(","),
+        metavar="NAME,...",
+        help="stored averages to use (default: all power functions)",
+    )
+    build.add_argument(
+        "--max-residual",
+        type=float,
+        default=0.05,
+        help="refuse what is missed by more than this share (default: %(default)s)",
+    )
+    _add_writing(build)
+
+
+def _add_average(commands: Any) -> None:
+    mean = commands.add_parser(
+        "average", help="write the mean of several checkpoints or models, uniform or weighted"
+    )
+    mean.add_argument(
+        "checkpoints",
+        metavar="CKPT",
+        nargs="+",
+        help="checkpoint, Hugging Face directory, safetensors file or DCP checkpoint",
+    )
+    mean.add_argument("--weights", type=_numbers, metavar="W,...", help="such as 1,2,1")
+    mean.add_argument(
+        "--profile", default=DEFAULT_PROFILE, help="of our checkpoints (default: %(default)s)"
+    )
+    mean.add_argument("--prefix", help="key prefix of the average or model in a larger checkpoint")
+    _add_writing(mean)
+
+
+def _add_writing(parser: argparse.ArgumentParser) -> None:
+    """The flags of commands that write models made of several checkpoints."""
+    parser.add_argument("--out", metavar="DIR", required=True, help="directory to create")
+    parser.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
+    parser.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
+    parser.add_argument(
+        "--like",
+        metavar="DIR",
+        help="model directory to take configuration from and, if it has weights, to check names "
+        "and shapes against",
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="files at a time (default: %(default)s)"
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(item) for item in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"numbers with commas between, got {text!r}") from None
+
+
 def run(arguments: argparse.Namespace) -> Report:
     """Call the tool that the command names."""
     if arguments.command == "inspect":
@@ -151,6 +226,23 @@ def run(arguments: argparse.Namespace) -> Report:
             prefix=arguments.prefix,
             tensors=arguments.tensors,
             tolerance=arguments.tolerance,
+        )
+    if arguments.command == "synthesize":
+        return synthesize(
+            arguments.run,
+            sigma_rel=arguments.sigma_rel,
+            step=arguments.step,
+            profiles=arguments.profiles,
+            max_residual=arguments.max_residual,
+            **_writing(arguments),
+        )
+    if arguments.command == "average":
+        return average(
+            arguments.checkpoints,
+            weights=arguments.weights,
+            profile=arguments.profile,
+            prefix=arguments.prefix,
+            **_writing(arguments),
         )
     return consolidate(
         arguments.src,
@@ -171,6 +263,13 @@ def run(arguments: argparse.Namespace) -> Report:
         plan=arguments.plan,
         progress=not arguments.no_progress,
     )
+
+
+def _writing(arguments: argparse.Namespace) -> dict[str, Any]:
+    names = ("out", "dtype", "max_shard_size", "like", "jobs")
+    return {name: getattr(arguments, name) for name in names} | {
+        "progress": not arguments.no_progress
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -81,8 +81,15 @@ def _remove_leftovers(folder: Path) -> None:
             if path.is_file():
                 with suppress(OSError):
                     path.unlink()
-            elif path.is_dir() and all(is_part(p.name) for p in path.iterdir()):
+            elif path.is_dir() and _holds_only_parts(path):
                 remove(path)
+
+
+def _holds_only_parts(path: Path) -> bool:
+    try:
+        return all(is_part(entry.name) for entry in path.iterdir())
+    except FileNotFoundError:  # of somebody else, who removed it at this moment
+        return False
 
 
 def remove(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import random
 import signal
 from collections.abc import Iterator
@@ -122,7 +123,7 @@ def kills(server: Consolidations, folder: Path, number: int | None, seed: int) -
 
 
 def test_kills(tmp_path: Path, consolidations: Consolidations) -> None:
-    met = kills(consolidations, tmp_path, 30, seed=1)
+    met = kills(consolidations, tmp_path, 60, seed=1)
     assert met >= {"0 taken over", "1 taken over", "2 taken over", "3 taken over"}
 
 
@@ -211,3 +212,45 @@ def test_two_at_once(tmp_path: Path, other: dict[str, Any], consolidations: Cons
             consolidate(folder / "c", folder / name, **OPTIONS, **options)
         assert contents(folder / "out") in (contents(folder / "same"), contents(folder / "other"))
         assert not leftover(folder)
+
+
+def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A power cut differs from a kill: what was not synced before may be gone."""
+    source(tmp_path / "c")
+    log: list[tuple[str, str]] = []
+    fsync, rename, record = os.fsync, os.rename, Workplace.record
+
+    def name_of(descriptor: int) -> str:
+        return Path(f"/proc/self/fd/{descriptor}").readlink().name
+
+    def noted_fsync(descriptor: int) -> None:
+        log.append(("synced", name_of(descriptor)))
+        fsync(descriptor)
+
+    def noted_rename(old: Path, new: Path) -> None:
+        log.append((f"renamed {Path(old).name}", Path(new).name))
+        rename(old, new)
+
+    def noted_record(place: Workplace, file: str, *rest: Any) -> None:
+        log.append(("recorded", file))
+        record(place, file, *rest)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(os, "rename", noted_rename)
+    monkeypatch.setattr(Workplace, "record", noted_record)
+    consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+    for number in (1, 2, 3):
+        file = f"model-0000{number}-of-00003.safetensors"
+        ((renamed, old),) = [
+            (i, said.split()[1])
+            for i, (said, name) in enumerate(log)
+            if name == file and " " in said
+        ]
+        assert ("synced", old) in log[:renamed]
+        recorded = log.index(("recorded", file))
+        assert ("synced", "model") in log[renamed:recorded]
+        assert ("synced", "journal.jsonl") in log[recorded : recorded + 2]
+    published = log.index(("renamed model", "out"))
+    assert ("synced", "model.safetensors.index.json") in log[:published]
+    assert log[published - 1] == ("synced", "model")
+    assert log[published + 1] == ("synced", tmp_path.name)

@@ -131,7 +131,7 @@ def test_an_export_is_a_whole_model(saved: dict[str, Any], layout: str, tmp_path
     from safetensors.torch import load_file
 
     folder, expected = saved[layout]
-    consolidate(folder / "five" / "ema", tmp_path / "out", profile="slow", progress=False)
+    consolidate(folder / "five", tmp_path / "out", profile="slow", progress=False)
     stored = load_file(tmp_path / "out" / "model.safetensors")
     model = Model()
     model.load_state_dict({**stored, "tied.weight": stored["inp.weight"]}, strict=True)

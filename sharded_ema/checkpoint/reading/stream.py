@@ -111,7 +111,7 @@ def verify_chunk(root: Location, chunk: Chunk, key: str) -> None:
         CheckpointCorruptError: it is not what was written.
     """
     with SourceFiles(root) as files:
-        for _ in _read_run(files, chunk, key):
+        for _ in _read_run(files, chunk, key, BLOCK_BYTES):
             pass
 
 
@@ -201,7 +201,12 @@ class _Crc32:
 
 
 def stream_tensor(
-    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+    files: SourceFiles,
+    key: str,
+    shape: Shape,
+    itemsize: int,
+    chunks: Sequence[Chunk],
+    block_bytes: int | None = None,
 ) -> Iterator[Bytes]:
     """The bytes of a tensor in C order, block by block.
 
@@ -209,6 +214,7 @@ def stream_tensor(
         shape: global shape in elements.
         itemsize: bytes per element.
         chunks: of this tensor, known to fill it without overlap.
+        block_bytes: read at a time, a multiple of ``itemsize``; ``None`` for ``BLOCK_BYTES``.
 
     Yields:
         Arrays of uint8, whole elements each, valid until the next one is asked for.
@@ -216,21 +222,22 @@ def stream_tensor(
     Raises:
         CheckpointCorruptError: a chunk is damaged. Blocks before it may have been yielded.
     """
+    block_bytes = block_bytes or BLOCK_BYTES
     runs = []
     for chunk in chunks:
         run = chunk.box.flat_run(shape) if chunk.strides is None else None
         if run is None:
-            yield from _stream_bands(files, key, shape, itemsize, chunks)
+            yield from _stream_bands(files, key, shape, itemsize, chunks, block_bytes)
             return
         runs.append((run[0], chunk))
     for _, chunk in sorted(runs, key=lambda pair: pair[0]):
-        yield from _read_run(files, chunk, key)
+        yield from _read_run(files, chunk, key, block_bytes)
 
 
-def _read_run(files: SourceFiles, chunk: Chunk, key: str) -> Iterator[Bytes]:
+def _read_run(files: SourceFiles, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
     check = _Check(chunk, key)
-    buffer = np.empty(min(BLOCK_BYTES, chunk.num_bytes), np.uint8)
-    for start in range(0, chunk.num_bytes, BLOCK_BYTES):
+    buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
+    for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
         files.read_into(chunk.file, block, chunk.byte_offset + start)
         check.update(block)
@@ -238,7 +245,12 @@ def _read_run(files: SourceFiles, chunk: Chunk, key: str) -> Iterator[Bytes]:
 
 
 def _stream_bands(
-    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+    files: SourceFiles,
+    key: str,
+    shape: Shape,
+    itemsize: int,
+    chunks: Sequence[Chunk],
+    block_bytes: int,
 ) -> Iterator[Bytes]:
     """Assemble bands: ranges of one dimension in which all inner dimensions are whole.
 
@@ -246,10 +258,10 @@ def _stream_bands(
     run of the chunk's bytes, so a chunk is still read from its first byte to its last.
     """
     dim = 0
-    while math.prod(shape[dim + 1 :]) * itemsize > BLOCK_BYTES:
+    while math.prod(shape[dim + 1 :]) * itemsize > block_bytes:
         dim += 1
     row_bytes = math.prod(shape[dim + 1 :]) * itemsize
-    rows = min(shape[dim], max(1, BLOCK_BYTES // row_bytes))
+    rows = min(shape[dim], max(1, block_bytes // row_bytes))
     element = np.dtype(f"V{itemsize}")
     buffer = np.empty(rows * row_bytes, np.uint8)
     # The band's part of any chunk is no larger than the band.
