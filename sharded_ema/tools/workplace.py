@@ -144,11 +144,10 @@ class Workplace:
         for line in _read(journal, self._plan):
             path = self.model / line.file
             try:
-                if path.stat().st_size == line.bytes:
-                    verify_file(path, line.digest)
-                    kept.append(line)
-            except (FileNotFoundError, CheckpointCorruptError):
-                continue  # it is written again
+                verify_file(path, line.digest)
+            except CheckpointCorruptError:  # or missing
+                continue
+            kept.append(line)
         for path in self.model.iterdir():
             if path.name not in {line.file for line in kept}:
                 path.unlink()

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from sharded_ema.errors import CheckpointExistsError
+from sharded_ema.tools import workplace
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
 from tests.dist.crash import PRELOADED, TIMEOUT, serve_consolidations
@@ -152,12 +153,15 @@ def stopped_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return leftover(folder)[0]
 
 
-@pytest.mark.parametrize("options", [{"dtype": "bfloat16"}, {"rename": ["s/^w/v/"]}])
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "bfloat16", "max_shard_size": 150}, {"rename": ["s/^w/v/"]}, {"format": "torch"}],
+)
 def test_other_arguments_take_nothing_over(
     tmp_path: Path, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = stopped_midway(tmp_path, monkeypatch)
-    report = consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS, **options)
+    report = consolidate(tmp_path / "c", tmp_path / "out", **{**OPTIONS, **options})
     assert report.facts["taken_over"] == 0
     assert not place.exists() and not leftover(tmp_path)
 
@@ -172,7 +176,9 @@ def test_a_save_again_under_the_same_name_takes_nothing_over(
     assert not leftover(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["flipped", "truncated", "missing", "journal", "torn line"])
+@pytest.mark.parametrize(
+    "fault", ["flipped", "truncated", "missing", "journal", "torn line", "other plan"]
+)
 def test_what_is_damaged_in_between_is_written_again(
     tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,8 +193,12 @@ def test_what_is_damaged_in_between_is_written_again(
         file.unlink()
     elif fault == "journal":
         journal.write_bytes(b"\xff[]\n{}\n" + journal.read_bytes())
-    else:
+    elif fault == "torn line":
         journal.write_bytes(journal.read_bytes()[:-9])
+    else:
+        first, second = journal.read_text().splitlines()
+        other = json.dumps(json.loads(first) | {"source": "0" * 32})
+        journal.write_text(f"{other}\n{second}\n")
     (place / "model" / "stray").write_bytes(b"")
     report = consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
     assert report.facts["taken_over"] == (2 if fault == "journal" else 1)
@@ -212,6 +222,30 @@ def test_two_at_once(tmp_path: Path, other: dict[str, Any], consolidations: Cons
             consolidate(folder / "c", folder / name, **OPTIONS, **options)
         assert contents(folder / "out") in (contents(folder / "same"), contents(folder / "other"))
         assert not leftover(folder)
+
+
+def test_a_directory_that_went_while_waiting_for_its_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may have finished, or cleaned up, and a third begun, at this very moment."""
+    plan, lock = "0" * 32, workplace._lock
+    path = tmp_path / f"out.tmp-{plan}"
+    calls = []
+
+    def late(descriptor: int) -> bool:
+        calls.append(descriptor)
+        if len(calls) == 1:
+            path.rename(tmp_path / "gone")
+            (path / "model").mkdir(parents=True)
+        return lock(descriptor)
+
+    monkeypatch.setattr(workplace, "_lock", late)
+    with Workplace(tmp_path / "out", plan) as place:
+        assert len(calls) == 2
+        assert not lock(os.open(path, os.O_RDONLY)), "what is locked is what has the name"
+        with pytest.raises(CheckpointExistsError, match="another process"):
+            Workplace(tmp_path / "out", plan)
+        assert place.model.is_dir()
 
 
 def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +280,7 @@ def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
             for i, (said, name) in enumerate(log)
             if name == file and " " in said
         ]
-        assert ("synced", old) in log[:renamed]
+        assert old != file and ("synced", old) in log[:renamed]
         recorded = log.index(("recorded", file))
         assert ("synced", "model") in log[renamed:recorded]
         assert ("synced", "journal.jsonl") in log[recorded : recorded + 2]
