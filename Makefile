@@ -48,6 +48,7 @@ bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
+	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
 
 # A quarter of an hour and 13 GB of disk.
 bench-consolidate: $(VENV)/.deepspeed

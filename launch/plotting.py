@@ -40,3 +40,42 @@ def plot_losses(rows: Sequence[Row], profiles: Sequence[str], title: str, path: 
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def plot_sweep(
+    rows: Sequence[Row], tracked: dict[float, float], raw: float, title: str, path: Path
+) -> None:
+    """Draw held-out loss over the width of synthesised averages into ``path``.
+
+    Args:
+        rows: with ``sigma_rel`` and ``loss``, by width.
+        tracked: loss of the averages that training itself kept, by width.
+        raw: loss of the weights.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    axes.plot(
+        [row["sigma_rel"] for row in rows],
+        [row["loss"] for row in rows],
+        marker="o",
+        color=COLOURS[1],
+        label="synthesised afterwards",
+    )
+    axes.plot(
+        list(tracked),
+        list(tracked.values()),
+        linestyle="none",
+        marker="s",
+        markersize=10,
+        markerfacecolor="none",
+        color=COLOURS[0],
+        label="tracked in training",
+    )
+    axes.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="raw weights")
+    axes.set_xlabel("relative width of the average, sigma_rel")
+    axes.set_ylabel("held-out loss (nats per byte)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

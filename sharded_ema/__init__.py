@@ -18,9 +18,13 @@ if TYPE_CHECKING:
     from sharded_ema.ema import ShardedEMA
     from sharded_ema.errors import EMAError, EMAWarning
     from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
+    from sharded_ema.tools.average import average
     from sharded_ema.tools.consolidate import consolidate
+    from sharded_ema.tools.diff import diff
     from sharded_ema.tools.summary import inspect
+    from sharded_ema.tools.synthesize import synthesize
     from sharded_ema.tools.verify import verify
+    from sharded_ema.tools.watch import watch
 
 __all__ = [
     "Constant",
@@ -36,10 +40,14 @@ __all__ = [
     "ShardedEMA",
     "Warmup",
     "__version__",
+    "average",
     "consolidate",
+    "diff",
     "inspect",
     "latest_checkpoint",
+    "synthesize",
     "verify",
+    "watch",
 ]
 
 _HOME = {
@@ -55,10 +63,14 @@ _HOME = {
     "Power": "schedules",
     "Schedule": "schedules",
     "Warmup": "schedules",
+    "average": "tools.average",
     "consolidate": "tools.consolidate",
+    "diff": "tools.diff",
     "inspect": "tools.summary",
     "latest_checkpoint": "checkpoint.reading.runs",
+    "synthesize": "tools.synthesize",
     "verify": "tools.verify",
+    "watch": "tools.watch",
 }
 
 

@@ -221,15 +221,24 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     if not 0.0 < sigma_rel <= 12**-0.5:
         raise ConfigError(f"sigma_rel must lie in (0, {12**-0.5:.4f}], got {sigma_rel}")
 
-    def width(g: float) -> float:
-        return math.sqrt((g + 1.0) / ((g + 2.0) ** 2 * (g + 3.0)))
-
     low, high = 0.0, 1.0
-    while width(high) > sigma_rel:
+    while sigma_rel_from_gamma(high) > sigma_rel:
         high *= 2.0
     while low < (middle := (low + high) / 2.0) < high:
-        low, high = (middle, high) if width(middle) > sigma_rel else (low, middle)
+        if sigma_rel_from_gamma(middle) > sigma_rel:
+            low = middle
+        else:
+            high = middle
     return high
+
+
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """The relative width of a power profile with this exponent, the inverse of the above.
+
+    >>> round(sigma_rel_from_gamma(6.94), 2)
+    0.1
+    """
+    return math.sqrt((gamma + 1.0) / ((gamma + 2.0) ** 2 * (gamma + 3.0)))
 
 
 _TYPES: dict[str, type[_Settings]] = {

@@ -8,7 +8,6 @@ other sharding.
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +24,8 @@ from torch.futures import Future
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
 from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.files import open_regular
+from sharded_ema.checkpoint.reading.locations import Location, as_location
 from sharded_ema.errors import CheckpointCorruptError
 
 # Bytes read at a time; a row of a tensor that is longer is read whole.
@@ -37,7 +38,7 @@ class SafetensorsStorageReader(StorageReader):
     Use it with ``torch.distributed.checkpoint.load(state, storage_reader=...)``.
 
     Args:
-        path: directory of the checkpoint.
+        path: directory or URL of the checkpoint.
         verify: check the digest of every chunk, in DCP's format of the files that hold them,
             before anything is copied.
 
@@ -48,13 +49,13 @@ class SafetensorsStorageReader(StorageReader):
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
         super().__init__()
-        self._path = Path(path)
+        self._path = as_location(path)
         self._verify = verify
         self._catalog: Catalog | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
-            self._path = Path(checkpoint_id)
+            self._path = as_location(checkpoint_id)
             self._catalog = None
 
     @property
@@ -123,7 +124,7 @@ class SafetensorsStorageReader(StorageReader):
 
 
 def _read_block(
-    path: Path, chunk: Chunk, dtype: torch.dtype, item: ReadItem, target: Tensor
+    path: Location, chunk: Chunk, dtype: torch.dtype, item: ReadItem, target: Tensor
 ) -> None:
     """Copy ``lengths`` elements from ``storage_offsets`` of a chunk into ``target``."""
     sizes, start, lengths = chunk.box.sizes, item.storage_offsets, item.lengths
@@ -146,14 +147,8 @@ def _read_block(
         target.narrow(0, first, count).copy_(block)
 
 
-def _read(path: Path, position: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
+def _read(path: Location, position: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
     buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
-    view = buffer.view(torch.uint8).numpy().data
-    with open(path, "rb", buffering=0) as file:
-        file.seek(position)
-        while view.nbytes:
-            count = file.readinto(view)
-            if not count:
-                raise CheckpointCorruptError(f"{path} ends at byte {file.tell()}, data is missing")
-            view = view[count:]
+    with open_regular(path) as file:
+        file.fill(buffer.view(torch.uint8).numpy().data, position)
     return buffer

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sharded_ema.checkpoint.reading.locations import Location, inside_of, name_of, parent_of
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, is_pointer
 from sharded_ema.checkpoint.reading.runs import committed
 from sharded_ema.errors import EMAWarning
@@ -30,10 +30,10 @@ def after_commit(
         remove: removes a checkpoint.
     """
     try:
-        pointer = inside_of(parent_of(location), LATEST_NAME)
+        pointer = location.parent / LATEST_NAME
         # DeepSpeed has a file of this name, users have links: what is not ours stays.
         if latest and is_pointer(pointer):
-            write(pointer, f"{name_of(location)}\n".encode())
+            write(pointer, f"{location.name}\n".encode())
         if keep_last is not None:
             for old in _outdated(location, keep_last):
                 remove(old)
@@ -52,10 +52,10 @@ def _outdated(location: Location, keep_last: int) -> list[Location]:
     So a ``best`` beside ``step_100`` stays.
     """
     kind = _kind(location)
-    others = [c.path for c in committed(parent_of(location)) if _kind(c.path) == kind]
-    others = [other for other in others if name_of(other) != name_of(location)]
+    others = [c.path for c in committed(location.parent) if _kind(c.path) == kind]
+    others = [other for other in others if other.name != location.name]
     return others[: max(0, len(others) - (keep_last - 1))]
 
 
 def _kind(location: Location) -> str:
-    return re.sub(r"\d+", "0", name_of(location))
+    return re.sub(r"\d+", "0", location.name)

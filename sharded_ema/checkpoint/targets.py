@@ -10,15 +10,13 @@ from __future__ import annotations
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-import fsspec
-
 from sharded_ema.checkpoint import commit, retention
 from sharded_ema.checkpoint.reading.catalog import is_part
-from sharded_ema.checkpoint.reading.locations import is_url
+from sharded_ema.checkpoint.reading.locations import URL, as_location, driver, entries
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
 
@@ -129,15 +127,9 @@ class RemoteTarget(Target):
         url: of the checkpoint to be.
     """
 
-    def __init__(self, url: str) -> None:
-        self._url = url.rstrip("/")
-        self._fs, self._path = fsspec.core.url_to_fs(self._url)
-
-    def _names(self) -> set[str]:
-        self._fs.invalidate_cache()
-        if not self._fs.isdir(self._path):
-            return set()
-        return {entry.rstrip("/").rpartition("/")[2] for entry in self._fs.ls(self._path, False)}
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self._fs, self._path = driver(url)
 
     def check(self, *, replace: bool) -> None:
         if replace:
@@ -145,7 +137,7 @@ class RemoteTarget(Target):
                 f"replace=True needs a file system that renames, {self._url} does not; save under "
                 "a new name, with keep_last to remove old checkpoints"
             )
-        names = self._names()
+        names = entries(self._url)
         foreign = {name for name in names if not is_part(name)}
         if MANIFEST_NAME in names or foreign or self._fs.isfile(self._path):
             raise CheckpointExistsError(
@@ -156,7 +148,7 @@ class RemoteTarget(Target):
         self.check(replace=replace)
         try:
             # Parts without a manifest: a save that was killed.
-            self._remove(self._names())
+            self._remove(entries(self._url))
             self._fs.makedirs(self._path, exist_ok=True)
         except OSError as error:
             raise CheckpointWriteError(f"cannot write to {self._url}: {error}") from error
@@ -175,30 +167,35 @@ class RemoteTarget(Target):
     def abandon(self) -> None:
         if self.directory is not None:
             self.directory = None
-            self._remove(self._names())
+            self._remove(entries(self._url))
 
     def _remove(self, names: set[str]) -> None:
         # Without the manifest first it is no checkpoint any more, whatever is left of it.
         for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
             self._fs.rm_file(f"{self._path}/{name}")
+        # Where directories are real; never the bucket itself.
+        if "/" in self._path.strip("/"):
+            with suppress(OSError, NotImplementedError):
+                self._fs.rmdir(self._path)
 
     def settle(self, *, latest: bool, keep_last: int | None) -> None:
         retention.after_commit(
             self._url,
             latest=latest,
             keep_last=keep_last,
-            write=lambda url, data: self._fs.pipe_file(self._fs._strip_protocol(url), data),
+            write=lambda url, data: self._fs.pipe_file(driver(url)[1], data),
             remove=lambda url: RemoteTarget(url).remove(),
         )
 
     def remove(self) -> None:
         """Remove the checkpoint that is there."""
-        self._remove(self._names())
+        self._remove(entries(self._url))
 
 
 def make_target(path: str | os.PathLike[str]) -> Target:
     """The target for a path or a URL such as ``s3://bucket/run/step_1000``."""
-    return RemoteTarget(str(path)) if is_url(path) else LocalTarget(Path(path))
+    location = as_location(path)
+    return RemoteTarget(location) if isinstance(location, URL) else LocalTarget(location)
 
 
 @contextmanager
@@ -208,11 +205,13 @@ def new_file(directory: str, name: str, num_bytes: int) -> Iterator[Callable[[me
     Yields:
         What writes the next bytes. They are durable when the block has ended.
     """
-    if is_url(directory):
-        with fsspec.open(f"{directory}/{name}", "wb") as remote:
+    where = as_location(directory)
+    if isinstance(where, URL):
+        fs, path = driver(where / name)
+        with fs.open(path, "wb") as remote:
             yield remote.write
         return
-    with open(Path(directory, name), "xb", buffering=0) as file:
+    with open(where / name, "xb", buffering=0) as file:
         descriptor = file.fileno()
 
         def write(data: memoryview) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_ema.agreement import Ranks, raise_joint_failure
 from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.reading.locations import Location, is_url
+from sharded_ema.checkpoint.reading.locations import URL, Location
 from sharded_ema.checkpoint.stock_writer import StockStorageWriter
 from sharded_ema.checkpoint.targets import make_target
 from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
@@ -44,7 +44,7 @@ def check_target(path: Location, *, format: str, replace: bool) -> None:
     """
     if format not in WRITERS:
         raise ConfigError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
-    if format == "dcp" and is_url(path):
+    if format == "dcp" and isinstance(path, URL):
         raise ConfigError(f'format="dcp" writes to file systems only, not to {path}')
     make_target(path).check(replace=replace)
 

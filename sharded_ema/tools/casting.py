@@ -46,6 +46,16 @@ def caster(source: str, target: str) -> Cast | None:
     return cast
 
 
+def round_once(values: numpy.ndarray, target: str) -> Bytes:
+    """float64 as uint8 of another dtype, each value the nearest one; `caster` goes over fp32."""
+    if target == "F64":
+        return values.view("u1")
+    if target == "BF16":
+        return _round_to_bf16(_narrow_to_odd(values)).view("u1")
+    with numpy.errstate(over="ignore"):
+        return values.astype("<f4" if target == "F32" else "<f2").view("u1")
+
+
 def widen(data: Bytes, source: str) -> numpy.ndarray:
     """The values as float64, exactly."""
     return _to_wide(data, source).astype("<f8")
@@ -55,6 +65,17 @@ def _to_wide(data: Bytes, source: str) -> numpy.ndarray:
     if source == "BF16":
         return (data.view("<u2").astype("<u4") << 16).view("<f4")
     return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[source])
+
+
+def _narrow_to_odd(values: numpy.ndarray) -> numpy.ndarray:
+    """As fp32 with the last bit set if anything was lost, so that rounding again rounds once."""
+    with numpy.errstate(over="ignore"):
+        narrow = values.astype("<f4")
+    wide = narrow.astype("<f8")
+    bits = narrow.view("<u4")
+    bits -= numpy.abs(wide) > numpy.abs(values)
+    bits |= (wide != values) & ~numpy.isnan(values)
+    return narrow
 
 
 def _round_to_bf16(values: numpy.ndarray) -> numpy.ndarray:

@@ -2,39 +2,35 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE
-from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
-from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from sharded_ema.schedules import schedule_from_dict
 from sharded_ema.tools.adapters import adapter_tensors
-from sharded_ema.tools.casting import FLOATING, Bytes, widen
+from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.distance import Distance, distance
 from sharded_ema.tools.huggingface import open_model
+from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
 
 
-def open_weights(path: Path) -> Catalog:
+def open_weights(path: str | os.PathLike[str]) -> Catalog:
     """Raw weights: a Hugging Face directory, a safetensors file or a DCP checkpoint.
 
     Raises:
         CheckpointNotFoundError: none of these is there.
         CheckpointCorruptError: it cannot be read.
     """
-    if (path / MANIFEST_NAME).is_file() or (path / METADATA_NAME).is_file():
-        return open_checkpoint(path)
-    return open_model(path)
+    try:
+        return open_source(path)
+    except CheckpointNotFoundError:
+        return open_model(Path(path))
 
 
 def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:
@@ -51,33 +47,11 @@ def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:
             _compare_average(catalog, find_average(catalog, profile, prefix), weights, report)
 
 
-@dataclass(slots=True)
-class _Distance:
-    """Sums over elements, in float64."""
-
-    apart: float = 0.0
-    norm: float = 0.0
-    equal: bool = True
-
-    def add(self, other: _Distance) -> None:
-        self.apart += other.apart
-        self.norm += other.norm
-        self.equal &= other.equal
-
-    @property
-    def relative(self) -> float | None:
-        """Norm of the difference over norm of the weights; ``None`` if it is not finite."""
-        if not self.apart:
-            return 0.0
-        value = math.sqrt(self.apart / self.norm) if self.norm else math.inf
-        return value if math.isfinite(value) else None
-
-
 def _compare_average(catalog: Catalog, average: Average, weights: Catalog, report: Report) -> None:
     name = f"{average.prefix}{average.profile}"
     averaged = _averaged(average, weights)
-    start = _prefix_of_names(averaged, average.aliases, weights)
-    total, distances, missing = _Distance(), {}, []
+    start = prefix_of_names(averaged, average.aliases, weights)
+    total, distances, missing = Distance(), {}, []
     equal = 0
     for key, tensor in averaged.items():
         names = [start + n for n in (key, *average.aliases.get(key, ()))]
@@ -85,10 +59,10 @@ def _compare_average(catalog: Catalog, average: Average, weights: Catalog, repor
         if there is None:
             missing.append(key)
             continue
-        distance = _distance(catalog, tensor, weights, there)
-        distances[key] = distance.relative
-        equal += distance.equal
-        total.add(distance)
+        apart = _distance(catalog, tensor, weights, there)
+        distances[key] = apart.relative
+        equal += apart.equal
+        total.add(apart)
     updates = average.meta["num_updates"]
     report.facts[f"average {name}"] = {
         "updates": updates,
@@ -121,7 +95,7 @@ def _averaged(average: Average, weights: Catalog) -> dict[str, StoredTensor]:
     return {name: t for name, t in average.tensors.items() if t.key.startswith(start)}
 
 
-def _prefix_of_names(
+def prefix_of_names(
     averaged: Mapping[str, StoredTensor], aliases: Mapping[str, list[str]], weights: Catalog
 ) -> str:
     """What stands before the names in the weights, such as ``"model."`` in a DCP checkpoint.
@@ -164,8 +138,8 @@ def _prefix_of_names(
 
 def _distance(
     catalog: Catalog, tensor: StoredTensor, weights: Catalog, other: StoredTensor
-) -> _Distance:
-    """Stream two tensors past each other.
+) -> Distance:
+    """How far an average is from its weights.
 
     Raises:
         CheckpointMismatchError: their shapes differ, or one is not floating-point.
@@ -175,40 +149,7 @@ def _distance(
             f"{tensor.key} is {tensor.dtype} of shape {tensor.shape}, and in {weights.path} "
             f"{other.dtype} of shape {other.shape}; is it another model?"
         )
-    found = _Distance()
-    same = tensor.dtype == other.dtype
-    with SourceFiles(catalog.path) as here, SourceFiles(weights.path) as there:
-        blocks = _in_step(_blocks(here, catalog, tensor), _blocks(there, weights, other),
-                          ITEMSIZE[tensor.dtype], ITEMSIZE[other.dtype])  # fmt: skip
-        for mine, theirs in blocks:
-            average, raw = widen(mine, tensor.dtype), widen(theirs, other.dtype)
-            with np.errstate(invalid="ignore", over="ignore"):
-                apart = average - raw
-                found.apart += float(np.dot(apart, apart))
-                found.norm += float(np.dot(raw, raw))
-            equal = np.array_equal(mine, theirs) if same else np.array_equal(average, raw)
-            found.equal &= bool(equal)
-    return found
-
-
-def _blocks(files: SourceFiles, catalog: Catalog, tensor: StoredTensor) -> Iterator[Bytes]:
-    chunks = catalog.chunks(tensor.key)
-    return stream_tensor(files, tensor.key, tensor.shape, ITEMSIZE[tensor.dtype], chunks)
-
-
-def _in_step(
-    left: Iterator[Bytes], right: Iterator[Bytes], left_size: int, right_size: int
-) -> Iterator[tuple[Bytes, Bytes]]:
-    """Blocks of equally many elements, from two streams whose blocks end elsewhere."""
-    a = b = np.empty(0, np.uint8)
-    while True:
-        a = a if a.size else next(left, a)
-        b = b if b.size else next(right, b)
-        count = min(a.size // left_size, b.size // right_size)
-        if not count:
-            return
-        yield a[: count * left_size], b[: count * right_size]
-        a, b = a[count * left_size :], b[count * right_size :]
+    return distance(catalog, tensor, weights, other)
 
 
 def _had_zero_decay(average: Average) -> bool:

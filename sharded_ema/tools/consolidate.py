@@ -9,7 +9,6 @@ A consolidation that was killed goes on with the files that it had finished.
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,6 @@ from sharded_ema.checkpoint.reading.catalog import Catalog
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
-    CheckpointExistsError,
     CheckpointMismatchError,
     CheckpointWriteError,
     ConfigError,
@@ -38,7 +36,7 @@ from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Wanted, digest_plan, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.workplace import Workplace, remove_leftovers
+from sharded_ema.tools.workplace import Workplace, check_space, check_target
 from sharded_ema.tools.writing import Files, verify_rest, write_files
 
 FORMATS = ("safetensors", "torch", "dcp")
@@ -117,7 +115,7 @@ def consolidate(
     catalog = open_source(src)
     average = find_tensors(catalog, profile, prefix)
     target = Path(dst)
-    _check_target(target, catalog.path)
+    check_target(target, catalog.path)
     wanted = Wanted(
         dtype=dtype,
         tied=tied,
@@ -167,14 +165,6 @@ def consolidate(
     return report
 
 
-def _check_target(target: Path, source: Path) -> None:
-    if target.resolve().is_relative_to(source.resolve()):
-        raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
-    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        remove_leftovers(target)
-        raise CheckpointExistsError(f"{target} already exists; nothing was written")
-
-
 def _check_shapes_known(catalog: Catalog, wanted: Wanted) -> None:
     if catalog.format == RANK_SHARDS and wanted.shapes is None:
         raise CheckpointMismatchError(
@@ -206,7 +196,7 @@ def _write(
         finished = [line.bytes for line in place.finished.values()]
         total = sum(output.num_bytes for _, group in files for output in group)
         needed = total if format == "safetensors" else 2 * total
-        _check_space(target, needed - sum(finished))
+        check_space(target, needed - sum(finished))
         verify_rest(catalog, average)
         write_files(files, place, header, jobs=jobs, progress=progress)
         if format != "safetensors":
@@ -234,11 +224,3 @@ def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
         write_torch(written, folder / f"{ADAPTER_STEM if is_adapter else 'pytorch_model'}.bin")
     for path in written:
         path.unlink()
-
-
-def _check_space(target: Path, needed: int) -> None:
-    """Refuse before writing what the disk cannot hold."""
-    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")

@@ -97,6 +97,12 @@ def open_model(path: Path) -> Catalog:
     return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
 
 
+def holds_model(path: Path) -> bool:
+    """Whether a directory has weights under the names used here, or a file is named like them."""
+    names = (INDEX, "model.safetensors", ADAPTER_WEIGHTS)
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in names)
+
+
 def _weight_files(path: Path, is_adapter: bool) -> list[str]:
     """Names of files in the directory; they may be links, as in the cache of the Hub."""
     if not (path / INDEX).is_file():

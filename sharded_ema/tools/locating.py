@@ -7,7 +7,7 @@ from pathlib import Path
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.locations import is_url
+from sharded_ema.checkpoint.reading.locations import URL, as_location
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, follow
 from sharded_ema.checkpoint.reading.rank_shards import open_rank_shards, rank_shards
@@ -26,16 +26,16 @@ def open_source(src: str | os.PathLike[str]) -> Catalog:
         CheckpointNotFoundError: there is none, or one of DeepSpeed without an average.
         CheckpointError: see :func:`open_checkpoint`.
     """
-    if is_url(src):
-        return open_checkpoint(src)
-    path = Path(str(follow(Path(src))))
+    path = follow(as_location(src))
+    if isinstance(path, URL):
+        return open_checkpoint(path)
     if not path.is_dir() or (path / MANIFEST_NAME).exists() or (path / METADATA_NAME).exists():
         return open_checkpoint(src)
     if rank_shards(path):
         return open_rank_shards(path)
     tag = path
     if (path / LATEST_NAME).is_file():
-        tag = Path(str(follow(path / LATEST_NAME)))
+        tag = Path(follow(path / LATEST_NAME))
     if (tag / ENGINE_DIRECTORY).is_dir():
         return open_checkpoint(tag / ENGINE_DIRECTORY)
     if any(tag.glob("*_model_states.pt")):

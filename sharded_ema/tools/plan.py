@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import xxhash
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
+from sharded_ema.checkpoint.reading.files import open_regular
+from sharded_ema.checkpoint.reading.locations import URL, Location
 from sharded_ema.checkpoint.reading.manifest import dump_manifest
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.adapters import adapter_tensors
@@ -240,6 +241,10 @@ def digest_plan(
     return xxhash.xxh3_128_hexdigest(plan.encode())
 
 
-def _state(root: Path, name: str) -> list[object]:
-    found = (root / name).stat()
+def _state(root: Location, name: str) -> list[object]:
+    path = root / name
+    if isinstance(path, URL):  # not every store says when an object was written
+        with open_regular(path) as file:
+            return [name, file.size]
+    found = path.stat()
     return [name, found.st_size, found.st_mtime_ns]

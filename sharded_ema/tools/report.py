@@ -11,7 +11,7 @@ class Report:
     """The result of one tool.
 
     Attributes:
-        action: ``"inspect"``, ``"verify"`` or ``"consolidate"``.
+        action: the name of the tool.
         path: what it was about.
         ok: whether every check passed.
         facts: results by name; JSON types only.
@@ -47,14 +47,27 @@ class Report:
 
 def _lines(name: str, value: Any, *, indent: int) -> list[str]:
     space = " " * indent
-    if isinstance(value, dict):
+    if isinstance(value, dict) and value:
         return [f"{space}{name}:"] + [
             line for key, inner in value.items() for line in _lines(key, inner, indent=indent + 2)
         ]
-    if isinstance(value, list):
-        return [f"{space}{name}:"] + [f"{space}  {item}" for item in value]
+    if isinstance(value, list) and value:
+        return [f"{space}{name}:"] + [f"{space}  {_inline(item)}" for item in value]
+    return [f"{space}{name}: {'none' if value in ([], {}) else _shown(value)}"]
+
+
+def _inline(item: Any) -> str:
+    """An element of a list on one line; a yes stands for itself, a no for nothing."""
+    if not isinstance(item, dict):
+        return str(item)
+    (_, name), *rest = item.items()
+    shown = [k if v is True else f"{k} {_shown(v)}" for k, v in rest if v is not False]
+    return f"{name}: {', '.join(shown)}"
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, float):
-        value = f"{value:,.6g}"
-    elif isinstance(value, int) and not isinstance(value, bool):
-        value = f"{value:,}"
-    return [f"{space}{name}: {value}"]
+        return f"{value:,.6g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import numpy as np
 
@@ -25,6 +24,7 @@ from sharded_ema.checkpoint.reading.chunks import ChunkTable
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
 from sharded_ema.checkpoint.reading.files import inside, open_regular
 from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
@@ -62,7 +62,7 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
     """
     root, names = find_checkpoint(path)
     report = Report("verify", str(path))
-    weights = None if model is None else open_weights(Path(model))
+    weights = None if model is None else open_weights(model)
     catalog = None
     with _noting(report):
         if MANIFEST_NAME in names:
@@ -108,7 +108,7 @@ def _verify_descriptions(catalog: Catalog, report: Report) -> None:
                 )
 
 
-def _tell(report: Report, file: Path, damaged: Iterable[Span]) -> None:
+def _tell(report: Report, file: Location, damaged: Iterable[Span]) -> None:
     for span in damaged:
         report.fail(
             f"{file}, bytes {span.start} to {span.stop}: {span.content()} is damaged or missing"
@@ -118,7 +118,7 @@ def _tell(report: Report, file: Path, damaged: Iterable[Span]) -> None:
 # ---------------------------------------------------------------------- with a manifest
 
 
-def _verify_own(root: Path, names: set[str], report: Report) -> Catalog | None:
+def _verify_own(root: Location, names: set[str], report: Report) -> Catalog | None:
     manifest = read_manifest(root)
     report.facts |= {
         "format": manifest.format,
@@ -207,7 +207,7 @@ class _Table:
 # ---------------------------------------------------------------------- PyTorch's own
 
 
-def _verify_stock(root: Path, names: set[str], report: Report) -> Catalog:
+def _verify_stock(root: Location, names: set[str], report: Report) -> Catalog:
     catalog = open_checkpoint(root)
     assert catalog.index is not None
     entries = catalog.index.entries()
@@ -237,12 +237,12 @@ def _verify_stock(root: Path, names: set[str], report: Report) -> Catalog:
 
 
 def _spans_of_entries(
-    file: Path, entries: Sequence[tuple[int, int, str]], report: Report
+    file: Location, entries: Sequence[tuple[int, int, str]], report: Report
 ) -> list[Span]:
     """The records in the entries of a ``.distcp`` file, in its order."""
     found: list[Span] = []
     end = 0
-    with open(open_regular(file), "rb") as opened:
+    with open_regular(file) as opened:
         for offset, length, key in entries:
             with _noting(report):
                 if offset < end:
@@ -250,7 +250,7 @@ def _spans_of_entries(
                         f"{file}: {key} at byte {offset} overlaps the entry before it"
                     )
                 end = offset + length
-                for record in records(opened.fileno(), offset, length, f"{key} in {file}"):
+                for record in records(opened, offset, length, f"{key} in {file}"):
                     start, stop = record.byte_offset, record.byte_offset + record.num_bytes
                     describe = partial("{} of {}".format, record.name, key)
                     if start < stop:

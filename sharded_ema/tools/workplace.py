@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import threading
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -22,8 +23,14 @@ from typing import Self
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.files import is_plain_name
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.stream import verify_file
-from sharded_ema.errors import CheckpointCorruptError, CheckpointExistsError
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointExistsError,
+    CheckpointWriteError,
+    ConfigError,
+)
 
 _JOURNAL = "journal.jsonl"
 _MODEL = "model"
@@ -146,6 +153,31 @@ class Workplace:
                 path.unlink()
         commit.replace_durably(journal, b"".join(map(_line, kept)))
         return kept
+
+
+def check_target(target: Path, source: Location) -> None:
+    """Refuse a target that is taken, or that lies inside the source.
+
+    Raises:
+        CheckpointExistsError, ConfigError: see above.
+    """
+    if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
+        raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        remove_leftovers(target)
+        raise CheckpointExistsError(f"{target} already exists; nothing was written")
+
+
+def check_space(target: Path, needed: int) -> None:
+    """Refuse before writing what the disk cannot hold.
+
+    Raises:
+        CheckpointWriteError: it has less than ``needed`` bytes free.
+    """
+    folder = next(p for p in (target, *target.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
 
 
 def remove_leftovers(target: Path, *, but: Path | None = None) -> None:

@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
-from pathlib import Path
 
 import xxhash
 from tqdm import tqdm
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.catalog import Catalog
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
 from sharded_ema.checkpoint.reading.stream import (
     SourceFiles,
@@ -114,7 +114,7 @@ def _write_file(
                 data = data[os.write(file.fileno(), data) :]
 
         write(memoryview(header))
-        opened: dict[Path, SourceFiles] = {}
+        opened: dict[Location, SourceFiles] = {}
         for output in outputs:
             stored, root = output.source, output.catalog.path
             if root not in opened:

@@ -18,6 +18,7 @@ LEVEL = {
     "sharded_ema.errors": 0,
     "sharded_ema.layout": 1,
     "sharded_ema.schedules": 1,
+    "sharded_ema.posthoc": 2,
     "sharded_ema.config": 2,
     "sharded_ema.kernels": 2,
     "sharded_ema.agreement": 2,
@@ -43,6 +44,7 @@ TORCH_FREE = (
     "errors",
     "layout",
     "schedules",
+    "posthoc",
     "config",
     "version",
     "cli",
@@ -148,7 +150,8 @@ def loaded_by(code: str) -> set[str]:
     "code",
     [
         "import sharded_ema",
-        "import sharded_ema as s; s.consolidate; s.inspect; s.verify; s.HalfLife",
+        "import sharded_ema as s; s.consolidate; s.diff; s.inspect; s.verify; s.watch; s.HalfLife",
+        "import sharded_ema as s; s.synthesize; s.average",
         "import sharded_ema.cli",
     ],
 )

@@ -35,12 +35,13 @@ def test_script_and_commands(tmp_path: Path) -> None:
         for line in block.splitlines()
         if line.startswith("sharded-ema")
     ]
-    assert len(commands) == 3
+    assert len(commands) == 5
     for _, *arguments in commands:
         command = [sys.executable, "-m", "sharded_ema", *arguments]
         run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert run.returncode == 0, run.stderr
-    assert (tmp_path / "out" / "model.safetensors").is_file()
+    for exported in ("out", "served/latest"):
+        assert (tmp_path / exported / "model.safetensors").is_file()
 
 
 def test_begins_with_the_two_commands_that_exist() -> None:

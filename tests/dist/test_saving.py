@@ -315,3 +315,27 @@ except Exception as error:
     assert run.stdout.count("CheckpointWriteError") == 2, run.stdout + run.stderr
     assert "destroyed before close()" in run.stdout
     assert not (tmp_path / "x").exists()
+
+
+def save_to_url(url: str) -> str:
+    run = build("fsdp2")
+    ema = ShardedEMA(run.target, 0.9)
+    expected = full(ema)
+    ema.save(f"{url}/step_1", step=1)
+    ema.save(f"{url}/step_2", step=2, asynchronous=True, keep_last=1).result()
+    run.step(0)
+    ema.update()
+    assert ema.load(f"{url}/latest", verify=True) == 2
+    assert_equal(averages(ema), expected)
+    found = error_of(lambda: ema.save(f"{url}/step_2", step=3))
+    ema.close()
+    return found
+
+
+def test_ranks_save_to_a_url(worlds: Worlds, tmp_path: Path) -> None:
+    found = worlds[2].run(save_to_url, f"file://{tmp_path}/run")
+    assert len(set(found)) == 1 and found[0].startswith("CheckpointExistsError")
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"step_2", "latest"}
+    assert {p.name for p in (tmp_path / "run" / "step_2").iterdir()} == {
+        "manifest.json", "chunks.safetensors", "shard-00000.safetensors", "shard-00001.safetensors",
+    }  # fmt: skip

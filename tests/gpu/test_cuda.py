@@ -267,6 +267,29 @@ def test_save_and_load(mesh: DeviceMesh, mode: str, format: str, tmp_path: Path)
     loaded.close()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_asynchronous_save_is_the_state_of_the_call(
+    mesh: DeviceMesh, mode: str, tmp_path: Path
+) -> None:
+    """The copies are only begun in the call; what the device does next must not reach them."""
+    run = build(mode, mesh)
+    ema = ShardedEMA(run.model, 0.9)
+    ema.attach(run.optimizer)
+    for number in range(2):  # the second one uses the buffer again
+        for index in range(3):
+            run.step(index)
+        saved = copies_of(ema)
+        handle = ema.save(tmp_path / f"step_{number}", step=number, asynchronous=True)
+        for index in range(10):
+            run.step(index)
+        handle.staged()
+        handle.result()
+        assert ema._staging._buffer is not None and ema._staging._buffer.is_pinned()
+        assert ema.load(tmp_path / f"step_{number}", verify=True) == number
+        assert_equal(averages(ema), saved)
+    ema.close()
+
+
 # ---------------------------------------------------------------------- a shadow on the host
 
 

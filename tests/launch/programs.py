@@ -111,6 +111,10 @@ def check_export(export: Path, run: TrainingRun) -> Finished:
     return execute(LAUNCH / "check_export.py", export, run.out, "--sample-bytes", "4")
 
 
+def sweep(run: TrainingRun, out: Path, widths: str) -> Finished:
+    return execute(LAUNCH / "sweep_sigma.py", run.out, "--sigma-rel", widths, "--out", out)
+
+
 def load_tensors(reader: StorageReader) -> dict[str, Tensor]:
     """All tensors of a checkpoint, whole, by the means of any user of DCP."""
     state = {

@@ -156,7 +156,9 @@ def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:
         ("hsdp", "hsdp (2 replicas x 2 shards), world size 4"),
         ("ddp_by_accelerate", "accelerate (DDP), world size 2"),
         ("fsdp2_by_accelerate", "accelerate (FSDP2), world size 2"),
-        ("fsdp1_by_accelerate", "accelerate (FSDP1), world size 2"),
+        pytest.param(
+            "fsdp1_by_accelerate", "accelerate (FSDP1), world size 2", marks=pytest.mark.long
+        ),
     ],
 )
 def test_taking_up_another_way(

@@ -27,6 +27,7 @@ from tests.launch.programs import (
     check_export,
     consolidate,
     finished,
+    sweep,
     train,
     weights_of,
 )
@@ -207,6 +208,16 @@ def test_several_averages_with_late_start_and_windows(several: TrainingRun) -> N
         assert rows[3][f"ema_loss/{profile}"] == rows[3]["raw_loss"]
         assert rows[8][f"ema_loss/{profile}"] != rows[8]["raw_loss"]
     assert len({rows[8][f"ema_loss/{profile}"] for profile in PROFILES}) == len(PROFILES)
+
+
+def test_sweep_finds_the_loss_of_what_was_tracked(several: TrainingRun, tmp_path: Path) -> None:
+    """However few the updates, a stored width is among what can be expressed."""
+    done = sweep(several, tmp_path / "sweep", "0.1").good()
+    with (tmp_path / "sweep" / "sigma_rel.csv").open(newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert abs(float(row["loss"]) - several.rows()[8]["ema_loss/wide"]) < 1e-5
+    assert (tmp_path / "sweep" / "sigma_rel.png").read_bytes()[:4] == b"\x89PNG"
+    assert "residual" in done.out
 
 
 # ---------------------------------------------------------------------- wrong use

@@ -12,6 +12,7 @@ from typing import Any
 from sharded_ema.checkpoint.reading.chunks import Chunk, ChunkTable, tiles
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME, DcpIndex
 from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
+from sharded_ema.checkpoint.reading.locations import Location, as_location, entries, is_file
 from sharded_ema.checkpoint.reading.manifest import (
     CHUNKS_NAME,
     MANIFEST_NAME,
@@ -73,7 +74,7 @@ class Catalog:
         index: the metadata of the format ``"dcp"``.
     """
 
-    path: Path
+    path: Location
     format: str
     manifest: Manifest | None
     tensors: dict[str, StoredTensor]
@@ -206,7 +207,7 @@ def is_meta_key(key: str) -> bool:
     )
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, set[str]]:
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
     """The directory that holds a committed checkpoint, and the names in it.
 
     It is ``path`` itself, or what a file ``latest`` at ``path`` names, or what an interrupted
@@ -216,25 +217,25 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Path, set[str]]:
         CheckpointNotFoundError: nothing is there.
         CheckpointUncommittedError: a save that did not finish.
     """
-    path = Path(follow(Path(path)))
-    if not path.is_dir():
-        path = _interrupted_replacement(path)
-    if is_temporary(path.name):
+    where = follow(as_location(path))
+    if isinstance(where, Path) and not where.is_dir():
+        where = _interrupted_replacement(where)
+    if is_temporary(where.name):
         raise CheckpointUncommittedError(
-            f"{path} is the temporary directory of a save that did not finish; use an earlier "
+            f"{where} is the temporary directory of a save that did not finish; use an earlier "
             "checkpoint"
         )
-    names = {entry.name for entry in os.scandir(path)}
+    names = entries(where)
     if MANIFEST_NAME in names or METADATA_NAME in names:
-        return path, names
+        return where, names
     if any(_PART.fullmatch(name) for name in names):
         raise CheckpointUncommittedError(
-            f"{path} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, or "
-            "the manifest was not copied; use an earlier checkpoint"
+            f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
+            "or the manifest was not copied; use an earlier checkpoint"
         )
-    inner = sorted(entry.parent.name for entry in path.glob(f"*/{MANIFEST_NAME}"))
+    inner = sorted(name for name in names if is_file(where / name / MANIFEST_NAME))
     raise CheckpointNotFoundError(
-        f"{path} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
+        f"{where} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
         + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
     )
 
@@ -251,14 +252,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Catalog:
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    path, names = find_checkpoint(path)
+    root, names = find_checkpoint(path)
     if MANIFEST_NAME not in names:
-        return _open_dcp(path, None)
-    manifest = read_manifest(path)
-    check_listing(path, names, manifest)
+        return _open_dcp(root, None)
+    manifest = read_manifest(root)
+    check_listing(root, names, manifest)
     for record in manifest.files:
-        check_file(path, record, manifest.uuid)
-    return open_listed(path, manifest)
+        check_file(root, record, manifest.uuid)
+    return open_listed(root, manifest)
 
 
 def is_part(name: str) -> bool:
@@ -297,7 +298,7 @@ def _interrupted_replacement(path: Path) -> Path:
     return aside
 
 
-def open_listed(path: Path, manifest: Manifest) -> Catalog:
+def open_listed(path: Location, manifest: Manifest) -> Catalog:
     """The contents of a checkpoint whose files have been checked.
 
     Raises:
@@ -310,7 +311,7 @@ def open_listed(path: Path, manifest: Manifest) -> Catalog:
     return (_open_dcp if manifest.format == "dcp" else _open_safetensors)(path, manifest)
 
 
-def _open_safetensors(path: Path, manifest: Manifest) -> Catalog:
+def _open_safetensors(path: Location, manifest: Manifest) -> Catalog:
     files = {file.name: file for file in manifest.files}
     if CHUNKS_NAME not in files:
         raise CheckpointCorruptError(f"the manifest of {path} lists no {CHUNKS_NAME}")
@@ -341,7 +342,7 @@ def _open_safetensors(path: Path, manifest: Manifest) -> Catalog:
     return Catalog(path, "safetensors", manifest, tensors, {}, chunks_of, table=table)
 
 
-def _open_dcp(path: Path, manifest: Manifest | None) -> Catalog:
+def _open_dcp(path: Location, manifest: Manifest | None) -> Catalog:
     index = DcpIndex(path)
     tensors = {
         key: StoredTensor(key, shape, dtype) for key, (shape, dtype) in index.tensors.items()

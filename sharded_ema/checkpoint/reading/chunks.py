@@ -7,17 +7,16 @@ ranks; columns are read a few rows at a time.
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.reading.files import open_regular
+from sharded_ema.checkpoint.reading.files import OpenFile, open_regular
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.safetensors_file import Entry, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Box, Shape
@@ -102,7 +101,7 @@ class ChunkTable:
         CheckpointCorruptError: it has not the columns that it should have.
     """
 
-    def __init__(self, path: Path, files: Sequence[str]) -> None:
+    def __init__(self, path: Location, files: Sequence[str]) -> None:
         self._path = path
         self._files = files
         self._entries, metadata, self._data_start = read_header(path)
@@ -136,8 +135,8 @@ class ChunkTable:
                 f"{self._path} has {self.num_rows} rows of {self._width} dimensions, the manifest "
                 f"asks for rows {first} to {first + count} of {ndim}"
             )
-        with open(open_regular(self._path), "rb") as file:
-            columns = {name: self._read(file.fileno(), name, first, count) for name in _COLUMNS}
+        with open_regular(self._path) as file:
+            columns = {name: self._read(file, name, first, count) for name in _COLUMNS}
         padding = (columns["offsets"][:, ndim:] != 0) | (columns["sizes"][:, ndim:] != 1)
         integers = [columns[name] for name in _COLUMNS if name != "digest"]
         if padding.any() or any((column < 0).any() for column in integers):
@@ -165,11 +164,11 @@ class ChunkTable:
         Unchecked; 48 bytes a row.
         """
         names = ("tensor", "file", "byte_offset", "num_bytes", "digest")
-        with open(open_regular(self._path), "rb") as file:
-            return {name: self._read(file.fileno(), name, 0, self.num_rows) for name in names}
+        with open_regular(self._path) as file:
+            return {name: self._read(file, name, 0, self.num_rows) for name in names}
 
     def _read(
-        self, descriptor: int, name: str, first: int, count: int
+        self, file: OpenFile, name: str, first: int, count: int
     ) -> NDArray[np.int64] | NDArray[np.uint8]:
         entry = self._entries[name]
         row_shape = entry.shape[1:]
@@ -177,8 +176,7 @@ class ChunkTable:
         row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
         position = self._data_start + entry.start + first * row_bytes
         data = np.empty(count * row_bytes, np.uint8)
-        if os.preadv(descriptor, [data.data], position) != data.nbytes:
-            raise CheckpointCorruptError(f"{self._path} ends early, in column {name!r}")
+        file.fill(data.data, position)
         return data.view(np.dtype(dtype).newbyteorder("<")).reshape(count, *row_shape)
 
 

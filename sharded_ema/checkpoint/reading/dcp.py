@@ -7,15 +7,14 @@ that does not belong there is refused. The tensors lie in ``.distcp`` files, eac
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.pickles import Global, Note, refuse, take_apart
 from sharded_ema.checkpoint.reading.torch_entry import DTYPE_NAMES, is_shape, locate
 from sharded_ema.errors import CheckpointError, CheckpointUncommittedError
@@ -54,7 +53,7 @@ def _allowed(found: Global) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Location:
+class StoredAt:
     """Where an entry lies: bytes ``offset`` to ``offset + length`` of ``file``.
 
     Attributes:
@@ -71,7 +70,7 @@ class Location:
 class _Tensor:
     shape: Shape
     dtype: str
-    locations: list[Location]
+    locations: list[StoredAt]
 
 
 class DcpIndex:
@@ -88,11 +87,11 @@ class DcpIndex:
         CheckpointCorruptError: not readable, or a class in it that does not belong there.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Location) -> None:
         self._root = root
         self._path = inside(root, METADATA_NAME)
         self._tensors: dict[str, _Tensor] = {}
-        self.values: dict[str, Location] = {}
+        self.values: dict[str, StoredAt] = {}
         self.unsupported: dict[str, str] = {}
         data = read_whole(self._path, _MAX_METADATA_BYTES)
         # Chunks may be shared by many tensors in a forged pickle; a true one has bytes for each.
@@ -112,7 +111,7 @@ class DcpIndex:
             found.setdefault(at.file, []).append((at.offset, at.length, key))
         return {name: sorted(entries) for name, entries in sorted(found.items())}
 
-    def locations(self, key: str) -> list[Location]:
+    def locations(self, key: str) -> list[StoredAt]:
         """The entries that hold a tensor, as ``.metadata`` gives them, unchecked."""
         return self._tensors[key].locations
 
@@ -124,7 +123,7 @@ class DcpIndex:
         """
         return [self.chunk(key, location) for location in self._tensors[key].locations]
 
-    def chunk(self, key: str, location: Location) -> Chunk:
+    def chunk(self, key: str, location: StoredAt) -> Chunk:
         """Locate the data of one chunk of a tensor.
 
         Raises:
@@ -134,13 +133,11 @@ class DcpIndex:
         assert box is not None
         where = f"{key} at {box.offsets} in {self._root / location.file}"
         try:
-            descriptor = open_regular(inside(self._root, location.file))
+            file = open_regular(inside(self._root, location.file))
         except CheckpointError as error:
             raise type(error)(f"{where}: {error}") from None
-        try:
-            entry = locate(descriptor, location.offset, location.length, where)
-        finally:
-            os.close(descriptor)
+        with file:
+            entry = locate(file, location.offset, location.length, where)
         if entry.shape != box.sizes or entry.dtype != dtype:
             refuse(
                 where,
@@ -200,7 +197,7 @@ class DcpIndex:
 
     def _locations(
         self, key: str, chunks: list[Any], storage: dict[tuple[str, Shape | None], Any]
-    ) -> Iterator[Location]:
+    ) -> Iterator[StoredAt]:
         for chunk in chunks:
             self._chunks_left -= 1
             if self._chunks_left < 0:
@@ -218,14 +215,14 @@ class DcpIndex:
                 self._refuse(f"the chunk of {key} at {offsets} has no place, or two")
             yield self._location(box, info)
 
-    def _location(self, box: Box | None, info: Any) -> Location:
+    def _location(self, box: Box | None, info: Any) -> StoredAt:
         fields = self._fields(info, _STORAGE_INFO)
         if fields.get("transform_descriptors"):
             self._refuse("an entry went through a transformation that is not supported")
         name, offset, length = (fields.get(name) for name in ("relative_path", "offset", "length"))
         if not isinstance(name, str) or not is_shape((offset, length)):
             self._refuse("an entry has a malformed place")
-        return Location(box, name, offset, length)  # type: ignore[arg-type]
+        return StoredAt(box, name, offset, length)  # type: ignore[arg-type]
 
     def _shape(self, value: Any) -> Shape:
         """A ``torch.Size``, or the tuple that it is made of."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-
 import xxhash
 
 from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.manifest import (
     MANIFEST_NAME,
     FileRecord,
@@ -22,7 +20,7 @@ from sharded_ema.errors import CheckpointCorruptError
 _MAX_MANIFEST_BYTES = 1 << 28
 
 
-def read_manifest(path: Path) -> Manifest:
+def read_manifest(path: Location) -> Manifest:
     """The manifest of the checkpoint in the directory ``path``.
 
     Raises:
@@ -38,7 +36,7 @@ def read_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def check_listing(path: Path, names: set[str], manifest: Manifest) -> None:
+def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
     """Refuse entries of the directory that do not belong to the checkpoint.
 
     Raises:
@@ -52,25 +50,24 @@ def check_listing(path: Path, names: set[str], manifest: Manifest) -> None:
         )
 
 
-def check_file(path: Path, record: FileRecord, uuid: str) -> None:
+def check_file(path: Location, record: FileRecord, uuid: str) -> None:
     """Check a file by everything but its data: kind, size and header.
 
     Raises:
         CheckpointCorruptError: it is not the file that was written.
     """
     file = inside(path, record.name)
-    with open(open_regular(file), "rb") as opened:
-        size = os.fstat(opened.fileno()).st_size
-        if size != record.num_bytes:
+    with open_regular(file) as opened:
+        if opened.size != record.num_bytes:
             raise CheckpointCorruptError(
-                f"{file} has {size} bytes, {record.num_bytes} were written: it is truncated or "
-                "replaced"
+                f"{file} has {opened.size} bytes, {record.num_bytes} were written: it is truncated "
+                "or replaced"
             )
         if not record.header_bytes:
             return
         if record.header_bytes > MAX_HEADER_BYTES:
             raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
-        header = opened.read(record.header_bytes)
+        header = opened.read(0, record.header_bytes)
     if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
         raise CheckpointCorruptError(
             f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from sharded_ema.checkpoint.reading.files import is_plain_name
-from sharded_ema.checkpoint.reading.locations import (
-    Location,
-    exists,
-    inside_of,
-    is_file,
-    name_of,
-    parent_of,
-    read_small,
-)
+from sharded_ema.checkpoint.reading.files import is_plain_name, read_whole
+from sharded_ema.checkpoint.reading.locations import Location, exists, is_file
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.errors import CheckpointNotFoundError
+from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 
 LATEST_NAME = "latest"
 # Larger than any name can be.
@@ -26,7 +18,7 @@ def follow(location: Location) -> Location:
     Raises:
         CheckpointNotFoundError: it names nothing that could lie beside it.
     """
-    if name_of(location) != LATEST_NAME or not is_file(location):
+    if location.name != LATEST_NAME or not is_file(location):
         return location
     named = _named_by(location)
     if named is None:
@@ -42,10 +34,12 @@ def is_pointer(location: Location) -> bool:
     if not exists(location):
         return True
     target = _named_by(location) if is_file(location) else None
-    return target is not None and (not exists(target) or is_file(inside_of(target, MANIFEST_NAME)))
+    return target is not None and (not exists(target) or is_file(target / MANIFEST_NAME))
 
 
 def _named_by(pointer: Location) -> Location | None:
-    data = read_small(pointer, _MAX_POINTER_BYTES)
-    name = (data or b"").decode(errors="replace").strip()
-    return inside_of(parent_of(pointer), name) if is_plain_name(name) else None
+    try:
+        name = read_whole(pointer, _MAX_POINTER_BYTES).decode(errors="replace").strip()
+    except CheckpointCorruptError:
+        return None
+    return pointer.parent / name if is_plain_name(name) else None

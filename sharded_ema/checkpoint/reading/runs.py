@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sharded_ema.checkpoint.reading.catalog import is_temporary
-from sharded_ema.checkpoint.reading.locations import (
-    Location,
-    as_location,
-    entries,
-    inside_of,
-    is_file,
-    read_small,
-)
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME, parse_manifest
+from sharded_ema.checkpoint.reading.listed import read_manifest
+from sharded_ema.checkpoint.reading.locations import Location, as_location, entries, is_file
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointError, CheckpointNotFoundError
-
-# The manifest of a million tensors has about 100 MB.
-_MAX_MANIFEST_BYTES = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,11 +21,38 @@ class Committed:
         path: its directory or URL.
         step: the step it was saved under.
         saved_at: when it was committed, Unix time in milliseconds.
+        uuid: of the save.
+        num_bytes: size of its files, without the manifest.
     """
 
     path: Location
     step: int
     saved_at: int
+    uuid: str
+    num_bytes: int
+
+
+def committed_at(path: Location) -> Committed | None:
+    """The committed checkpoint at ``path``; ``None`` if there is none, or no average in it.
+
+    Only its manifest is read.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+    """
+    if not is_file(path / MANIFEST_NAME):
+        return None
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError:
+        if is_file(path / MANIFEST_NAME):
+            raise
+        return None  # removed between the look and the read
+    steps = [meta["step"] for meta in manifest.emas.values() if type(meta.get("step")) is int]
+    if not steps:
+        return None
+    num_bytes = sum(file.num_bytes for file in manifest.files)
+    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes)
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
@@ -43,21 +62,15 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
     """
     found = []
     for name in entries(as_location(run)):
-        path = inside_of(as_location(run), name)
-        manifest = inside_of(path, MANIFEST_NAME)
-        if is_temporary(name) or not is_file(manifest):
-            continue
-        try:
-            data = read_small(manifest, _MAX_MANIFEST_BYTES)
-            if data is None:
-                continue
-            fields = parse_manifest(data, str(manifest))
-        except (CheckpointError, FileNotFoundError):
-            continue  # damaged, or removed between the look and the read
-        steps = [meta["step"] for meta in fields.emas.values() if type(meta.get("step")) is int]
-        if steps:
-            found.append(Committed(path, max(steps), fields.saved_at))
-    return sorted(found, key=lambda c: (c.saved_at, c.step))
+        with suppress(CheckpointError):
+            at = None if is_temporary(name) else committed_at(as_location(run) / name)
+            found += [at] if at else []
+    return sorted(found, key=in_order)
+
+
+def in_order(checkpoint: Committed) -> tuple[int, int]:
+    """What the checkpoints of a run are sorted by: after going back, steps fall."""
+    return checkpoint.saved_at, checkpoint.step
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Location:

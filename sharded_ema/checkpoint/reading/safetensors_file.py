@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import reprlib
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NoReturn
 
 from sharded_ema.checkpoint.reading.files import open_regular
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -101,7 +100,7 @@ def build_header(
 
 
 def read_header(
-    path: str | os.PathLike[str],
+    path: Location,
 ) -> tuple[dict[str, Entry], dict[str, str], int]:
     """Read and check the header of a safetensors file.
 
@@ -112,17 +111,16 @@ def read_header(
         CheckpointCorruptError: the file is not valid safetensors; holes, overlaps, unknown dtypes
             and a size that differs from what the header says included.
     """
-    path = Path(path)
-    with open(open_regular(path), "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        prefix = file.read(8)
+    with open_regular(path) as file:
+        size = file.size
+        prefix = file.read(0, 8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
         if length > min(size - 8, MAX_HEADER_BYTES):
             raise CheckpointCorruptError(
                 f"{path}: the header should take {length} bytes and the file has {size}; it is "
                 "truncated or no safetensors file"
             )
-        text = file.read(length)
+        text = file.read(8, length)
     header = load_json(text, str(path))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -145,7 +143,7 @@ def read_header(
     return entries, metadata, 8 + length
 
 
-def _entry(key: str, value: Any, path: Path) -> Entry:
+def _entry(key: str, value: Any, path: Location) -> Entry:
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")

@@ -8,12 +8,10 @@ held whole while its tensor is read.
 from __future__ import annotations
 
 import math
-import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,7 +21,8 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.files import open_regular, read_at
+from sharded_ema.checkpoint.reading.files import OpenFile, open_regular
+from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -41,9 +40,9 @@ class SourceFiles:
         root: directory of the checkpoint.
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Location) -> None:
         self._root = root
-        self._open: OrderedDict[str, int] = OrderedDict()
+        self._open: OrderedDict[str, OpenFile] = OrderedDict()
 
     def __enter__(self) -> Self:
         return self
@@ -52,7 +51,7 @@ class SourceFiles:
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         while self._open:
-            os.close(self._open.popitem()[1])
+            self._open.popitem()[1].close()
 
     def read_into(self, name: str, buffer: Bytes, position: int) -> None:
         """Fill ``buffer`` with a file's bytes from ``position`` on.
@@ -60,21 +59,12 @@ class SourceFiles:
         Raises:
             CheckpointCorruptError: the file is not there or too short.
         """
-        descriptor = self._descriptor(name)
-        view = buffer.data
-        while view.nbytes:
-            count = read_at(descriptor, view, position, self._root / name)
-            if not count:
-                raise CheckpointCorruptError(
-                    f"{self._root / name} ends at byte {position}, {view.nbytes} bytes are missing"
-                )
-            view = view[count:]
-            position += count
+        self._file(name).fill(buffer.data, position)
 
-    def _descriptor(self, name: str) -> int:
+    def _file(self, name: str) -> OpenFile:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
-                os.close(self._open.popitem(last=False)[1])
+                self._open.popitem(last=False)[1].close()
             self._open[name] = open_regular(self._root / name)
         self._open.move_to_end(name)
         return self._open[name]
@@ -114,18 +104,18 @@ class _Check:
             )
 
 
-def verify_chunk(root: Path, chunk: Chunk, key: str) -> None:
+def verify_chunk(root: Location, chunk: Chunk, key: str) -> None:
     """Read one chunk and compare its checksum.
 
     Raises:
         CheckpointCorruptError: it is not what was written.
     """
     with SourceFiles(root) as files:
-        for _ in _read_run(files, chunk, key):
+        for _ in _read_run(files, chunk, key, BLOCK_BYTES):
             pass
 
 
-def verify_file(path: Path, digest: str) -> None:
+def verify_file(path: Location, digest: str) -> None:
     """Compare the xxh3-128 of a whole file with its hex ``digest``.
 
     Raises:
@@ -155,7 +145,7 @@ class Span:
 
 
 def scan_file(
-    path: Path, spans: Iterable[Span] = (), num_bytes: int | None = None
+    path: Location, spans: Iterable[Span] = (), num_bytes: int | None = None
 ) -> tuple[str, list[Span]]:
     """Read a file once, from its first byte on.
 
@@ -174,12 +164,11 @@ def scan_file(
     buffer = np.empty(BLOCK_BYTES, np.uint8)
     position = 0
     running: Any = None
-    descriptor = open_regular(path)
-    try:
+    with open_regular(path) as file:
         waiting = iter(spans)
         span = next(waiting, None)
-        end = os.fstat(descriptor).st_size if num_bytes is None else num_bytes
-        while count := read_at(descriptor, buffer.data[: end - position], position, path):
+        end = file.size if num_bytes is None else num_bytes
+        while count := file.read_at(buffer.data[: end - position], position):
             whole.update(buffer[:count].data)
             while span is not None and span.start < position + count:
                 if running is None:
@@ -193,8 +182,6 @@ def scan_file(
                     damaged.append(span)
                 span, running = next(waiting, None), None
             position += count
-    finally:
-        os.close(descriptor)
     if span is not None:
         damaged += [span, *waiting]
     return whole.hexdigest(), damaged
@@ -214,7 +201,12 @@ class _Crc32:
 
 
 def stream_tensor(
-    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+    files: SourceFiles,
+    key: str,
+    shape: Shape,
+    itemsize: int,
+    chunks: Sequence[Chunk],
+    block_bytes: int | None = None,
 ) -> Iterator[Bytes]:
     """The bytes of a tensor in C order, block by block.
 
@@ -222,6 +214,7 @@ def stream_tensor(
         shape: global shape in elements.
         itemsize: bytes per element.
         chunks: of this tensor, known to fill it without overlap.
+        block_bytes: read at a time, a multiple of ``itemsize``; ``None`` for ``BLOCK_BYTES``.
 
     Yields:
         Arrays of uint8, whole elements each, valid until the next one is asked for.
@@ -229,21 +222,22 @@ def stream_tensor(
     Raises:
         CheckpointCorruptError: a chunk is damaged. Blocks before it may have been yielded.
     """
+    block_bytes = block_bytes or BLOCK_BYTES
     runs = []
     for chunk in chunks:
         run = chunk.box.flat_run(shape) if chunk.strides is None else None
         if run is None:
-            yield from _stream_bands(files, key, shape, itemsize, chunks)
+            yield from _stream_bands(files, key, shape, itemsize, chunks, block_bytes)
             return
         runs.append((run[0], chunk))
     for _, chunk in sorted(runs, key=lambda pair: pair[0]):
-        yield from _read_run(files, chunk, key)
+        yield from _read_run(files, chunk, key, block_bytes)
 
 
-def _read_run(files: SourceFiles, chunk: Chunk, key: str) -> Iterator[Bytes]:
+def _read_run(files: SourceFiles, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
     check = _Check(chunk, key)
-    buffer = np.empty(min(BLOCK_BYTES, chunk.num_bytes), np.uint8)
-    for start in range(0, chunk.num_bytes, BLOCK_BYTES):
+    buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
+    for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
         files.read_into(chunk.file, block, chunk.byte_offset + start)
         check.update(block)
@@ -251,7 +245,12 @@ def _read_run(files: SourceFiles, chunk: Chunk, key: str) -> Iterator[Bytes]:
 
 
 def _stream_bands(
-    files: SourceFiles, key: str, shape: Shape, itemsize: int, chunks: Sequence[Chunk]
+    files: SourceFiles,
+    key: str,
+    shape: Shape,
+    itemsize: int,
+    chunks: Sequence[Chunk],
+    block_bytes: int,
 ) -> Iterator[Bytes]:
     """Assemble bands: ranges of one dimension in which all inner dimensions are whole.
 
@@ -259,10 +258,10 @@ def _stream_bands(
     run of the chunk's bytes, so a chunk is still read from its first byte to its last.
     """
     dim = 0
-    while math.prod(shape[dim + 1 :]) * itemsize > BLOCK_BYTES:
+    while math.prod(shape[dim + 1 :]) * itemsize > block_bytes:
         dim += 1
     row_bytes = math.prod(shape[dim + 1 :]) * itemsize
-    rows = min(shape[dim], max(1, BLOCK_BYTES // row_bytes))
+    rows = min(shape[dim], max(1, block_bytes // row_bytes))
     element = np.dtype(f"V{itemsize}")
     buffer = np.empty(rows * row_bytes, np.uint8)
     # The band's part of any chunk is no larger than the band.

@@ -15,6 +15,7 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from sharded_ema.checkpoint.reading.files import OpenFile
 from sharded_ema.checkpoint.reading.pickles import PERSISTENT, Global, Note, take_apart
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
 from sharded_ema.errors import CheckpointCorruptError
@@ -100,7 +101,7 @@ class Record:
     crc32: int | None
 
 
-def locate(descriptor: int, offset: int, length: int, where: str) -> StoredEntry:
+def locate(file: OpenFile, offset: int, length: int, where: str) -> StoredEntry:
     """Find the data of the entry in bytes ``offset`` to ``offset + length`` of an open file.
 
     Args:
@@ -109,18 +110,18 @@ def locate(descriptor: int, offset: int, length: int, where: str) -> StoredEntry
     Raises:
         CheckpointCorruptError: no such entry, or one that this library does not read.
     """
-    infos = _directory(descriptor, offset, length, where)
+    infos = _directory(file, offset, length, where)
     order = infos.get("byteorder")
-    if order is not None and _read_small(descriptor, offset, order, where) != b"little":
+    if order is not None and _read_small(file, offset, order, where) != b"little":
         raise CheckpointCorruptError(f"{where} was written on a big-endian machine")
     if "data.pkl" not in infos:
         _refuse(where)
-    head = _read_small(descriptor, offset, infos["data.pkl"], where)
+    head = _read_small(file, offset, infos["data.pkl"], where)
     dtype, storage, shape, strides = _described(take_apart(head, _allowed, where), where)
     info = infos.get(f"data/{storage}")
     if info is None:
         _refuse(where)
-    data = _record(descriptor, offset, info, where)
+    data = _record(file, offset, info, where)
     size = math.prod(shape) * ITEMSIZE[dtype]
     if data.num_bytes != size:
         raise CheckpointCorruptError(
@@ -129,23 +130,23 @@ def locate(descriptor: int, offset: int, length: int, where: str) -> StoredEntry
     return StoredEntry(dtype, shape, data.byte_offset, size, data.crc32, strides)
 
 
-def records(descriptor: int, offset: int, length: int, where: str) -> list[Record]:
+def records(file: OpenFile, offset: int, length: int, where: str) -> list[Record]:
     """All files of the archive in bytes ``offset`` to ``offset + length`` of an open file.
 
     Raises:
         CheckpointCorruptError: no archive as torch writes it.
     """
-    infos = _directory(descriptor, offset, length, where)
-    return [_record(descriptor, offset, info, where) for info in infos.values()]
+    infos = _directory(file, offset, length, where)
+    return [_record(file, offset, info, where) for info in infos.values()]
 
 
-def _directory(descriptor: int, offset: int, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
+def _directory(file: OpenFile, offset: int, length: int, where: str) -> dict[str, zipfile.ZipInfo]:
     """The archive's records by name, none of them compressed, repeated or in another's bytes."""
-    if offset + length > os.fstat(descriptor).st_size:
+    if offset + length > file.size:
         raise CheckpointCorruptError(
             f"{where}: its file ends before byte {offset + length}; it is truncated or replaced"
         )
-    window = _Window(descriptor, offset, length)
+    window = _Window(file, offset, length)
     try:
         with zipfile.ZipFile(io.BufferedReader(window)) as archive:
             listed, end = archive.infolist(), archive.start_dir
@@ -170,9 +171,9 @@ def _directory(descriptor: int, offset: int, length: int, where: str) -> dict[st
 class _Window(io.RawIOBase):
     """Part of a file as a file, so that ``zipfile`` finds an archive inside it."""
 
-    def __init__(self, descriptor: int, offset: int, length: int) -> None:
+    def __init__(self, file: OpenFile, offset: int, length: int) -> None:
         super().__init__()
-        self._descriptor = descriptor
+        self._file = file
         self._offset = offset
         self._length = length
         self._position = 0
@@ -192,27 +193,27 @@ class _Window(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         view = memoryview(buffer)[: max(0, self._length - self._position)]
-        count = os.preadv(self._descriptor, [view], self._offset + self._position)
+        count = self._file.read_at(view, self._offset + self._position)
         self._position += count
         return count
 
 
-def _read_small(descriptor: int, offset: int, info: zipfile.ZipInfo, where: str) -> bytes:
+def _read_small(file: OpenFile, offset: int, info: zipfile.ZipInfo, where: str) -> bytes:
     """A record that must be held whole; ``zipfile`` would insist on a CRC32 that may be absent."""
     if info.file_size > _MAX_PICKLE_BYTES:
         raise CheckpointCorruptError(f"{where}: its {info.filename} takes {info.file_size} bytes")
-    record = _record(descriptor, offset, info, where)
-    data = os.pread(descriptor, record.num_bytes, record.byte_offset)
+    record = _record(file, offset, info, where)
+    data = file.read(record.byte_offset, record.num_bytes)
     if len(data) != record.num_bytes or record.crc32 not in (None, zlib.crc32(data)):
         raise CheckpointCorruptError(f"{where}: its {info.filename} is damaged (CRC32 mismatch)")
     return data
 
 
-def _record(descriptor: int, offset: int, info: zipfile.ZipInfo, where: str) -> Record:
+def _record(file: OpenFile, offset: int, info: zipfile.ZipInfo, where: str) -> Record:
     # Its padding is in the local header only.
     start = offset + info.header_offset
     name = info.orig_filename.encode()
-    header = os.pread(descriptor, _LOCAL_HEADER_BYTES + len(name), start)
+    header = file.read(start, _LOCAL_HEADER_BYTES + len(name))
     lengths = header[26:30]
     if (
         len(header) != _LOCAL_HEADER_BYTES + len(name)

@@ -1,0 +1,221 @@
+"""``average``: the mean of several checkpoints, uniform or weighted, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.tools.casting import FLOATING
+from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
+from sharded_ema.tools.contents import Average, find_tensors
+from sharded_ema.tools.huggingface import holds_model, open_model, read_model
+from sharded_ema.tools.locating import open_source
+from sharded_ema.tools.report import Report
+from sharded_ema.tools.workplace import check_target
+
+
+@dataclass(frozen=True)
+class _Input:
+    """One model to average.
+
+    Attributes:
+        path: as given.
+        catalog: where its tensors are.
+        average: the tensors that count, by name.
+    """
+
+    path: str
+    catalog: Catalog
+    average: Average
+
+    @property
+    def described(self) -> bool:
+        """Whether it is an average of this library."""
+        return bool(self.average.meta)
+
+    def named(self) -> dict[str, StoredTensor]:
+        """Its tensors by all their names."""
+        tensors = self.average.tensors
+        found = dict(tensors)
+        for canonical, aliases in self.average.aliases.items():
+            if canonical in tensors:
+                found |= dict.fromkeys(aliases, tensors[canonical])
+        return found
+
+    def copied(self, tensor: StoredTensor) -> bool:
+        """Whether a tensor has no mean: integers, and what an average has not averaged."""
+        apart = tuple(self.average.prefix + part for part in (FROZEN_PREFIX, BUFFERS_PREFIX))
+        return tensor.dtype not in FLOATING or (self.described and tensor.key.startswith(apart))
+
+
+def average(
+    checkpoints: Sequence[str | os.PathLike[str]],
+    *,
+    out: str | os.PathLike[str],
+    weights: Sequence[float] | None = None,
+    profile: str = DEFAULT_PROFILE,
+    prefix: str | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    like: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    progress: bool = True,
+) -> Report:
+    """Average models, as pre-training merges its last checkpoints.
+
+    Floating-point tensors are summed in float64 and rounded once. Integers, and the frozen
+    parameters and buffers that checkpoints of this library hold beside the average, come from the
+    last input.
+
+    Args:
+        checkpoints: each a checkpoint of this library, a Hugging Face directory, a safetensors
+            file, or a DCP checkpoint.
+        out: directory to create; it must not exist, or be empty.
+        weights: of each checkpoint, not negative; they are divided by their sum. ``None``: equal.
+        profile: which average, of checkpoints of this library.
+        prefix: key prefix of the average in a larger checkpoint, or of the model in a DCP
+            checkpoint without one, such as ``"model"``; as for ``consolidate``.
+        dtype: as for ``consolidate``; ``None`` keeps that of the last input.
+        max_shard_size: bytes per output file.
+        like: as for ``consolidate``; if the last input is a Hugging Face directory, that one.
+        jobs: output files written at a time.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        A report. If ``ok`` is false ``like`` does not fit and nothing was written.
+
+    Raises:
+        CheckpointError: an input cannot be read, is damaged, or is another model than the last;
+            the target exists or cannot be written.
+        ConfigError: an argument is out of range.
+    """
+    started = time.monotonic()
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    shares = _shares(weights, len(checkpoints))
+    inputs = [_open(Path(path), profile, prefix) for path in checkpoints]
+    last, target = inputs[-1], Path(out)
+    for each in inputs:
+        named = Path(each.path)
+        check_target(target, named if named.suffix == ".safetensors" else each.catalog.path)
+    report = Report("average", ", ".join(each.path for each in inputs))
+    if like is None and last.catalog.format != "dcp" and not last.described:
+        like = last.path if Path(last.path).is_dir() else None
+    model = read_model(Path(like)) if like is not None else None
+    files = plan_model(
+        last.catalog,
+        last.average,
+        report,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        model=model,
+    )
+    if not report.ok:
+        return report
+    outputs = {output.name: output.source for _, group in files for output in group}
+    sources = _sources(inputs, outputs)
+    header = {
+        "format": "pt",
+        "kind": "average",
+        "sources": json.dumps([each.path for each in inputs]),
+        "weights": json.dumps(shares),
+    }
+    report.facts |= {
+        "output": str(target),
+        "checkpoints": len(inputs),
+        "weights": shares,
+        "averaged_tensors": sum(len(found) > 1 for found in sources.values()),
+    }
+    publish_sums(
+        Plan(files, sources, np.array([shares])),
+        target,
+        {"": header},
+        inputs=[(each.catalog, each.average) for each in inputs],
+        model=model,
+        report=report,
+        jobs=jobs,
+        progress=progress,
+    )
+    report.facts["seconds"] = round(time.monotonic() - started, 3)
+    return report
+
+
+def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
+    if not count:
+        raise ConfigError("there is no checkpoint to average")
+    given = [1.0] * count if weights is None else [float(weight) for weight in weights]
+    total = math.fsum(given)
+    if len(given) != count or not all(0 <= w < math.inf for w in given) or not 0 < total < math.inf:
+        raise ConfigError(
+            f"weights must be {count} numbers that are not negative, one for each checkpoint, and "
+            f"not all zero; got {given}"
+        )
+    return [weight / total for weight in given]
+
+
+def _open(path: Path, profile: str, prefix: str | None) -> _Input:
+    """One input.
+
+    Raises:
+        CheckpointError: there is none, it is damaged, or nothing in it can be averaged.
+    """
+    if not holds_model(path):
+        catalog = open_source(path)
+        return _Input(str(path), catalog, find_tensors(catalog, profile, prefix))
+    catalog = open_model(path)
+    if catalog.format == "adapter":
+        raise CheckpointMismatchError(
+            f"{path} is a PEFT adapter; only adapters in checkpoints of this library can be "
+            "averaged, with like (--like)"
+        )
+    return _Input(str(path), catalog, find_tensors(catalog, DEFAULT_PROFILE, ""))
+
+
+def _sources(
+    inputs: Sequence[_Input], outputs: Mapping[str, StoredTensor]
+) -> dict[str, list[Source]]:
+    """A tensor of each input for every output, or of the last one alone.
+
+    Raises:
+        CheckpointMismatchError: an input lacks one, has it in another shape, or has others.
+    """
+    last = inputs[-1]
+    # All names under which another input may have a tied weight.
+    names: dict[str, list[str]] = {}
+    for name, tensor in last.named().items():
+        names.setdefault(tensor.key, []).append(name)
+    found: dict[str, list[Source]] = {
+        name: [(last.catalog, tensor)] for name, tensor in outputs.items()
+    }
+    for each in reversed(inputs[:-1]):
+        named, used = each.named(), set()
+        for name, tensor in outputs.items():
+            other = next((named[n] for n in (name, *names[tensor.key]) if n in named), None)
+            if other is None or other.shape != tensor.shape:
+                what = "lacks" if other is None else f"has {other.shape} as"
+                raise CheckpointMismatchError(
+                    f"{each.path} {what} {name}, which is {tensor.shape} in {last.path}: they are "
+                    "different models"
+                )
+            used.add(other.key)
+            if not last.copied(tensor):
+                if other.dtype not in FLOATING:
+                    raise CheckpointMismatchError(
+                        f"{name} is {other.dtype} in {each.path} and {tensor.dtype} in {last.path}"
+                    )
+                found[name].insert(0, (each.catalog, other))
+        if extra := [n for n, t in each.average.tensors.items() if t.key not in used]:
+            raise CheckpointMismatchError(
+                f"{each.path} has {len(extra)} tensors that {last.path} lacks, such as {extra[0]}"
+            )
+    return found

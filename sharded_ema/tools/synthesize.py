@@ -1,0 +1,224 @@
+"""``synthesize``: averages of any width out of the snapshots of a run, without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from sharded_ema.errors import ConfigError
+from sharded_ema.posthoc import Fit, Profile, fit
+from sharded_ema.schedules import Power
+from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
+from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.report import Report
+from sharded_ema.tools.snapshots import Chosen, choose, find_snapshots
+from sharded_ema.tools.workplace import check_target
+from sharded_ema.tools.writing import Files
+
+#: Widths in one call: each has a file open while it is written.
+MAX_WIDTHS = 100
+# Relative rounding error of a stored value.
+_ROUNDING = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+
+
+def synthesize(
+    run: str | os.PathLike[str],
+    *,
+    sigma_rel: float | Sequence[float],
+    out: str | os.PathLike[str],
+    step: int | None = None,
+    profiles: Sequence[str] | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | int = "5GB",
+    like: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    progress: bool = True,
+    max_residual: float = 0.05,
+) -> Report:
+    """Build averages of any length from the ``Power`` profiles in a run's checkpoints.
+
+    All widths are written in one pass over the snapshots. Frozen parameters, buffers that are not
+    averaged and integers come from the snapshot of ``step``.
+
+    Args:
+        run: directory with the checkpoints of a run: ``run/step_N``, ``run/checkpoints/step_N/ema``
+            and the like.
+        sigma_rel: relative widths, in ``(0, 0.2886...]``; at most 100.
+        out: directory to create, with a model directory ``sigma_rel_<width>`` for each. It appears
+            whole or not at all.
+        step: of the snapshot at which the averages end; ``None`` for the last one.
+        profiles: which stored profiles to use; ``None`` for all that are ``Power``.
+        dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` keeps what is stored.
+        max_shard_size: bytes per output file.
+        like: a Hugging Face or PEFT adapter directory, as for ``consolidate``.
+        jobs: output files of a model written at a time.
+        progress: show a progress bar on standard error.
+        max_residual: refuse a width whose weighting is missed by more than this share of its norm,
+            or in which rounding errors of the stored values could grow beyond it.
+
+    Returns:
+        A report with the residual of every width. If ``ok`` is false one of them cannot be
+        expressed, or ``like`` does not fit, and nothing was written.
+
+    Raises:
+        CheckpointError: no snapshots, some are damaged or do not belong together, there is no
+            ``Power`` profile in them; the target exists or cannot be written.
+        ConfigError: an argument is out of range.
+    """
+    started = time.monotonic()
+    widths = _widths(sigma_rel)
+    if jobs < 1:
+        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    if not max_residual > 0:
+        raise ConfigError(f"max_residual must be positive, got {max_residual}")
+    chosen = choose(find_snapshots(Path(run)), step, profiles)
+    target = Path(out)
+    for snapshot in chosen.snapshots:
+        check_target(target, snapshot.catalog.path)
+    report = Report("synthesize", str(run), notes=chosen.notes)
+    schedules = [Power(sigma_rel=width) for width in widths]
+    updates = chosen.target.updates
+    found = fit(
+        [profile for _, _, profile in chosen.columns],
+        [Profile(schedule.gamma, updates) for schedule in schedules],
+    )
+    folders = [f"sigma_rel_{width!r}" for width in widths]
+    report.facts |= _facts(chosen, target, schedules, folders, found)
+    _check_fit(chosen, widths, found, max_residual, report)
+    model = read_model(Path(like)) if like is not None else None
+    name = next(n for s, n, _ in chosen.columns if s is chosen.target)
+    average = find_average(chosen.target.catalog, name, chosen.target.prefix)
+    files = plan_model(
+        chosen.target.catalog,
+        average,
+        report,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        model=model,
+    )
+    if not report.ok:
+        return report
+    headers = {
+        folder: _header(chosen, schedule, found, number)
+        for number, (folder, schedule) in enumerate(zip(folders, schedules, strict=True))
+    }
+    publish_sums(
+        Plan(files, _sources(chosen, name, files), found.coefficients),
+        target,
+        headers,
+        inputs=[(s.catalog, Average(s.prefix, "", s.meta, {})) for s in chosen.snapshots],
+        model=model,
+        report=report,
+        jobs=jobs,
+        progress=progress,
+    )
+    report.facts["seconds"] = round(time.monotonic() - started, 3)
+    return report
+
+
+def _widths(sigma_rel: float | Sequence[float]) -> list[float]:
+    given = [sigma_rel] if isinstance(sigma_rel, int | float) else list(sigma_rel)
+    widths = [float(width) for width in given]
+    if not widths or len(set(widths)) < len(widths) or len(widths) > MAX_WIDTHS:
+        raise ConfigError(
+            f"sigma_rel takes 1 to {MAX_WIDTHS} widths, each of them once; got {widths}"
+        )
+    return widths
+
+
+def _facts(
+    chosen: Chosen, target: Path, schedules: Sequence[Power], folders: Sequence[str], found: Fit
+) -> dict[str, Any]:
+    meta = chosen.target.meta
+    return {
+        "output": str(target),
+        "step": chosen.target.step,
+        "updates": chosen.target.updates,
+        "update_every": meta["update_every"],
+        "seed_step": meta["seed_step"],
+        "snapshots": [s.step for s in chosen.snapshots],
+        "profiles": {n: s.schedule(n) for s, n, _ in chosen.columns},
+        "widths": {
+            str(schedule.sigma_rel): {
+                "gamma": schedule.gamma,
+                "residual": float(found.residuals[number]),
+                "gain": float(found.gains[number]),
+                "output": folders[number],
+            }
+            for number, schedule in enumerate(schedules)
+        },
+    }
+
+
+def _check_fit(
+    chosen: Chosen, widths: Sequence[float], found: Fit, limit: float, report: Report
+) -> None:
+    """Refuse widths that the snapshots cannot express."""
+    dtypes = {
+        tensor.dtype
+        for snapshot, name, _ in chosen.columns
+        for key, tensor in snapshot.catalog.tensors.items()
+        if key.startswith(f"{snapshot.prefix}{name}.")
+    }
+    rounding = max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
+    there = sorted({profile.gamma for _, _, profile in chosen.columns})
+    for width, residual, gain in zip(widths, found.residuals, found.gains, strict=True):
+        if residual > limit:
+            report.fail(
+                f"sigma_rel {width} cannot be made of {len(chosen.columns)} stored averages "
+                f"(gamma {', '.join(f'{g:.4g}' for g in there)}): the residual {residual:.3g} "
+                f"exceeds {limit:g}. Keep more snapshots, store a profile nearer to it, choose a "
+                "width between the stored ones, or raise max_residual (--max-residual)"
+            )
+        elif gain * rounding > limit:
+            report.fail(
+                f"sigma_rel {width} would multiply rounding errors of the stored averages by "
+                f"{gain:.3g}; use profiles that differ more (--profiles)"
+            )
+
+
+def _sources(chosen: Chosen, name: str, files: Files) -> dict[str, list[Source]]:
+    """What each output is made of: every stored average, or the tensor of the last snapshot."""
+    start = f"{chosen.target.prefix}{name}."
+    found: dict[str, list[Source]] = {}
+    for output in (output for _, group in files for output in group):
+        key = output.source.key
+        if key.startswith(start) and output.source.dtype in _ROUNDING:
+            inner = key.removeprefix(start)
+            found[output.name] = [
+                (s.catalog, s.catalog.tensors[f"{s.prefix}{profile}.{inner}"])
+                for s, profile, _ in chosen.columns
+            ]
+        else:
+            found[output.name] = [(chosen.target.catalog, output.source)]
+    return found
+
+
+def _header(chosen: Chosen, schedule: Power, found: Fit, number: int) -> dict[str, str]:
+    target = chosen.target
+    parts = [
+        [snapshot.step, name, float(factor)]
+        for (snapshot, name, _), factor in zip(
+            chosen.columns, found.coefficients[number], strict=True
+        )
+    ]
+    manifest = target.catalog.manifest
+    return {
+        "format": "pt",
+        "kind": "ema",
+        "profile": f"sigma_rel_{schedule.sigma_rel!r}",
+        "sigma_rel": repr(schedule.sigma_rel),
+        "gamma": repr(schedule.gamma),
+        "decay": repr(schedule.decay(max(1, target.meta["num_updates"]))),
+        "num_updates": str(target.meta["num_updates"]),
+        "step": str(target.step),
+        "source": manifest.uuid if manifest else "unknown",
+        "source_steps": ",".join(str(s.step) for s in chosen.snapshots),
+        "residual": repr(float(found.residuals[number])),
+        "coefficients": json.dumps(parts),
+    }

@@ -1,0 +1,325 @@
+"""``watch``: every new checkpoint of a run as a model directory, for an evaluator or a server.
+
+The directory of exports is the only memory: which save an export is of stands in the header of its
+safetensors files. So a watch that was killed goes on where it was, and whatever it shows under a
+name, ``latest`` included, is whole at every moment.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import shutil
+import threading
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import Protocol
+
+from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint.reading.locations import URL, as_location, exists
+from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
+from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
+from sharded_ema.checkpoint.reading.runs import Committed, committed_at
+from sharded_ema.checkpoint.reading.safetensors_file import read_header
+from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    ConfigError,
+)
+from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
+from sharded_ema.tools.consolidate import consolidate
+from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.report import Report
+from sharded_ema.tools.runs import checkpoint_name, read_run
+
+_TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{32}")
+
+
+class Stop(Protocol):
+    """What ends a watch, such as a :class:`threading.Event`."""
+
+    def is_set(self) -> bool:
+        """Whether to end before the next export."""
+        ...
+
+    def wait(self, timeout: float) -> bool:
+        """Wait so many seconds, or less; whether to end."""
+        ...
+
+
+def watch(
+    run: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    dtype: str | None = None,
+    profile: str = DEFAULT_PROFILE,
+    like: str | os.PathLike[str] | None = None,
+    keep: int = 2,
+    interval: float = 10.0,
+    once: bool = False,
+    stop: Stop | None = None,
+) -> Generator[Report]:
+    """Consolidate each newly committed checkpoint of a run; an iterator that ends when told.
+
+    ``out`` belongs to the watch: it holds the exports of the last ``keep`` checkpoints that could
+    be exported, under their names, and a relative symbolic link ``latest`` to the newest. Older
+    exports are removed, also those of checkpoints that are gone, so readers of ``latest`` have
+    until ``keep`` more have come. If a checkpoint was replaced under its name it is exported anew,
+    as ``<name>~1``, and the old export goes. So it is after a change of ``profile`` or ``dtype``.
+
+    Args:
+        run: directory of checkpoints side by side (``run/step_100``), or with each in the directory
+            of its step (``run/step_100/ema``), or either in ``run/checkpoints``. It may be missing
+            yet, unless ``once``.
+        out: directory for the exports; made if it is missing. One watch at a time.
+        dtype, profile, like: see :func:`~sharded_ema.consolidate`.
+        keep: number of exports; there is one more while it is written.
+        interval: seconds between two looks.
+        once: look once, export what is missing, end.
+        stop: ends the watch, after the export under way.
+
+    Yields:
+        A report for each checkpoint met: exported (its fact ``output`` says where to); with ``ok``
+        false if that failed, once for each damaged save, at every look for a disk that is full;
+        or with a note if it was removed meanwhile.
+
+    Raises:
+        ConfigError: an argument is out of range, or another watch is at work in ``out``.
+        CheckpointNotFoundError: there is no model at ``like``, or with ``once`` no ``run``.
+        CheckpointExistsError: ``latest`` in ``out`` is something else than a link.
+    """
+    target_dtype("F32", dtype)
+    if type(keep) is not int or keep < 1:
+        raise ConfigError(f"keep counts exports, so it must be at least 1: {keep!r}")
+    if not interval > 0:
+        raise ConfigError(f"interval must be a positive number of seconds, got {interval}")
+    place = Path(out).resolve()
+    if isinstance(as_location(out), URL) or place == Path(run).resolve():
+        raise ConfigError(f"out must be a directory of its own on this machine, got {out}")
+    if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
+        raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
+    if like is not None:
+        read_model(Path(like))
+    if once and not exists(as_location(run)):
+        raise CheckpointNotFoundError(f"there is no run at {run}")
+    link = Path(out, LATEST_NAME)
+    if os.path.lexists(link) and not link.is_symlink():
+        raise CheckpointExistsError(f"{link} is no symbolic link; move it elsewhere")
+    watcher = _Watcher(run, Path(out), dtype, profile, like, keep, stop or threading.Event())
+    return watcher.run(None if once else interval)
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """A model directory that a watch has made, as its files say.
+
+    Attributes:
+        source: uuid of the save.
+        step: of the checkpoint.
+        wanted: whether profile and dtype are those asked for.
+    """
+
+    path: Path
+    source: str
+    step: int
+    wanted: bool
+
+    @property
+    def of(self) -> str:
+        """Name of the checkpoint."""
+        return re.sub(r"~\d+$", "", self.path.name)
+
+
+class _Watcher:
+    def __init__(
+        self,
+        run: str | os.PathLike[str],
+        out: Path,
+        dtype: str | None,
+        profile: str,
+        like: str | os.PathLike[str] | None,
+        keep: int,
+        stop: Stop,
+    ) -> None:
+        self._run = run
+        self._out = out
+        self._dtype = dtype
+        self._profile = profile
+        self._like = like
+        self._keep = keep
+        self._stop = stop
+        # Saves that cannot be exported, and damaged manifests, so that each is reported once.
+        self._refused: set[str] = set()
+
+    def run(self, interval: float | None) -> Generator[Report]:
+        self._out.mkdir(parents=True, exist_ok=True)
+        with _alone(self._out) as sure:
+            while True:
+                # First, so that a consolidation which was killed is gone on with.
+                yield from self._look()
+                if sure:
+                    _sweep(self._out)
+                if interval is None or self._stop.is_set() or self._stop.wait(interval):
+                    return
+
+    def _look(self) -> Iterator[Report]:
+        """Export what is missing, as the run stands now."""
+        try:
+            run = read_run(self._run)
+            self._tidy(run.checkpoints)
+        except OSError as error:
+            yield _failure(str(self._run), error)
+            return
+        for name, problem in run.damaged.items():
+            if problem not in self._refused:
+                self._refused.add(problem)
+                yield _failure(name, problem)
+        met: set[str] = set()
+        while not self._stop.is_set():
+            able = [c for c in run.checkpoints if c.uuid not in self._refused]
+            done = {export.source for export in self._exports() if export.wanted} | met
+            checkpoint = next((c for c in able[-self._keep :] if c.uuid not in done), None)
+            if checkpoint is None:
+                return
+            met.add(checkpoint.uuid)
+            try:
+                report = self._export(checkpoint)
+                self._tidy(run.checkpoints)
+            except (CheckpointError, OSError) as error:
+                if not _is_there(checkpoint):
+                    report = Report("watch", str(checkpoint.path))
+                    report.notes.append("was removed or replaced while it was read")
+                    run.checkpoints.remove(checkpoint)
+                else:
+                    report = _failure(str(checkpoint.path), error)
+                    # What is wrong with the disk to write to may pass.
+                    if not isinstance(error, OSError | CheckpointWriteError):
+                        self._refused.add(checkpoint.uuid)
+            yield report
+
+    def _export(self, checkpoint: Committed) -> Report:
+        report = consolidate(
+            checkpoint.path,
+            self._free(checkpoint_name(checkpoint.path)),
+            profile=self._profile,
+            dtype=self._dtype,
+            like=self._like,
+            progress=False,
+        )
+        report.action = "watch"
+        report.facts["step"] = checkpoint.step
+        if not report.ok:
+            self._refused.add(checkpoint.uuid)
+        return report
+
+    def _free(self, name: str) -> Path:
+        """A path that is not taken yet; the link's name always is."""
+        others = (self._out / f"{name}~{number}" for number in count(1))
+        first = self._out / name
+        if name != LATEST_NAME and not os.path.lexists(first):
+            return first
+        return next(path for path in others if not os.path.lexists(path))
+
+    def _exports(self) -> list[_Export]:
+        found = (self._read(path) for path in sorted(self._out.iterdir()))
+        return [export for export in found if export is not None]
+
+    def _read(self, path: Path) -> _Export | None:
+        """What an entry of the directory is an export of; ``None`` if it is none."""
+        if path.is_symlink() or not path.is_dir() or _TEMPORARY.fullmatch(path.name):
+            return None
+        for file in sorted(path.glob("*.safetensors")):
+            with suppress(CheckpointError):
+                tensors, header, _ = read_header(file)
+                if header.get("kind") != "ema" or "source" not in header:
+                    return None
+                step = header.get("step", "")
+                dtypes = {tensor.dtype for tensor in tensors.values()} & FLOATING
+                return _Export(
+                    path,
+                    header["source"],
+                    int(step) if step.isdecimal() else 0,
+                    header.get("profile") == self._profile
+                    and (self._dtype is None or dtypes <= {DTYPES[self._dtype]}),
+                )
+        return None
+
+    def _tidy(self, checkpoints: list[Committed]) -> None:
+        """Let ``latest`` name the newest export, and remove those that are too many."""
+        place = {checkpoint.uuid: number for number, checkpoint in enumerate(checkpoints)}
+        exports = sorted(self._exports(), key=lambda e: (e.wanted, place.get(e.source, -1), e.step))
+        # The last one of each name is what the name stands for now.
+        last = {export.of: export for export in exports}
+        kept = [export for export in exports if last[export.of] is export][-self._keep :]
+        if kept:
+            self._point_to(kept[-1].path.name)
+        for export in exports:
+            if export not in kept:
+                commit.remove(export.path)
+
+    def _point_to(self, name: str) -> None:
+        link = self._out / LATEST_NAME
+        if link.is_symlink() and link.readlink() == Path(name):
+            return
+        new = commit.temporary(link)
+        new.symlink_to(name)
+        new.replace(link)
+        commit.fsync_directory(self._out)
+
+
+def _failure(path: str, problem: Exception | str) -> Report:
+    report = Report("watch", path)
+    report.fail(str(problem))
+    return report
+
+
+def _is_there(checkpoint: Committed) -> bool:
+    """Whether the checkpoint is still the one that was found."""
+    try:
+        now = committed_at(checkpoint.path)
+    except CheckpointError:
+        return False
+    return now is not None and now.uuid == checkpoint.uuid
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[bool]:
+    """Keep other watches out, and leave nothing half-written behind.
+
+    Yields:
+        Whether this is sure: a file system without locks cannot tell.
+    """
+    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+    sure = True
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"another watch is at work in {out}; give each its own") from None
+        except OSError:
+            sure = False
+        try:
+            yield sure
+        finally:
+            if sure:
+                _sweep(out)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(out: Path) -> None:
+    """Remove what is named as half-written, when nobody is writing."""
+    for path in out.iterdir():
+        if not _TEMPORARY.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
