@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from uuid import uuid4
 
 import xxhash
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.files import open_regular
-from sharded_ema.checkpoint.reading.locations import URL, Location
+from sharded_ema.checkpoint.reading.locations import URL
 from sharded_ema.checkpoint.reading.manifest import dump_manifest
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.adapters import adapter_tensors
@@ -213,25 +212,15 @@ def digest_plan(
 ) -> str:
     """Hex digest of 128 bits of all that decides on the bytes of the output.
 
-    Of a source with a manifest that is the manifest, which has a digest of every file. Of others
-    it is names, sizes and times of the files; where in them each tensor lies is looked up, and
-    checked, here.
-
     Raises:
         CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
     """
     outputs = [output for _, group in files for output in group]
     catalogs = {id(output.catalog): output.catalog for output in outputs}
-    sources: list[object] = []
-    for catalog in catalogs.values():
-        if catalog.manifest is not None:
-            sources.append([xxhash.xxh3_128_hexdigest(dump_manifest(catalog.manifest))])
-            continue
-        mine = [o.source.key for o in outputs if o.catalog is catalog]
-        names = {chunk.file for key in mine for chunk in catalog.chunks(key)}
-        if catalog.index is not None:
-            names.add(METADATA_NAME)
-        sources.append([_state(catalog.path, name) for name in sorted(names)])
+    sources = [
+        _digest_source(catalog, [o.source.key for o in outputs if o.catalog is catalog])
+        for catalog in catalogs.values()
+    ]
     number = {identity: i for i, identity in enumerate(catalogs)}
     said = [
         (name, [(o.name, number[id(o.catalog)], o.source.key, o.dtype) for o in group])
@@ -241,10 +230,27 @@ def digest_plan(
     return xxhash.xxh3_128_hexdigest(plan.encode())
 
 
-def _state(root: Location, name: str) -> list[object]:
-    path = root / name
-    if isinstance(path, URL):  # not every store says when an object was written
-        with open_regular(path) as file:
-            return [name, file.size]
-    found = path.stat()
-    return [name, found.st_size, found.st_mtime_ns]
+def _digest_source(catalog: Catalog, keys: Iterable[str]) -> str:
+    """What tells the tensors of one save from those of another.
+
+    That is the manifest, which has a digest of every file. Where there is none it is places, sizes
+    and checksums of the blocks, and sizes and times of the files.
+    """
+    if catalog.manifest is not None:
+        return xxhash.xxh3_128_hexdigest(dump_manifest(catalog.manifest))
+    known = xxhash.xxh3_128()
+    names = set()
+    unchecked = False
+    for key in keys:
+        for chunk in catalog.chunks(key):
+            known.update(repr((key, chunk)).encode())
+            names.add(chunk.file)
+            unchecked |= chunk.crc32 is None
+    for name in sorted(names):
+        path = catalog.path / name
+        if not isinstance(path, URL):
+            found = path.stat()
+            known.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
+        elif unchecked:  # not every store says when an object was written; so nothing is taken over
+            return uuid4().hex
+    return known.hexdigest()

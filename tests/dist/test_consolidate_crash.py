@@ -11,8 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 
 from sharded_ema.errors import CheckpointExistsError
 from sharded_ema.tools import workplace
@@ -135,9 +139,7 @@ def test_every_call(tmp_path: Path, consolidations: Consolidations) -> None:
     assert met == {f"{n} taken over" for n in range(4)} | {"published"}
 
 
-def stopped_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory that is left when a user stops a consolidation with two files finished."""
-    source(folder / "c")
+def stop_after_two(patch: pytest.MonkeyPatch) -> None:
     record = Workplace.record
 
     def stopping(place: Workplace, *line: Any) -> None:
@@ -145,8 +147,14 @@ def stopped_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise KeyboardInterrupt
         record(place, *line)
 
+    patch.setattr(Workplace, "record", stopping)
+
+
+def stopped_midway(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that is left when a user stops a consolidation with two files finished."""
+    source(folder / "c")
     with monkeypatch.context() as patch:
-        patch.setattr(Workplace, "record", stopping)
+        stop_after_two(patch)
         with pytest.raises(KeyboardInterrupt):
             consolidate(folder / "c", folder / "out", **OPTIONS)
     assert len(finished_files(folder)) == 2
@@ -204,6 +212,35 @@ def test_what_is_damaged_in_between_is_written_again(
     assert report.facts["taken_over"] == (2 if fault == "journal" else 1)
     consolidate(tmp_path / "c", tmp_path / "again", **OPTIONS)
     assert contents(tmp_path / "out") == contents(tmp_path / "again")
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_source_without_a_manifest_is_known_by_its_checksums(
+    tmp_path: Path, changed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At a URL nothing else tells two saves of one size apart."""
+    store = fsspec.filesystem("memory")
+
+    def save(value: float) -> None:
+        state = {f"model.w{i}": torch.full((12, 5), value + i) for i in range(3)}
+        dcp.save(state, checkpoint_id=tmp_path / f"{value}", no_dist=True)
+        store.put(str(tmp_path / f"{value}"), "/crash/c", recursive=True)
+
+    def run() -> Any:
+        return consolidate("memory://crash/c", tmp_path / "out", prefix="model", **OPTIONS)
+
+    save(0.0)
+    with monkeypatch.context() as patch:
+        stop_after_two(patch)
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    if changed:
+        store.rm("/crash", recursive=True)
+        save(1.0)
+    assert run().facts["taken_over"] == (0 if changed else 2)
+    found = load_file(tmp_path / "out" / "model-00001-of-00003.safetensors")
+    assert found["w0"][0, 0] == float(changed)
+    store.rm("/crash", recursive=True)
 
 
 @pytest.mark.parametrize("other", [{}, {"dtype": "bfloat16"}])
