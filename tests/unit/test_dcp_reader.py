@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +80,19 @@ def test_dtypes_that_torch_stores_in_its_newer_way(tmp_path: Path, dtype: torch.
     tensor = torch.arange(6).to(dtype)
     catalog = open_checkpoint(save(tmp_path / "c", {"w": tensor}))
     assert torch.equal(read(catalog, "w").to(torch.int64), tensor.to(torch.int64))
+
+
+def test_metadata_of_early_python_3_11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which pickles a member of an enumeration as an attribute of its class."""
+    monkeypatch.setattr(
+        Enum, "__reduce_ex__", lambda self, protocol: (getattr, (type(self), self._name_))
+    )
+    path = save(tmp_path / "c", state())
+    monkeypatch.undo()
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    catalog = open_checkpoint(path)
+    for key, value in state().items():
+        assert torch.equal(read(catalog, key), value)
 
 
 def test_a_dtype_we_do_not_know_does_not_hide_the_rest(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def gadgets(mark: Path) -> dict[str, bytes]:
         "nested": b"\x80\x04]" + b"cos\nsystem\n" + text + b"\x85Ra.",
         "importing": b"\x80\x04\x8c\x09antigrav\x8c\x01x\x93.",
         "getattr": b"\x80\x04cbuiltins\ngetattr\n(" + text + b"X\x01\x00\x00\x00xtR.",
+        "getattr_of_getattr": b"\x80\x04cbuiltins\ngetattr\n(cbuiltins\nexec\n" + text + b"tR.",
+        "getattr_called": b"\x80\x04cbuiltins\ngetattr\n(ctorch\nSize\n" + text + b"tR)R.",
         "bytearray": b"\x80\x05\x96" + struct.pack("<Q", 1 << 40) + b".",
         "out_of_band": b"\x80\x05\x97.",
     }

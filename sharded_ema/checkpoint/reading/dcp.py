@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
 from sharded_ema.checkpoint.reading.locations import Location
-from sharded_ema.checkpoint.reading.pickles import Global, Note, refuse, take_apart
+from sharded_ema.checkpoint.reading.pickles import MEMBER, Global, Note, refuse, take_apart
 from sharded_ema.checkpoint.reading.torch_entry import DTYPE_NAMES, is_shape, locate
 from sharded_ema.errors import CheckpointError, CheckpointUncommittedError
 from sharded_ema.layout import Box, Shape
@@ -41,7 +41,7 @@ _KNOWN = {
     Global(_METADATA_MODULE, "StorageMeta"),
     Global(_METADATA_MODULE, "_MEM_FORMAT_ENCODING"),
     Global("torch.serialization", "_get_layout"),
-    Global("collections", "OrderedDict"),
+    Global("collections", "OrderedDict"), MEMBER,
 }  # fmt: skip
 _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath")
 

@@ -30,6 +30,8 @@ class Global:
     name: str
 
 
+#: Early versions of Python 3.11 write a member of an enumeration as ``getattr(its class, name)``.
+MEMBER = Global("builtins", "getattr")
 #: Stands for whatever ``persistent_load`` would have returned.
 PERSISTENT = Global("", "a persistent object")
 
@@ -233,6 +235,8 @@ class _Machine:
         arguments, called = self._stack.pop(), self._stack.pop()
         if not isinstance(called, Global) or not isinstance(arguments, tuple):
             raise _Refused("it calls what is no global")
+        if called == MEMBER and [type(a) for a in arguments] != [Global, str]:
+            raise _Refused("it takes an attribute of what is no enumeration")
         self._stack.append(Note(called, arguments))
 
     def _persistent(self) -> None:
