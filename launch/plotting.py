@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -34,12 +35,7 @@ def plot_losses(rows: Sequence[Row], profiles: Sequence[str], title: str, path: 
         axes.set_ylim(ordered[0] - margin, top + 4 * margin)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per byte)")
-    axes.set_title(title)
-    axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
+    _finish(figure, axes, title, path)
 
 
 def plot_sweep(
@@ -73,6 +69,10 @@ def plot_sweep(
     axes.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="raw weights")
     axes.set_xlabel("relative width of the average, sigma_rel")
     axes.set_ylabel("held-out loss (nats per byte)")
+    _finish(figure, axes, title, path)
+
+
+def _finish(figure: Any, axes: Any, title: str, path: Path) -> None:
     axes.set_title(title)
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)

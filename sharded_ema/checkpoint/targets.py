@@ -173,7 +173,8 @@ class RemoteTarget(Target):
         # Without the manifest first it is no checkpoint any more, whatever is left of it.
         for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
             self._fs.rm_file(f"{self._path}/{name}")
-        # Where directories are real; never the bucket itself.
+        # Where directories are real (drivers without any raise NotImplementedError); never the
+        # bucket itself.
         if "/" in self._path.strip("/"):
             with suppress(OSError, NotImplementedError):
                 self._fs.rmdir(self._path)

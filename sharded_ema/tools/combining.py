@@ -8,17 +8,15 @@ themselves: names, shapes and places of their chunks.
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
@@ -39,7 +37,7 @@ from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Output, Wanted, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.workplace import Workplace, check_space
-from sharded_ema.tools.writing import Files, verify_rest
+from sharded_ema.tools.writing import Files, run_jobs, verify_rest
 
 #: Of blocks and sums in memory, whatever the sizes and numbers of models.
 BUDGET_BYTES = 1 << 26
@@ -170,37 +168,18 @@ def _write_sums(
     progress: bool,
 ) -> int:
     """All files; returns how many chunks had no checksum to compare with."""
-    with (
-        tqdm(
-            total=plan.num_bytes, unit="B", unit_scale=True, desc=what, disable=not progress
-        ) as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-    ):
-        stopped = threading.Event()
-
-        def advance(count: int) -> None:
-            if stopped.is_set():  # nobody waits for the rest of this file
-                raise CancelledError
-            bar.update(count)
-
-        running = [
-            pool.submit(
-                _write_group,
-                plan,
-                group,
-                [folder / name for folder in folders],
-                headers,
-                BUDGET_BYTES // jobs,
-                advance,
-            )
-            for name, group in plan.files
-        ]
-        try:
-            return sum(done.result() for done in running)
-        finally:
-            stopped.set()
-            for waiting in running:
-                waiting.cancel()
+    tasks = [
+        partial(
+            _write_group,
+            plan,
+            group,
+            [folder / name for folder in folders],
+            headers,
+            BUDGET_BYTES // jobs,
+        )
+        for name, group in plan.files
+    ]
+    return sum(run_jobs(tasks, total=plan.num_bytes, what=what, jobs=jobs, progress=progress))
 
 
 def _write_group(

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
+from functools import partial
+from typing import TypeVar
 
 import xxhash
 from tqdm import tqdm
@@ -28,6 +30,7 @@ from sharded_ema.tools.plan import Output
 from sharded_ema.tools.workplace import Workplace
 
 Files = Sequence[tuple[str, Sequence[Output]]]
+Result = TypeVar("Result")
 
 
 def verify_rest(catalog: Catalog, average: Average) -> None:
@@ -61,14 +64,41 @@ def write_files(
         OSError: a file cannot be written.
     """
     sizes = {name: sum(output.num_bytes for output in group) for name, group in files}
+    run_jobs(
+        [
+            partial(_write_file, group, place, name, metadata)
+            for name, group in files
+            if name not in place.finished
+        ],
+        total=sum(sizes.values()),
+        initial=sum(sizes[name] for name in place.finished),
+        what="consolidate",
+        jobs=jobs,
+        progress=progress,
+    )
+
+
+def run_jobs(
+    tasks: Sequence[Callable[[Callable[[int], None]], Result]],
+    *,
+    total: int,
+    initial: int = 0,
+    what: str,
+    jobs: int,
+    progress: bool,
+) -> list[Result]:
+    """Run tasks in threads under a progress bar; the first failure, or Ctrl-C, stops them all.
+
+    Args:
+        tasks: each is given what to call with the number of bytes that it has just done.
+        total, initial: bytes in all, and those done before.
+
+    Returns:
+        What the tasks return, in the order in which they ended.
+    """
     with (
         tqdm(
-            total=sum(sizes.values()),
-            initial=sum(sizes[name] for name in place.finished),
-            unit="B",
-            unit_scale=True,
-            desc="consolidate",
-            disable=not progress,
+            total=total, initial=initial, unit="B", unit_scale=True, desc=what, disable=not progress
         ) as bar,
         ThreadPoolExecutor(max_workers=jobs) as pool,
     ):
@@ -79,14 +109,9 @@ def write_files(
                 raise CancelledError
             bar.update(count)
 
-        running = [
-            pool.submit(_write_file, group, place, name, metadata, advance)
-            for name, group in files
-            if name not in place.finished
-        ]
+        running = [pool.submit(task, advance) for task in tasks]
         try:
-            for done in as_completed(running):
-                done.result()
+            return [done.result() for done in as_completed(running)]
         finally:
             stopped.set()
             for waiting in running:
