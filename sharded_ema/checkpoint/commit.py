@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
+from sharded_ema.checkpoint.durable import fsync_directory, write_durably
 from sharded_ema.checkpoint.reading.catalog import is_part, set_aside
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
@@ -194,26 +195,9 @@ def recover(path: Path) -> None:
         fsync_directory(path.parent)
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on disk."""
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def replace_durably(path: Path, data: bytes) -> None:
     """Write a file so that a reader finds the old bytes or the new ones."""
     new = temporary(path)
     write_durably(new, data)
     new.replace(path)
     fsync_directory(path.parent)
-
-
-def fsync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from sharded_ema.checkpoint import commit, retention
+from sharded_ema.checkpoint import commit, durable, retention
 from sharded_ema.checkpoint.reading.catalog import is_part
 from sharded_ema.checkpoint.reading.locations import URL, as_location, driver, entries
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
@@ -89,7 +89,7 @@ class LocalTarget(Target):
 
     def write(self, name: str, data: bytes) -> None:
         assert self.directory is not None
-        commit.write_durably(Path(self.directory, name), data)
+        durable.write_durably(Path(self.directory, name), data)
 
     def publish(self, manifest: bytes, *, replace: bool) -> None:
         assert self.directory is not None
@@ -212,14 +212,5 @@ def new_file(directory: str, name: str, num_bytes: int) -> Iterator[Callable[[me
         with fs.open(path, "wb") as remote:
             yield remote.write
         return
-    with open(where / name, "xb", buffering=0) as file:
-        descriptor = file.fileno()
-
-        def write(data: memoryview) -> None:
-            while data.nbytes:
-                data = data[os.write(descriptor, data) :]
-
-        # Room first: a full disk is found before the work, and blocks need no allocation.
-        os.posix_fallocate(descriptor, 0, num_bytes)
+    with durable.new_file(where / name, num_bytes) as write:
         yield write
-        os.fdatasync(descriptor)

@@ -17,8 +17,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from sharded_ema.checkpoint.commit import fsync_directory, temporary
+from sharded_ema.checkpoint.commit import temporary
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
+from sharded_ema.checkpoint.durable import fsync_directory
 from sharded_ema.checkpoint.reading.safetensors_file import read_header
 
 

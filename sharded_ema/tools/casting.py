@@ -11,6 +11,8 @@ from sharded_ema.errors import ConfigError
 #: Names that users write, and safetensors'.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATING = {"F64", "F32", "F16", "BF16"}
+# Elements rounded at a time: what lies between the steps stays in the processor's cache.
+_PIECE = 1 << 16
 
 Bytes = numpy.ndarray
 Cast = Callable[[Bytes], Bytes]
@@ -81,11 +83,16 @@ def _narrow_to_odd(values: numpy.ndarray) -> numpy.ndarray:
 def _round_to_bf16(values: numpy.ndarray) -> numpy.ndarray:
     """The upper halves of fp32 after rounding; adding could carry a NaN into infinity."""
     bits = values.view("<u4")
-    rounded = (bits >> 16) & 1
-    rounded += 0x7FFF
-    rounded += bits
-    rounded >>= 16
-    nan = (bits & 0x7FFFFFFF) > 0x7F800000
-    if nan.any():
-        rounded[nan] = 0x7FC0
-    return rounded.astype("<u2")
+    halves = numpy.empty(bits.shape, "<u2")
+    for start in range(0, bits.size, _PIECE):
+        piece = bits[start : start + _PIECE]
+        rounded = piece >> 16
+        rounded &= 1
+        rounded += 0x7FFF
+        rounded += piece
+        rounded >>= 16
+        nan = (piece & 0x7FFFFFFF) > 0x7F800000
+        if nan.any():
+            rounded[nan] = 0x7FC0
+        halves[start : start + _PIECE] = rounded
+    return halves

@@ -7,7 +7,6 @@ themselves: names, shapes and places of their chunks.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -18,7 +17,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
@@ -141,10 +140,10 @@ def publish_sums(
             )
             for folder in folders:
                 if len(plan.files) > 1:
-                    commit.write_durably(folder / INDEX, index_bytes(plan.files))
+                    durable.write_durably(folder / INDEX, index_bytes(plan.files))
                 if model is not None:
                     copy_description(model, folder)
-                commit.fsync_directory(folder)
+                durable.fsync_directory(folder)
             place.publish()
     except EMAError:
         raise
@@ -196,9 +195,12 @@ def _write_group(
     with ExitStack() as stack:
         # Of the file system, so that the checkpoints share the limit on open files.
         files = stack.enter_context(SourceFiles(Path("/")))
-        opened = [stack.enter_context(open(path, "xb", buffering=0)) for path in paths]
-        for file, header in zip(opened, headers, strict=True):
-            _write_all(file.fileno(), memoryview(build_header(described, header)[0]))
+        writes = []
+        for path, header in zip(paths, headers, strict=True):
+            head = build_header(described, header)[0]
+            size = len(head) + sum(output.num_bytes for output in group)
+            writes.append(stack.enter_context(durable.new_file(path, size)))
+            writes[-1](memoryview(head))
         for output in group:
             sources = plan.sources[output.name]
             chunks = [_absolute(*source) for source in sources]
@@ -208,11 +210,9 @@ def _write_group(
             else:
                 blocks = _sums(files, output, sources, chunks, plan.weights, budget)
             for block in blocks:
-                for file, data in zip(opened, block, strict=True):
-                    _write_all(file.fileno(), data.data.cast("B"))
+                for write, data in zip(writes, block, strict=True):
+                    write(data.data.cast("B"))
                     advance(data.nbytes)
-        for file in opened:
-            os.fsync(file.fileno())
     return unchecked
 
 
@@ -286,8 +286,3 @@ class _Input:
                 for row, factor in zip(sums, factors, strict=True):
                     row[done:stop] += factor * values
             done = stop
-
-
-def _write_all(descriptor: int, data: memoryview) -> None:
-    while data.nbytes:
-        data = data[os.write(descriptor, data) :]

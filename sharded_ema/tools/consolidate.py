@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.catalog import Catalog
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
@@ -202,7 +202,7 @@ def _write(
         if format != "safetensors":
             _convert([place.model / name for name, _ in files], place.model, format)
         elif len(files) > 1:
-            commit.write_durably(place.model / INDEX, index_bytes(files))
+            durable.write_durably(place.model / INDEX, index_bytes(files))
         copied = copy_description(wanted.model, place.model) if wanted.model is not None else []
         place.publish()
     unchecked = sum(line.unchecked for line in place.finished.values())

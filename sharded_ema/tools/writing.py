@@ -13,7 +13,7 @@ from typing import TypeVar
 import xxhash
 from tqdm import tqdm
 
-from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint import commit, durable
 from sharded_ema.checkpoint.reading.catalog import Catalog
 from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
@@ -128,16 +128,9 @@ def _write_file(
     header, _ = build_header([(o.name, o.dtype, o.source.shape) for o in outputs], dict(metadata))
     path = place.model / name
     new = commit.temporary(path)
-    unchecked, size, digest = 0, 0, xxhash.xxh3_128()
-    with ExitStack() as stack, open(new, "xb", buffering=0) as file:
-
-        def write(data: memoryview) -> None:
-            nonlocal size
-            digest.update(data)
-            size += data.nbytes
-            while data.nbytes:
-                data = data[os.write(file.fileno(), data) :]
-
+    size = len(header) + sum(output.num_bytes for output in outputs)
+    unchecked, digest = 0, xxhash.xxh3_128(header)
+    with ExitStack() as stack, durable.new_file(new, size) as write:
         write(memoryview(header))
         opened: dict[Location, SourceFiles] = {}
         for output in outputs:
@@ -150,10 +143,10 @@ def _write_file(
             itemsize = ITEMSIZE[stored.dtype]
             for block in stream_tensor(opened[root], stored.key, stored.shape, itemsize, chunks):
                 data = block if cast is None else cast(block)
+                digest.update(data.data)
                 write(data.data.cast("B"))
                 advance(data.nbytes)
-        os.fsync(file.fileno())
     # The name says that the file is whole, so it comes last.
     os.rename(new, path)
-    commit.fsync_directory(place.model)
+    durable.fsync_directory(place.model)
     place.record(name, size, digest.hexdigest(), unchecked)

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.runs import committed
 from sharded_ema.tools.consolidate import consolidate
@@ -86,10 +87,12 @@ class Counter:
     def __init__(self, call: int, after: bool) -> None:
         self.calls = 0
         self._call, self._after = call, after
+        self._lock = threading.Lock()
 
     def _around(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self.calls += 1
-        fatal = self.calls == self._call
+        with self._lock:  # files are sent to the disk from threads
+            self.calls += 1
+            fatal = self.calls == self._call
         if fatal and not self._after:
             os.kill(os.getpid(), signal.SIGKILL)
         result = original(*args, **kwargs)
@@ -115,6 +118,7 @@ def rank_main(rank: int, store: str, folder: str, save: Save, pipe: Any) -> None
     """Take up the last checkpoint, check it, go to the next step, save it, and say so."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
+    durable.FLUSH_BYTES = 1  # else no file here is large enough to be sent before its end
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -289,14 +289,17 @@ def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
     """A power cut differs from a kill: what was not synced before may be gone."""
     source(tmp_path / "c")
     log: list[tuple[str, str]] = []
-    fsync, rename, record = os.fsync, os.rename, Workplace.record
+    rename, record = os.rename, Workplace.record
 
     def name_of(descriptor: int) -> str:
         return Path(f"/proc/self/fd/{descriptor}").readlink().name
 
-    def noted_fsync(descriptor: int) -> None:
-        log.append(("synced", name_of(descriptor)))
-        fsync(descriptor)
+    def noted(sync: Callable[[int], None]) -> Callable[[int], None]:
+        def call(descriptor: int) -> None:
+            sync(descriptor)
+            log.append(("synced", name_of(descriptor)))
+
+        return call
 
     def noted_rename(old: Path, new: Path) -> None:
         log.append((f"renamed {Path(old).name}", Path(new).name))
@@ -306,7 +309,8 @@ def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
         log.append(("recorded", file))
         record(place, file, *rest)
 
-    monkeypatch.setattr(os, "fsync", noted_fsync)
+    for name in ("fsync", "fdatasync"):
+        monkeypatch.setattr(os, name, noted(getattr(os, name)))
     monkeypatch.setattr(os, "rename", noted_rename)
     monkeypatch.setattr(Workplace, "record", noted_record)
     consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)

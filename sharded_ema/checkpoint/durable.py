@@ -1,0 +1,110 @@
+"""Files and names that a power failure does not take away again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+
+#: So much of a file waits in memory before its way to the disk begins.
+FLUSH_BYTES = 1 << 26
+
+
+@contextmanager
+def new_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+    """Write a new file, whose bytes go to the disk while the next ones are being made.
+
+    Args:
+        num_bytes: its size, at least 1.
+
+    Yields:
+        What writes the next bytes. They are durable when the block has ended.
+
+    Raises:
+        FileExistsError: there is such a file.
+        OSError: the disk is full or fails, at a write or at the end of the block.
+    """
+    with open(path, "xb", buffering=0) as file:
+        descriptor = file.fileno()
+        # Room first: a full disk is found before the work, and blocks need no allocation.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        flush = _Flush(descriptor)
+        waiting = 0
+
+        def write(data: memoryview) -> None:
+            nonlocal waiting
+            waiting += data.nbytes
+            while data.nbytes:
+                data = data[os.write(descriptor, data) :]
+            if waiting >= FLUSH_BYTES and flush.begin():
+                waiting = 0
+
+        try:
+            yield write
+        finally:
+            flush.wait()  # the thread must not meet another file under this descriptor
+        flush.check()
+        os.fdatasync(descriptor)
+
+
+class _Flush:
+    """``fdatasync`` in a thread, one at a time."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._thread: threading.Thread | None = None
+        self._future: Future[None] = Future()
+        self._future.set_result(None)
+
+    def begin(self) -> bool:
+        """Send to the disk what is there, unless the last time is still going on.
+
+        Raises:
+            OSError: the last time failed.
+        """
+        if not self._future.done():
+            return False
+        self.check()
+        self._future = Future()
+        # No pool: those take no work any more once the interpreter waits for its threads, which
+        # is when a save in the background may be at work.
+        self._thread = threading.Thread(target=self._run, args=(self._future,), name="flush")
+        self._thread.start()
+        return True
+
+    def wait(self) -> None:
+        """Return when nothing is going on."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raise what went wrong; a disk says that only once."""
+        self._future.result()
+
+    def _run(self, future: Future[None]) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            future.set_exception(error)
+        else:
+            future.set_result(None)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def fsync_directory(path: Path) -> None:
+    """Wait until the names in a directory are on disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
