@@ -9,10 +9,13 @@ RUN    ?= runs/main
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
 rm -rf $(RUN)
-OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --out $(RUN) $(FLAGS)
+OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --generate-bytes 100 \
+	--out $(RUN) $(FLAGS)
 $(BIN)/sharded-ema inspect $(RUN)/ema
 $(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export --like $(RUN)/hf
 $(BIN)/python launch/check_export.py $(RUN)/export $(RUN)
+$(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export-bf16 --like $(RUN)/hf --dtype bfloat16
+$(BIN)/python launch/check_export.py $(RUN)/export-bf16 $(RUN)
 endef
 
 train: $(VENV)/.train

@@ -33,6 +33,7 @@ class AccelerateEngine(TorchEngine):
 
     def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
         self._options = options
+        self._ranks = ranks
         self._accelerator = Accelerator(
             cpu=ranks.device.type == "cpu",
             mixed_precision={"float32": "no", "bfloat16": "bf16"}[options.dtype],

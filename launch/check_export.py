@@ -1,7 +1,8 @@
 """Check an exported average in a fresh process: it loads, and loses what training said it loses.
 
 ``python check_export.py EXPORT_DIR RUN_DIR`` recomputes the held-out loss of the exported model on
-the text of the run and compares it with the one in the run's ``summary.json``.
+the text of the run and compares it with the one in the run's ``summary.json``. If the average also
+wrote some text in training (``--generate-bytes``), the export must write the same.
 Exit code: 0 they agree, 1 they do not, 2 wrong use or unreadable input.
 """
 
@@ -17,10 +18,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from corpus import load_corpus
 from evaluation import held_out_loss
+from generation import greedy, readable, sample
 from ranks import Ranks, RunError
 
 # bfloat16 carries three digits; training then evaluates in it and this program does not.
@@ -83,13 +85,22 @@ def check(args: argparse.Namespace) -> int:
         f"compare    difference {difference:.2e}, tolerance {tolerance:.0e}: "
         f"{'they agree' if good else 'THEY DIFFER'}"
     )
+    written = summary["generated"].get(profile)
+    if written is not None:
+        same = greedy_text(args.export, evaluation["prompt"], len(written)) == written
+        good = good and same
+        print(
+            f"text       most likely {len(written)} bytes in bfloat16, from the export and in "
+            f"training: {'they agree' if same else 'THEY DIFFER'}"
+        )
     if not good:
         print(
             "           the export is not the average that training evaluated at its last step; "
             f"export {args.run / summary['ema_checkpoint']}",
             file=sys.stderr,
         )
-    print(f"sample     {sample(model, args.prompt, args.sample_bytes, evaluation['seed'])}")
+    text = sample(model, args.prompt, args.sample_bytes, evaluation["seed"])
+    print(f"sample     {args.prompt}{readable(text)}")
     print(f"curves     {args.run / 'loss.png'}")
     print(f"files      {', '.join(sorted(path.name for path in args.export.iterdir()))}")
     return 0 if good else 1
@@ -104,6 +115,14 @@ def read_summary(run: Path) -> dict[str, Any]:
         return json.loads(path.read_text())
     except ValueError as error:
         raise RunError(f"{path} cannot be read: {error}") from None
+
+
+def greedy_text(export: Path, prompt: str, length: int) -> list[int]:
+    """What the export writes in bfloat16, whatever it is stored in."""
+    model = AutoModelForCausalLM.from_pretrained(
+        export, dtype=torch.bfloat16, local_files_only=True
+    )
+    return greedy(model, prompt, length)
 
 
 def exported_profile(export: Path, known: list[str]) -> str:
@@ -121,26 +140,6 @@ def exported_profile(export: Path, known: list[str]) -> str:
     if len(known) != 1:
         raise RunError(f"{files[0]} does not say which average it is; give --profile")
     return known[0]
-
-
-@torch.no_grad()
-def sample(model: PreTrainedModel, prompt: str, length: int, seed: int) -> str:
-    """A continuation of the prompt, indented for reading; bytes that are no UTF-8 show as such."""
-    torch.manual_seed(seed)
-    start = torch.tensor([list(prompt.encode())])
-    room = model.config.max_position_embeddings - start.shape[1]
-    generate: Any = model.generate  # typed as a submodule by nn.Module
-    output = generate(
-        start,
-        attention_mask=torch.ones_like(start),
-        max_new_tokens=max(1, min(length, room)),
-        do_sample=True,
-        temperature=0.7,
-        pad_token_id=0,
-    )
-    # A model with a larger vocabulary was never shown the ids that are no byte.
-    text = bytes(token for token in output[0].tolist() if token < 256)
-    return text.decode(errors="replace").replace("\n", "\n           ")
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class DeepSpeedEngine(Engine):
         assert options.deepspeed is not None
         config = options.deepspeed
         self.layout = options.parallel
+        self._ranks = ranks
         deepspeed = _start_deepspeed(ranks.device)
         _check_config(config)
         groups = parameter_groups(bare, options)
@@ -64,6 +65,16 @@ class DeepSpeedEngine(Engine):
 
     def attach(self, ema: ShardedEMA) -> None:
         ema.attach()
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        from deepspeed import zero
+
+        whole = {}
+        for name, tensor in self.model.module.state_dict(keep_vars=True).items():
+            with zero.GatheredParameters([tensor]):  # does nothing below stage 3
+                if self._ranks.first:
+                    whole[name] = tensor.detach().to("cpu", copy=True)
+        return whole
 
     def save(self, path: Path, ema: ShardedEMA | None, step: int) -> None:
         """The attached average goes along; ``latest`` is left to the run, which adds its own."""

@@ -45,6 +45,13 @@ class Engine(ABC):
         """Let every step from now on move the average."""
 
     @abstractmethod
+    def gather(self) -> dict[str, torch.Tensor]:
+        """The whole model's state by name, in memory of the first rank; on others nothing.
+
+        All ranks take part.
+        """
+
+    @abstractmethod
     def save(self, path: Path, ema: ShardedEMA | None, step: int) -> None:
         """Write the training state into the directory ``path``, and the average to ``path/ema``."""
 

@@ -66,6 +66,8 @@ class Options:
     ema_update_every: int
     eval_every: int
     eval_sequences: int
+    generate_bytes: int
+    prompt: str
     log_every: int
     save_every: int
     keep_last: int
@@ -245,6 +247,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     run.add_argument("--eval-every", type=POSITIVE, default=20)
     run.add_argument("--eval-sequences", type=POSITIVE, default=128)
+    run.add_argument(
+        "--generate-bytes",
+        type=COUNT,
+        default=0,
+        metavar="N",
+        help="at the end, gather each average, round it to bfloat16 and note the N bytes that it "
+        "writes; takes memory for the whole model on the first rank (default: 0, nothing)",
+    )
+    run.add_argument("--prompt", default="def ", help="of that text (default: %(default)r)")
     run.add_argument("--log-every", type=POSITIVE, default=5)
     run.add_argument("--save-every", type=POSITIVE, default=100)
     run.add_argument("--keep-last", type=POSITIVE, default=2, help="checkpoints kept")

@@ -12,7 +12,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
@@ -29,7 +34,7 @@ class TorchEngine(Engine):
 
     def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
         self._options = options
-        self._device = ranks.device
+        self._ranks = ranks
         self.layout = describe_layout(options, ranks)
         # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices;
         # fully_shard makes new ones of the same shapes.
@@ -44,7 +49,7 @@ class TorchEngine(Engine):
         options = self._options
         sharded = options.parallel not in ("ddp", "none")
         if options.dtype == "bfloat16" and not options.pure_bf16 and not sharded:
-            return torch.autocast(self._device.type, torch.bfloat16)
+            return torch.autocast(self._ranks.device.type, torch.bfloat16)
         return nullcontext()
 
     def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
@@ -65,6 +70,16 @@ class TorchEngine(Engine):
 
     def attach(self, ema: ShardedEMA) -> None:
         ema.attach(self.optimizer)
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        # On CPUs an offload copies nothing, and FSDP1 then hands out memory that it has freed.
+        offload = self._ranks.device.type != "cpu"
+        options = StateDictOptions(full_state_dict=True, cpu_offload=offload)
+        state: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        if not self._ranks.first:
+            return {}
+        # DDP hands out the live weights.
+        return {name: value.to("cpu", copy=True) for name, value in state.items()}
 
     def save(self, path: Path, ema: ShardedEMA | None, step: int) -> None:
         """Model and optimizer go to ``path/train``."""

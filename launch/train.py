@@ -17,13 +17,14 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from averaging import build_average, describe
 from corpus import Corpus, load_corpus
 from deepspeed_engine import DeepSpeedEngine
 from engine import Engine
 from evaluation import held_out_loss, token_losses
+from generation import greedy, half_precision_model
 from language_model import build_config, build_model, learning_rate, save_description
 from options import Options, parse_options
 from plotting import plot_losses
@@ -47,6 +48,7 @@ class Run:
 
     options: Options
     ranks: Ranks
+    config: PreTrainedConfig
     corpus: Corpus
     engine: Engine
     ema: ShardedEMA | None
@@ -97,6 +99,18 @@ class Run:
             engine.model, windows, self.ranks, options.batch_size, engine.precision()
         )
 
+    def generate(self) -> dict[str, list[int]]:
+        """The text that each average writes in bfloat16; all ranks take part, the first has it."""
+        options, texts = self.options, {}
+        for name in options.profiles if options.generate_bytes else ():
+            assert self.ema is not None
+            with self.ema.swap(name):
+                weights = self.engine.gather()
+            if self.ranks.first:
+                model = half_precision_model(self.config, weights)
+                texts[name] = greedy(model, options.prompt, options.generate_bytes)
+        return texts
+
     def save(self) -> Path:
         """Write a checkpoint of the present step."""
         return self.checkpoints.save(
@@ -140,7 +154,7 @@ def train(options: Options, ranks: Ranks) -> None:
         engine.load(found.path)
     ema = ranks.everywhere(lambda: take_up_average(engine, options, found))
     checkpoints = Checkpoints(out, options.keep_last, ranks)
-    run = Run(options, ranks, corpus, engine, ema, checkpoints, settings, out)
+    run = Run(options, ranks, config, corpus, engine, ema, checkpoints, settings, out)
     for line in introduction(run, numbers, found, changes):
         run.say(line)
     if found:
@@ -302,6 +316,7 @@ def link_average(out: Path, average: Path) -> Path:
 
 def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> None:
     """Write summary.json and loss.png on rank 0 and say where everything lies."""
+    generated = run.generate()
     if recorder is None:
         return
     recorder.close()
@@ -322,7 +337,9 @@ def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> 
             "seed": options.seed,
             "dtype": options.dtype,
             "pure_bf16": options.pure_bf16,
+            "prompt": options.prompt,
         },
+        "generated": generated,
         "seconds": round(seconds, 1),
     }
     (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")

@@ -27,6 +27,7 @@ TINY = (
     *("--context", "32", "--batch-size", "6", "--steps", "6", "--data-bytes", "300000"),
     *("--eval-every", "3", "--eval-sequences", "4", "--save-every", "2", "--keep-last", "3"),
     # The rate is high and at its peak soon, so that six steps part the average from the weights.
+    *("--generate-bytes", "24"),
     *("--log-every", "1", "--warmup-steps", "1", "--lr", "0.02"),
 )
 # What a program would take for its own if these tests were themselves started by a launcher.
@@ -154,9 +155,12 @@ def finished(
     return TrainingRun(out, done.out, done.err)
 
 
-def consolidate(run: TrainingRun) -> Path:
+def consolidate(run: TrainingRun, dtype: str | None = None) -> Path:
     """Export the last average by the command that the run itself printed."""
     command = run.line("export ").split()[2:]
     assert command[0] == "consolidate" and command[-2:] == ["--like", str(run.out / "hf")]
+    if dtype is not None:
+        command[2] += f"-{dtype}"
+        command += ["--dtype", dtype]
     execute("-m", "sharded_ema", *command, "--no-progress").good()
     return Path(command[2])

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from tests.launch.programs import (
     LAUNCH,
@@ -22,6 +25,7 @@ from tests.launch.programs import (
     TrainingRun,
     assert_same,
     average_of,
+    consolidate,
     execute,
     finished,
     weights_of,
@@ -143,10 +147,24 @@ def check_average(run: TrainingRun, source: Path, step: int) -> None:
     assert_same(average_of(run.checkpoint(6)), average)
 
 
-def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:
+def check_text(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export writes in bfloat16 what the average, gathered in training, has written."""
+    monkeypatch.syspath_prepend(LAUNCH)
+    generation = importlib.import_module("generation")
+    export = consolidate(run)
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.bfloat16)
+    wanted = json.loads((run.out / "summary.json").read_text())["generated"]["ema"]
+    assert len(wanted) == 24
+    assert generation.greedy(model, "def ", 24) == wanted
+
+
+def test_fsdp1_from_scratch(
+    fsdp1: TrainingRun, plain: TrainingRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert "parallel   fsdp1, world size 2" in fsdp1.text
     check_steps(fsdp1, plain, 1)
     check_average(fsdp1, fsdp1.checkpoint(2), 2)
+    check_text(fsdp1, monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -162,13 +180,18 @@ def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:
     ],
 )
 def test_taking_up_another_way(
-    way: str, words: str, plain: TrainingRun, request: pytest.FixtureRequest
+    way: str,
+    words: str,
+    plain: TrainingRun,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = request.getfixturevalue(way)
     assert f"parallel   {words}" in found.run.text
     assert f"at step {found.step}" in found.run.line("resume ")
     check_steps(found.run, plain, found.step + 1)
     check_average(found.run, found.source, found.step)
+    check_text(found.run, monkeypatch)
 
 
 # ---------------------------------------------------------------------- wrong use

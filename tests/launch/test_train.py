@@ -6,6 +6,7 @@ Starting torchrun costs more than training here, so the runs are fixtures that t
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 import shutil
@@ -16,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from sharded_ema.schedules import parse_schedule
 from tests.launch.programs import (
@@ -111,8 +112,27 @@ def test_run_leaves_picture_summary_and_board(base: TrainingRun) -> None:
 
 def test_export_loses_what_training_said(base: TrainingRun, export: Path) -> None:
     done = check_export(export, base).good()
-    assert "they agree" in done.out
+    assert done.out.count("they agree") == 2
+    assert "text       most likely 24 bytes in bfloat16" in done.out
     assert not done.errors("check_export.py")
+
+
+def test_export_in_bfloat16_writes_what_training_wrote(base: TrainingRun, export: Path) -> None:
+    half = consolidate(base, "bfloat16")
+    assert check_export(half, base).good().out.count("they agree") == 2
+    whole = load_file(export / "model.safetensors")
+    assert_same(load_file(half / "model.safetensors"), {n: v.bfloat16() for n, v in whole.items()})
+
+
+def test_check_tells_another_text(base: TrainingRun, export: Path, tmp_path: Path) -> None:
+    summary = json.loads((base.out / "summary.json").read_text())
+    text = summary["generated"]["ema"]
+    assert len(text) == 24
+    text[-1] ^= 1
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    done = check_export(export, dataclasses.replace(base, out=tmp_path))
+    assert done.code == 1
+    assert "in training: THEY DIFFER" in done.out
 
 
 def test_check_tells_raw_weights_from_the_average(
