@@ -261,7 +261,8 @@ def schedule_from_dict(data: dict[str, Any]) -> Schedule:
         ConfigError: the type is unknown or a setting does not fit it.
     """
     settings = dict(data)
-    cls = _TYPES.get(settings.pop("type", ""))
+    kind = settings.pop("type", None)
+    cls = _TYPES.get(kind) if isinstance(kind, str) else None
     if cls is None:
         raise ConfigError(f"unknown schedule type {data.get('type')!r}; known: {sorted(_TYPES)}")
     try:

@@ -143,6 +143,8 @@ def test_unreadable_text_is_refused(text: str) -> None:
         lambda: as_schedule(True),
         lambda: as_schedule([0.9]),  # type: ignore[arg-type]
         lambda: schedule_from_dict({"type": "Cosine"}),
+        lambda: schedule_from_dict({"type": {"name": "Constant"}}),
+        lambda: schedule_from_dict({"decay": 0.9}),
         lambda: schedule_from_dict({"type": "Constant", "speed": 3}),
     ],
 )
