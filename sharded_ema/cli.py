@@ -1,9 +1,14 @@
-"""The ``sharded-ema`` command. Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable."""
+"""The ``sharded-ema`` command.
+
+Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable, 130 interrupted by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -275,15 +280,45 @@ def _writing(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; see the module for exit codes."""
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal does not write
+            stream.reconfigure(errors="backslashreplace")
     try:
         if arguments.command == "watch":
             return _watch(arguments)
         report = run(arguments)
+        if arguments.json:
+            _say(json.dumps(report.to_dict(), indent=1))
+        else:
+            _say(_printable(report.text()))
+    except KeyboardInterrupt:
+        goes_on = arguments.command == "consolidate"
+        print(
+            "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was",
+            file=sys.stderr,
+        )
+        return 130
     except (EMAError, OSError) as error:
         print(_printable(f"sharded-ema: error: {error}"), file=sys.stderr)
         return 1 if isinstance(error, CheckpointCorruptError) else 2
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else _printable(report.text()))
     return 0 if report.ok else 1
+
+
+def _say(text: str) -> bool:
+    """Print at once; whether anybody still reads.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # The interpreter would write once more what is left, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # which is head, or a pager that was left
+            raise
+        return False
+    return True
 
 
 def _watch(arguments: argparse.Namespace) -> int:
@@ -303,9 +338,9 @@ def _watch(arguments: argparse.Namespace) -> int:
         )
         with closing(reports):
             for report in reports:
-                line = json.dumps(report.to_dict()) if arguments.json else _line(report)
-                print(line, flush=True)
                 ok &= report.ok
+                if not _say(json.dumps(report.to_dict()) if arguments.json else _line(report)):
+                    break
     except KeyboardInterrupt:
         return 1 if arguments.once else 0
     finally:

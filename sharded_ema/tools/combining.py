@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,8 +127,8 @@ def publish_sums(
     """
     check_space(target, plan.num_bytes)
     try:
-        # A name of its own: what a killed call has left is removed and not taken over.
-        with Workplace(target, uuid4().hex) as place:
+        # What a killed call has left is removed and not taken over.
+        with Workplace(target, None) as place:
             for catalog, average in inputs:
                 verify_rest(catalog, average)
             folders = [place.model / name for name in headers]

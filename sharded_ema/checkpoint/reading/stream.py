@@ -41,7 +41,7 @@ class SourceFiles:
     """
 
     def __init__(self, root: Location) -> None:
-        self._root = root
+        self.root = root
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
 
     def __enter__(self) -> Self:
@@ -65,7 +65,7 @@ class SourceFiles:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[name] = open_regular(self._root / name)
+            self._open[name] = open_regular(self.root / name)
         self._open.move_to_end(name)
         return self._open[name]
 
@@ -73,7 +73,8 @@ class SourceFiles:
 class _Check:
     """The checksum of one chunk, fed in order of its bytes."""
 
-    def __init__(self, chunk: Chunk, key: str) -> None:
+    def __init__(self, root: Location, chunk: Chunk, key: str) -> None:
+        self._root = root
         self._chunk = chunk
         self._key = key
         self._left = chunk.num_bytes
@@ -99,7 +100,7 @@ class _Check:
         if not good:
             raise CheckpointCorruptError(
                 f"{self._key}: the chunk at {chunk.box.offsets} of size {chunk.box.sizes} is "
-                f"damaged ({chunk.file}, bytes {chunk.byte_offset} to "
+                f"damaged ({self._root / chunk.file}, bytes {chunk.byte_offset} to "
                 f"{chunk.byte_offset + chunk.num_bytes}); restore the file from a copy"
             )
 
@@ -235,7 +236,7 @@ def stream_tensor(
 
 
 def _read_run(files: SourceFiles, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
-    check = _Check(chunk, key)
+    check = _Check(files.root, chunk, key)
     buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
     for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
@@ -292,7 +293,7 @@ class _BandSource:
         self._key = key
         self._dim = dim
         self._element = np.dtype(f"V{itemsize}")
-        self._check = _Check(chunk, key)
+        self._check = _Check(files.root, chunk, key)
         self._position = chunk.byte_offset
         self._whole: NDArray[Any] | None = None
         self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
