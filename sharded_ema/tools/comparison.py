@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.locations import URL, as_location
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from sharded_ema.schedules import schedule_from_dict
@@ -21,7 +22,8 @@ from sharded_ema.tools.report import Report
 
 
 def open_weights(path: str | os.PathLike[str]) -> Catalog:
-    """Raw weights: a Hugging Face directory, a safetensors file or a DCP checkpoint.
+    """Raw weights: a DCP checkpoint; on this machine also a Hugging Face directory or a
+    safetensors file.
 
     Raises:
         CheckpointNotFoundError: none of these is there.
@@ -30,6 +32,8 @@ def open_weights(path: str | os.PathLike[str]) -> Catalog:
     try:
         return open_source(path)
     except CheckpointNotFoundError:
+        if isinstance(as_location(path), URL):
+            raise
         return open_model(Path(path))
 
 

@@ -80,6 +80,8 @@ def open_model(path: Path) -> Catalog:
         root, is_adapter = path.parent, False
         files = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
     if not files:
+        if not path.exists():
+            raise CheckpointNotFoundError(f"there is nothing at {path}")
         raise CheckpointNotFoundError(
             f"{path} holds no weights: neither safetensors files nor a DCP checkpoint"
         )

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.locations import URL, as_location, exists
+from sharded_ema.checkpoint.reading.locations import URL, as_location, as_path, exists
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.runs import Committed, committed_at
@@ -106,7 +106,7 @@ def watch(
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
     if like is not None:
-        read_model(Path(like))
+        read_model(as_path(like, "like"))
     if once and not exists(as_location(run)):
         raise CheckpointNotFoundError(f"there is no run at {run}")
     link = Path(out, LATEST_NAME)
