@@ -16,7 +16,7 @@ from sharded_ema.tools.adapters import adapter_tensors
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.distance import Distance, distance
-from sharded_ema.tools.huggingface import open_model
+from sharded_ema.tools.huggingface import model_header, open_model
 from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
 
@@ -35,6 +35,23 @@ def open_weights(path: str | os.PathLike[str]) -> Catalog:
         if isinstance(as_location(path), URL):
             raise
         return open_model(Path(path))
+
+
+def open_raw(path: str | os.PathLike[str]) -> Catalog:
+    """Weights that no tool of this library has averaged; see :func:`open_weights`.
+
+    Raises:
+        CheckpointMismatchError: the files say that they are an average.
+    """
+    weights = open_weights(path)
+    if weights.format in ("safetensors", "adapter") and weights.manifest is None:
+        header = model_header(weights)
+        if header.get("kind") in ("ema", "average"):
+            raise CheckpointMismatchError(
+                f"{path} is an average itself; pass the raw weights that it was made of, or take "
+                "sharded-ema diff, which compares two averages"
+            )
+    return weights
 
 
 def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:

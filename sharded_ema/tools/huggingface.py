@@ -100,6 +100,12 @@ def open_model(path: Path) -> Catalog:
     return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
 
 
+def model_header(model: Catalog) -> dict[str, str]:
+    """What the files of a model say of it, such as that it is an average, and of which step."""
+    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
+    return {} if file is None else read_header(model.path / file)[1]
+
+
 def holds_model(path: Path) -> bool:
     """Whether a directory has weights under the names used here, or a file is named like them."""
     names = (INDEX, "model.safetensors", ADAPTER_WEIGHTS)

@@ -88,6 +88,8 @@ def plan_outputs(
             _tell_absent(average, wanted, report)
     wanted.rename.check_used()
     found = select(found, wanted.include, wanted.exclude)
+    if wanted.base is not None:
+        report.facts["from_base"] = sum(owner is wanted.base for owner, _ in found.values())
     if wanted.model is not None and wanted.shapes is not None:
         _compare({name: tensor for name, (_, tensor) in found.items()}, wanted.model, report)
     names = found if wanted.shapes is None else [n for n in wanted.shapes if n in found]
@@ -154,7 +156,6 @@ def _fill(
             report.fail(
                 f"{name} is {named[name].shape} here and {base.tensors[name].shape} in {base.path}"
             )
-    report.facts["from_base"] = len(filled)
     return filled
 
 

@@ -35,7 +35,7 @@ from sharded_ema.errors import (
     CheckpointMismatchError,
     CheckpointUncommittedError,
 )
-from sharded_ema.tools.comparison import compare, open_weights
+from sharded_ema.tools.comparison import compare, open_raw
 from sharded_ema.tools.report import Report
 
 
@@ -57,12 +57,13 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
 
     Raises:
         CheckpointNotFoundError, CheckpointUncommittedError: there is no committed checkpoint.
-        CheckpointMismatchError: of a later version, or ``model`` has other tensors.
+        CheckpointMismatchError: of a later version, or ``model`` has other tensors or is an
+            average itself.
         CheckpointCorruptError: ``model`` cannot be read.
     """
     root, names = find_checkpoint(path)
     report = Report("verify", str(path))
-    weights = None if model is None else open_weights(model)
+    weights = None if model is None else open_raw(model)
     catalog = None
     with _noting(report):
         if MANIFEST_NAME in names:

@@ -148,6 +148,8 @@ def test_a_base_fills_what_is_not_stored(tmp_path: Path, dtype: str | None) -> N
         assert all(
             torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in wanted.items()
         )
+    report = run(source, tmp_path / "part", base=folder, include=["body.a", "head.w"])
+    assert report.facts["from_base"] == 1  # of those that are written
 
 
 @pytest.mark.parametrize(
