@@ -40,7 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     look = commands.add_parser("inspect", help="say what is in a checkpoint")
-    look.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
+    look.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="checkpoint, directory of a run, model directory or safetensors file",
+    )
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -171,7 +175,7 @@ def _add_synthesize(commands: Any) -> None:
         default=0.05,
         help="refuse what is missed by more than this share (default: %(default)s)",
     )
-    _add_writing(build)
+    _add_writing(build, stored="as stored")
 
 
 def _add_average(commands: Any) -> None:
@@ -189,13 +193,13 @@ def _add_average(commands: Any) -> None:
         "--profile", default=DEFAULT_PROFILE, help="of our checkpoints (default: %(default)s)"
     )
     mean.add_argument("--prefix", help="key prefix of the average or model in a larger checkpoint")
-    _add_writing(mean)
+    _add_writing(mean, stored="that of the last input")
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
+def _add_writing(parser: argparse.ArgumentParser, *, stored: str) -> None:
     """The flags of commands that write models made of several checkpoints."""
     parser.add_argument("--out", metavar="DIR", required=True, help="directory to create")
-    parser.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
     parser.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
     parser.add_argument(
         "--like",

@@ -118,9 +118,12 @@ def _tell_absent(average: Average, wanted: Wanted, report: Report) -> None:
         return
     report.facts["absent"] = count
     shown = ", ".join(names[:5])
+    takes = "--base DIR takes them from another model"
+    if average.meta.get("adapters"):
+        takes = "--like ADAPTER_DIR writes the adapter alone, under PEFT's names"
     report.notes.append(
         f"{count} tensors absent: they were left out of the average or frozen and not saved "
-        f"({shown}{', ...' if count > 5 else ''}); --base DIR takes them from another model"
+        f"({shown}{', ...' if count > 5 else ''}); {takes}"
     )
     if wanted.model is not None:
         report.fail(f"{count} tensors of the model are absent from the checkpoint")
