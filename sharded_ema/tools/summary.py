@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.locations import as_location
+from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.runs import Committed
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
@@ -19,6 +21,7 @@ from sharded_ema.layout import Box, Shape
 from sharded_ema.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
 from sharded_ema.tools.contents import num_bytes
 from sharded_ema.tools.huggingface import model_header, open_model
+from sharded_ema.tools.locating import locate
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.runs import Run, checkpoint_name, read_run
 
@@ -39,6 +42,8 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
         CheckpointError: it cannot be opened; the class says why.
     """
     report = Report("inspect", str(path))
+    if as_location(path).name == LATEST_NAME:
+        path = locate(path)
     try:
         return _describe_checkpoint(open_checkpoint(path), tensors, report)
     except CheckpointNotFoundError:
