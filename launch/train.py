@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -344,18 +345,21 @@ def finish(run: Run, recorder: Recorder | None, saved: Path, seconds: float) -> 
     }
     (run.out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     picture = run.out / "loss.png"
-    title = f"Held-out loss, {options.parallel} on {run.ranks.size} ranks"
+    ranks = f"{options.parallel} on {run.ranks.size} ranks"
+    title = f"Held-out loss, {ranks if run.ranks.size > 1 else 'one process'}"
     plot_losses(recorder.rows, list(options.profiles), title, picture)
     run.say(f"done       {run.step} steps in {seconds:.0f} s")
     run.say(f"curves     {picture}")
     run.say(f"checkpoint {saved}")
     if average:
-        run.say(
-            f"export     sharded-ema consolidate {link_average(run.out, average)} "
-            f"{run.out / 'export'} "
-            f"--like {run.out / 'hf'}"
-        )
-        run.say(f"check      check_export.py {run.out / 'export'} {run.out}")
+        export, source = run.out / "export", link_average(run.out, average)
+        command = ["sharded-ema", "consolidate", source, export, "--like", run.out / "hf"]
+        if "ema" not in options.profiles:
+            command += ["--profile", next(iter(options.profiles))]
+        run.say(f"export     {shlex.join(map(str, command))}")
+        check = Path(__file__).with_name("check_export.py")
+        command = ["python", os.path.relpath(check), export, run.out]
+        run.say(f"check      {shlex.join(map(str, command))}")
 
 
 if __name__ == "__main__":

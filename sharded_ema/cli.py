@@ -1,9 +1,14 @@
-"""The ``sharded-ema`` command. Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable."""
+"""The ``sharded-ema`` command.
+
+Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable, 130 interrupted by Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -35,7 +40,11 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     look = commands.add_parser("inspect", help="say what is in a checkpoint")
-    look.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
+    look.add_argument(
+        "checkpoint",
+        metavar="CKPT",
+        help="checkpoint, directory of a run, model directory or safetensors file",
+    )
     look.add_argument("--tensors", action="store_true", help="list every tensor")
     look.add_argument("--json", action="store_true", help="print the report as JSON")
 
@@ -166,7 +175,7 @@ def _add_synthesize(commands: Any) -> None:
         default=0.05,
         help="refuse what is missed by more than this share (default: %(default)s)",
     )
-    _add_writing(build)
+    _add_writing(build, stored="as stored")
 
 
 def _add_average(commands: Any) -> None:
@@ -184,13 +193,13 @@ def _add_average(commands: Any) -> None:
         "--profile", default=DEFAULT_PROFILE, help="of our checkpoints (default: %(default)s)"
     )
     mean.add_argument("--prefix", help="key prefix of the average or model in a larger checkpoint")
-    _add_writing(mean)
+    _add_writing(mean, stored="that of the last input")
 
 
-def _add_writing(parser: argparse.ArgumentParser) -> None:
+def _add_writing(parser: argparse.ArgumentParser, *, stored: str) -> None:
     """The flags of commands that write models made of several checkpoints."""
     parser.add_argument("--out", metavar="DIR", required=True, help="directory to create")
-    parser.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
+    parser.add_argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
     parser.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
     parser.add_argument(
         "--like",
@@ -275,15 +284,45 @@ def _writing(arguments: argparse.Namespace) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; see the module for exit codes."""
     arguments = build_parser().parse_args(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal does not write
+            stream.reconfigure(errors="backslashreplace")
     try:
         if arguments.command == "watch":
             return _watch(arguments)
         report = run(arguments)
+        if arguments.json:
+            _say(json.dumps(report.to_dict(), indent=1))
+        else:
+            _say(_printable(report.text()))
+    except KeyboardInterrupt:
+        goes_on = arguments.command == "consolidate"
+        print(
+            "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was",
+            file=sys.stderr,
+        )
+        return 130
     except (EMAError, OSError) as error:
         print(_printable(f"sharded-ema: error: {error}"), file=sys.stderr)
         return 1 if isinstance(error, CheckpointCorruptError) else 2
-    print(json.dumps(report.to_dict(), indent=1) if arguments.json else _printable(report.text()))
     return 0 if report.ok else 1
+
+
+def _say(text: str) -> bool:
+    """Print at once; whether anybody still reads.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # The interpreter would write once more what is left, and fail again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):  # which is head, or a pager that was left
+            raise
+        return False
+    return True
 
 
 def _watch(arguments: argparse.Namespace) -> int:
@@ -303,9 +342,9 @@ def _watch(arguments: argparse.Namespace) -> int:
         )
         with closing(reports):
             for report in reports:
-                line = json.dumps(report.to_dict()) if arguments.json else _line(report)
-                print(line, flush=True)
                 ok &= report.ok
+                if not _say(json.dumps(report.to_dict()) if arguments.json else _line(report)):
+                    break
     except KeyboardInterrupt:
         return 1 if arguments.once else 0
     finally:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.locations import URL, Location, as_location, as_path
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
@@ -103,15 +104,15 @@ def average(
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     shares = _shares(weights, len(checkpoints))
-    inputs = [_open(Path(path), profile, prefix) for path in checkpoints]
-    last, target = inputs[-1], Path(out)
+    inputs = [_open(as_location(path), profile, prefix) for path in checkpoints]
+    last, target = inputs[-1], as_path(out, "out")
     for each in inputs:
         named = Path(each.path)
         check_target(target, named if named.suffix == ".safetensors" else each.catalog.path)
     report = Report("average", ", ".join(each.path for each in inputs))
     if like is None and last.catalog.format != "dcp" and not last.described:
         like = last.path if Path(last.path).is_dir() else None
-    model = read_model(Path(like)) if like is not None else None
+    model = read_model(as_path(like, "like")) if like is not None else None
     files = plan_model(
         last.catalog,
         last.average,
@@ -163,13 +164,13 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in given]
 
 
-def _open(path: Path, profile: str, prefix: str | None) -> _Input:
+def _open(path: Location, profile: str, prefix: str | None) -> _Input:
     """One input.
 
     Raises:
         CheckpointError: there is none, it is damaged, or nothing in it can be averaged.
     """
-    if not holds_model(path):
+    if isinstance(path, URL) or not holds_model(path):
         catalog = open_source(path)
         return _Input(str(path), catalog, find_tensors(catalog, profile, prefix))
     catalog = open_model(path)

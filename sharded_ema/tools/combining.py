@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,8 +127,8 @@ def publish_sums(
     """
     check_space(target, plan.num_bytes)
     try:
-        # A name of its own: what a killed call has left is removed and not taken over.
-        with Workplace(target, uuid4().hex) as place:
+        # What a killed call has left is removed and not taken over.
+        with Workplace(target, None) as place:
             for catalog, average in inputs:
                 verify_rest(catalog, average)
             folders = [place.model / name for name in headers]
@@ -193,8 +192,7 @@ def _write_group(
     unchecked = 0
     described = [(o.name, o.dtype, o.source.shape) for o in group]
     with ExitStack() as stack:
-        # Of the file system, so that the checkpoints share the limit on open files.
-        files = stack.enter_context(SourceFiles(Path("/")))
+        files = stack.enter_context(SourceFiles(None))
         writes = []
         for path, header in zip(paths, headers, strict=True):
             head = build_header(described, header)[0]
@@ -203,7 +201,7 @@ def _write_group(
             writes[-1](memoryview(head))
         for output in group:
             sources = plan.sources[output.name]
-            chunks = [_absolute(*source) for source in sources]
+            chunks = [_placed(*source) for source in sources]
             unchecked += sum(c.digest is None and c.crc32 is None for cs in chunks for c in cs)
             if len(sources) == 1:
                 blocks = _copies(files, output, sources[0], chunks[0], len(paths))
@@ -216,10 +214,10 @@ def _write_group(
     return unchecked
 
 
-def _absolute(catalog: Catalog, tensor: StoredTensor) -> list[Chunk]:
-    assert isinstance(catalog.path, Path), "these tools open paths only"
-    root = catalog.path.absolute()
-    return [replace(chunk, file=str(root / chunk.file)) for chunk in catalog.chunks(tensor.key)]
+def _placed(catalog: Catalog, tensor: StoredTensor) -> list[Chunk]:
+    """The chunks of a tensor, with the whole locations of their files."""
+    chunks = catalog.chunks(tensor.key)
+    return [replace(chunk, file=str(catalog.path / chunk.file)) for chunk in chunks]
 
 
 def _copies(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.locations import URL, as_location
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
 from sharded_ema.schedules import schedule_from_dict
@@ -15,13 +16,14 @@ from sharded_ema.tools.adapters import adapter_tensors
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.distance import Distance, distance
-from sharded_ema.tools.huggingface import open_model
+from sharded_ema.tools.huggingface import model_header, open_model
 from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
 
 
 def open_weights(path: str | os.PathLike[str]) -> Catalog:
-    """Raw weights: a Hugging Face directory, a safetensors file or a DCP checkpoint.
+    """Raw weights: a DCP checkpoint; on this machine also a Hugging Face directory or a
+    safetensors file.
 
     Raises:
         CheckpointNotFoundError: none of these is there.
@@ -30,7 +32,26 @@ def open_weights(path: str | os.PathLike[str]) -> Catalog:
     try:
         return open_source(path)
     except CheckpointNotFoundError:
+        if isinstance(as_location(path), URL):
+            raise
         return open_model(Path(path))
+
+
+def open_raw(path: str | os.PathLike[str]) -> Catalog:
+    """Weights that no tool of this library has averaged; see :func:`open_weights`.
+
+    Raises:
+        CheckpointMismatchError: the files say that they are an average.
+    """
+    weights = open_weights(path)
+    if weights.format in ("safetensors", "adapter") and weights.manifest is None:
+        header = model_header(weights)
+        if header.get("kind") in ("ema", "average"):
+            raise CheckpointMismatchError(
+                f"{path} is an average itself; pass the raw weights that it was made of, or take "
+                "sharded-ema diff, which compares two averages"
+            )
+    return weights
 
 
 def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.catalog import Catalog
+from sharded_ema.checkpoint.reading.locations import as_path
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
@@ -114,7 +115,7 @@ def consolidate(
     limit = parse_size(max_shard_size)
     catalog = open_source(src)
     average = find_tensors(catalog, profile, prefix)
-    target = Path(dst)
+    target = as_path(dst, "dst")
     check_target(target, catalog.path)
     wanted = Wanted(
         dtype=dtype,
@@ -123,8 +124,8 @@ def consolidate(
         rename=Renaming(rename),
         include=include,
         exclude=exclude,
-        base=open_model(Path(base)) if base is not None else None,
-        model=read_model(Path(like)) if like is not None else None,
+        base=open_model(as_path(base, "base")) if base is not None else None,
+        model=read_model(as_path(like, "like")) if like is not None else None,
     )
     _check_shapes_known(catalog, wanted)
     report = Report("consolidate", str(src))

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
@@ -80,6 +81,8 @@ def open_model(path: Path) -> Catalog:
         root, is_adapter = path.parent, False
         files = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
     if not files:
+        if not path.exists():
+            raise CheckpointNotFoundError(f"there is nothing at {path}")
         raise CheckpointNotFoundError(
             f"{path} holds no weights: neither safetensors files nor a DCP checkpoint"
         )
@@ -95,6 +98,12 @@ def open_model(path: Path) -> Catalog:
             chunks[name] = [whole] if whole.num_bytes else []
     name = "adapter" if is_adapter else "safetensors"
     return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
+
+
+def model_header(model: Catalog) -> dict[str, str]:
+    """What the files of a model say of it, such as that it is an average, and of which step."""
+    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
+    return {} if file is None else read_header(model.path / file)[1]
 
 
 def holds_model(path: Path) -> bool:
@@ -118,16 +127,31 @@ def _weight_files(path: Path, is_adapter: bool) -> list[str]:
 def copy_description(model: Model, target: Path) -> list[str]:
     """Copy configuration, tokenizer and the like; everything but weights and their index."""
     copied = []
-    for source in sorted(model.path.iterdir()):
-        if source.is_file() and source.name != INDEX and source.suffix not in _WEIGHTS:
-            shutil.copyfile(source, target / source.name)
-            descriptor = os.open(target / source.name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-            copied.append(source.name)
+    for source in _description(model.path):
+        shutil.copyfile(source, target / source.name)
+        descriptor = os.open(target / source.name, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        copied.append(source.name)
     return copied
+
+
+def has_description(path: Path, like: Path) -> bool:
+    """Whether a directory has what :func:`copy_description` would copy there, byte for byte."""
+    return all(
+        (path / source.name).is_file() and cmp(source, path / source.name, shallow=False)
+        for source in _description(like)
+    )
+
+
+def _description(path: Path) -> list[Path]:
+    return [
+        file
+        for file in sorted(path.iterdir())
+        if file.is_file() and file.name != INDEX and file.suffix not in _WEIGHTS
+    ]
 
 
 def index_bytes(files: Sequence[tuple[str, Sequence[Named]]]) -> bytes:

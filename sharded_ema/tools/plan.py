@@ -88,6 +88,8 @@ def plan_outputs(
             _tell_absent(average, wanted, report)
     wanted.rename.check_used()
     found = select(found, wanted.include, wanted.exclude)
+    if wanted.base is not None:
+        report.facts["from_base"] = sum(owner is wanted.base for owner, _ in found.values())
     if wanted.model is not None and wanted.shapes is not None:
         _compare({name: tensor for name, (_, tensor) in found.items()}, wanted.model, report)
     names = found if wanted.shapes is None else [n for n in wanted.shapes if n in found]
@@ -116,9 +118,12 @@ def _tell_absent(average: Average, wanted: Wanted, report: Report) -> None:
         return
     report.facts["absent"] = count
     shown = ", ".join(names[:5])
+    takes = "--base DIR takes them from another model"
+    if average.meta.get("adapters"):
+        takes = "--like ADAPTER_DIR writes the adapter alone, under PEFT's names"
     report.notes.append(
         f"{count} tensors absent: they were left out of the average or frozen and not saved "
-        f"({shown}{', ...' if count > 5 else ''}); --base DIR takes them from another model"
+        f"({shown}{', ...' if count > 5 else ''}); {takes}"
     )
     if wanted.model is not None:
         report.fail(f"{count} tensors of the model are absent from the checkpoint")
@@ -154,7 +159,6 @@ def _fill(
             report.fail(
                 f"{name} is {named[name].shape} here and {base.tensors[name].shape} in {base.path}"
             )
-    report.facts["from_base"] = len(filled)
     return filled
 
 

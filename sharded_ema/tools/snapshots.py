@@ -10,15 +10,16 @@ from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, is_temporary, open_checkpoint
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
+from sharded_ema.checkpoint.reading.locations import Location, entries, exists
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
+from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError
 from sharded_ema.layout import Shape
 from sharded_ema.posthoc import Profile
 from sharded_ema.schedules import Power, schedule_from_dict
 from sharded_ema.tools.contents import find_prefix
 
-# Checkpoints in a run's directory, as `save`, a DeepSpeed engine and launch/train.py place them.
-_PLACES = (".", "*", "*/ema", "checkpoints/*", "checkpoints/*/ema")
+_CHECKPOINTS = "checkpoints"
 _REPLACED = re.compile(r"\.old-[0-9a-f]{32}$")
 
 
@@ -99,7 +100,7 @@ class Chosen:
         return list({id(snapshot): snapshot for snapshot, _, _ in self.columns}.values())
 
 
-def find_snapshots(run: Path) -> list[Snapshot]:
+def find_snapshots(run: Location) -> list[Snapshot]:
     """All committed checkpoints of a run that hold an average, by step.
 
     They lie in ``run`` itself, in ``run/*``, ``run/*/ema``, ``run/checkpoints/*`` or
@@ -124,22 +125,33 @@ def find_snapshots(run: Path) -> list[Snapshot]:
             )
         found[snapshot.step] = snapshot
     if not found:
+        if not exists(run):
+            raise CheckpointNotFoundError(f"there is no run at {run}")
         raise CheckpointNotFoundError(
-            f"{run} holds no committed checkpoint of an average: looked in {', '.join(_PLACES[1:])}"
+            f"{run} holds no committed checkpoint of an average: looked in *, */ema, "
+            "checkpoints/*, checkpoints/*/ema"
         )
     return [found[step] for step in sorted(found)]
 
 
-def _checkpoints(run: Path) -> Iterator[Path]:
+def _checkpoints(run: Location) -> Iterator[Location]:
     seen = set()
-    for place in _PLACES:
-        for path in [run] if place == "." else sorted(run.glob(place)):
-            marked = any(is_temporary(p) or _REPLACED.search(p) for p in path.parts)
-            named = any((path / name).is_file() for name in (MANIFEST_NAME, METADATA_NAME))
-            # launch/train.py has a link to the last one.
-            if named and not marked and path.resolve() not in seen:
-                seen.add(path.resolve())
-                yield path
+    for path in _places(run):
+        # launch/train.py has a link to the last one.
+        itself = path.resolve() if isinstance(path, Path) else path
+        if itself not in seen and entries(path) & {MANIFEST_NAME, METADATA_NAME}:
+            seen.add(itself)
+            yield path
+
+
+def _places(run: Location) -> Iterator[Location]:
+    """Where `save`, a DeepSpeed engine and launch/train.py place the checkpoints of a run."""
+    yield run
+    for folder in (run, run / _CHECKPOINTS):
+        for name in sorted(entries(folder)):
+            if not is_temporary(name) and not _REPLACED.search(name):
+                yield folder / name
+                yield folder / name / ENGINE_DIRECTORY
 
 
 def choose(

@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor, open_checkpoint
+from sharded_ema.checkpoint.reading.locations import as_location
+from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.runs import Committed
-from sharded_ema.checkpoint.reading.safetensors_file import read_header
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.layout import Box, Shape
 from sharded_ema.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
 from sharded_ema.tools.contents import num_bytes
-from sharded_ema.tools.huggingface import open_model
+from sharded_ema.tools.huggingface import model_header, open_model
+from sharded_ema.tools.locating import locate
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.runs import Run, checkpoint_name, read_run
 
@@ -40,6 +42,8 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
         CheckpointError: it cannot be opened; the class says why.
     """
     report = Report("inspect", str(path))
+    if as_location(path).name == LATEST_NAME:
+        path = locate(path)
     try:
         return _describe_checkpoint(open_checkpoint(path), tensors, report)
     except CheckpointNotFoundError:
@@ -121,7 +125,7 @@ def _describe_checkpoint(catalog: Catalog, tensors: bool, report: Report) -> Rep
             "data can have checksums"
         )
     elif catalog.manifest is None:
-        report.facts["header"] = header = _header(catalog)
+        report.facts["header"] = header = model_header(catalog)
         if "kind" not in header:
             report.notes.append("its files do not say whether it is an average")
     if not catalog.prefixes() and (catalog.manifest or catalog.index):
@@ -158,12 +162,6 @@ def _find_model(path: str | os.PathLike[str]) -> Catalog | None:
     with suppress(CheckpointNotFoundError):
         return open_model(Path(path))
     return None
-
-
-def _header(model: Catalog) -> dict[str, str]:
-    """What the files of a model say of it, such as that it is an average, and of which step."""
-    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
-    return {} if file is None else read_header(model.path / file)[1]
 
 
 def _describe_average(catalog: Catalog, prefix: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from sharded_ema.checkpoint.reading.locations import as_location, as_path
 from sharded_ema.errors import ConfigError
 from sharded_ema.posthoc import Fit, Profile, fit
 from sharded_ema.schedules import Power
@@ -76,8 +77,8 @@ def synthesize(
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if not max_residual > 0:
         raise ConfigError(f"max_residual must be positive, got {max_residual}")
-    chosen = choose(find_snapshots(Path(run)), step, profiles)
-    target = Path(out)
+    chosen = choose(find_snapshots(as_location(run)), step, profiles)
+    target = as_path(out, "out")
     for snapshot in chosen.snapshots:
         check_target(target, snapshot.catalog.path)
     report = Report("synthesize", str(run), notes=chosen.notes)
@@ -90,7 +91,7 @@ def synthesize(
     folders = [f"sigma_rel_{width!r}" for width in widths]
     report.facts |= _facts(chosen, target, schedules, folders, found)
     _check_fit(chosen, widths, found, max_residual, report)
-    model = read_model(Path(like)) if like is not None else None
+    model = read_model(as_path(like, "like")) if like is not None else None
     name = next(n for s, n, _ in chosen.columns if s is chosen.target)
     average = find_average(chosen.target.catalog, name, chosen.target.prefix)
     files = plan_model(

@@ -35,7 +35,8 @@ from sharded_ema.errors import (
     CheckpointMismatchError,
     CheckpointUncommittedError,
 )
-from sharded_ema.tools.comparison import compare, open_weights
+from sharded_ema.tools.comparison import compare, open_raw
+from sharded_ema.tools.locating import locate
 from sharded_ema.tools.report import Report
 
 
@@ -46,7 +47,8 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
     CRC32 of its entries can be checked; ``metadata: unverified`` says so.
 
     Args:
-        path: a committed checkpoint, ours or one of PyTorch's distributed format.
+        path: a committed checkpoint, ours or one of PyTorch's distributed format, or what
+            ``engine.save_checkpoint`` of DeepSpeed wrote with an average in it.
         model: raw weights to compare the averages with: a Hugging Face directory, a safetensors
             file, or a DCP checkpoint. The check fails if an average that was updated, and not
             with a decay of zero, equals them in every element: then it does not average.
@@ -57,12 +59,13 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
 
     Raises:
         CheckpointNotFoundError, CheckpointUncommittedError: there is no committed checkpoint.
-        CheckpointMismatchError: of a later version, or ``model`` has other tensors.
+        CheckpointMismatchError: of a later version, or ``model`` has other tensors or is an
+            average itself.
         CheckpointCorruptError: ``model`` cannot be read.
     """
-    root, names = find_checkpoint(path)
+    root, names = find_checkpoint(locate(path))
     report = Report("verify", str(path))
-    weights = None if model is None else open_weights(model)
+    weights = None if model is None else open_raw(model)
     catalog = None
     with _noting(report):
         if MANIFEST_NAME in names:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.locations import URL, as_location, exists
+from sharded_ema.checkpoint.reading.locations import URL, Location, as_location, as_path, exists
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.runs import Committed, committed_at
@@ -35,7 +35,7 @@ from sharded_ema.errors import (
 )
 from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
 from sharded_ema.tools.consolidate import consolidate
-from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.huggingface import has_description, read_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.runs import checkpoint_name, read_run
 
@@ -72,7 +72,8 @@ def watch(
     be exported, under their names, and a relative symbolic link ``latest`` to the newest. Older
     exports are removed, also those of checkpoints that are gone, so readers of ``latest`` have
     until ``keep`` more have come. If a checkpoint was replaced under its name it is exported anew,
-    as ``<name>~1``, and the old export goes. So it is after a change of ``profile`` or ``dtype``.
+    as ``<name>~1``, and the old export goes. So it is after a change of ``profile``, ``dtype`` or
+    the files of ``like``, which are compared once for each export.
 
     Args:
         run: directory of checkpoints side by side (``run/step_100``), or with each in the directory
@@ -88,10 +89,11 @@ def watch(
     Yields:
         A report for each checkpoint met: exported (its fact ``output`` says where to); with ``ok``
         false if that failed, once for each damaged save, at every look for a disk that is full;
-        or with a note if it was removed meanwhile.
+        or with a note if it was removed meanwhile. With ``once`` also a note if there is none.
 
     Raises:
-        ConfigError: an argument is out of range, or another watch is at work in ``out``.
+        ConfigError: an argument is out of range, ``run`` is itself a checkpoint, or another watch
+            is at work in ``out``.
         CheckpointNotFoundError: there is no model at ``like``, or with ``once`` no ``run``.
         CheckpointExistsError: ``latest`` in ``out`` is something else than a link.
     """
@@ -106,14 +108,20 @@ def watch(
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
     if like is not None:
-        read_model(Path(like))
-    if once and not exists(as_location(run)):
-        raise CheckpointNotFoundError(f"there is no run at {run}")
+        read_model(as_path(like, "like"))
+    _check_run(as_location(run), once=once)
     link = Path(out, LATEST_NAME)
     if os.path.lexists(link) and not link.is_symlink():
         raise CheckpointExistsError(f"{link} is no symbolic link; move it elsewhere")
     watcher = _Watcher(run, Path(out), dtype, profile, like, keep, stop or threading.Event())
     return watcher.run(None if once else interval)
+
+
+def _check_run(run: Location, *, once: bool) -> None:
+    if exists(run / MANIFEST_NAME):
+        raise ConfigError(f"{run} is a checkpoint; watch the directory that holds it")
+    if (once and not exists(run)) or (isinstance(run, Path) and run.is_file()):
+        raise CheckpointNotFoundError(f"there is no run at {run}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +131,7 @@ class _Export:
     Attributes:
         source: uuid of the save.
         step: of the checkpoint.
-        wanted: whether profile and dtype are those asked for.
+        wanted: whether profile, dtype and description are those asked for.
     """
 
     path: Path
@@ -155,21 +163,24 @@ class _Watcher:
         self._like = like
         self._keep = keep
         self._stop = stop
-        # Saves that cannot be exported, and damaged manifests, so that each is reported once.
-        self._refused: set[str] = set()
+        # Saves that cannot be exported with the state of their files, and damaged manifests, so
+        # that each is reported once; but one that was still being copied is tried again.
+        self._refused: dict[str, object] = {}
+        # By export, as its files are read only once.
+        self._alike: dict[tuple[Path, str], bool] = {}
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
         with _alone(self._out) as sure:
             while True:
                 # First, so that a consolidation which was killed is gone on with.
-                yield from self._look()
+                yield from self._look(once=interval is None)
                 if sure:
                     _sweep(self._out)
                 if interval is None or self._stop.is_set() or self._stop.wait(interval):
                     return
 
-    def _look(self) -> Iterator[Report]:
+    def _look(self, *, once: bool) -> Iterator[Report]:
         """Export what is missing, as the run stands now."""
         try:
             run = read_run(self._run)
@@ -177,13 +188,17 @@ class _Watcher:
         except OSError as error:
             yield _failure(str(self._run), error)
             return
+        if once and not run.checkpoints:
+            report = Report("watch", str(self._run))
+            report.notes.append("no committed checkpoint of an average is in it")
+            yield report
         for name, problem in run.damaged.items():
             if problem not in self._refused:
-                self._refused.add(problem)
+                self._refused[problem] = None
                 yield _failure(name, problem)
         met: set[str] = set()
         while not self._stop.is_set():
-            able = [c for c in run.checkpoints if c.uuid not in self._refused]
+            able = [c for c in run.checkpoints if not self._is_refused(c)]
             done = {export.source for export in self._exports() if export.wanted} | met
             checkpoint = next((c for c in able[-self._keep :] if c.uuid not in done), None)
             if checkpoint is None:
@@ -201,8 +216,15 @@ class _Watcher:
                     report = _failure(str(checkpoint.path), error)
                     # What is wrong with the disk to write to may pass.
                     if not isinstance(error, OSError | CheckpointWriteError):
-                        self._refused.add(checkpoint.uuid)
+                        self._refuse(checkpoint)
             yield report
+
+    def _refuse(self, checkpoint: Committed) -> None:
+        self._refused[checkpoint.uuid] = _state(checkpoint.path)
+
+    def _is_refused(self, checkpoint: Committed) -> bool:
+        uuid = checkpoint.uuid
+        return uuid in self._refused and self._refused[uuid] == _state(checkpoint.path)
 
     def _export(self, checkpoint: Committed) -> Report:
         report = consolidate(
@@ -216,7 +238,7 @@ class _Watcher:
         report.action = "watch"
         report.facts["step"] = checkpoint.step
         if not report.ok:
-            self._refused.add(checkpoint.uuid)
+            self._refuse(checkpoint)
         return report
 
     def _free(self, name: str) -> Path:
@@ -247,9 +269,18 @@ class _Watcher:
                     header["source"],
                     int(step) if step.isdecimal() else 0,
                     header.get("profile") == self._profile
-                    and (self._dtype is None or dtypes <= {DTYPES[self._dtype]}),
+                    and (self._dtype is None or dtypes <= {DTYPES[self._dtype]})
+                    and self._is_alike(path, header["source"]),
                 )
         return None
+
+    def _is_alike(self, path: Path, source: str) -> bool:
+        if self._like is None:
+            return True
+        known = (path, source)
+        if known not in self._alike:
+            self._alike[known] = has_description(path, Path(self._like))
+        return self._alike[known]
 
     def _tidy(self, checkpoints: list[Committed]) -> None:
         """Let ``latest`` name the newest export, and remove those that are too many."""
@@ -278,6 +309,17 @@ def _failure(path: str, problem: Exception | str) -> Report:
     report = Report("watch", path)
     report.fail(str(problem))
     return report
+
+
+def _state(path: Location) -> object:
+    """What changes when a file of a checkpoint does; nothing, where a store cannot tell."""
+    if isinstance(path, URL):
+        return None
+    try:
+        found = [(entry.name, entry.stat()) for entry in os.scandir(path)]
+    except OSError:  # removed just now
+        return None
+    return sorted((name, status.st_size, status.st_mtime_ns) for name, status in found)
 
 
 def _is_there(checkpoint: Committed) -> bool:

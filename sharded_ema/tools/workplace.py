@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
+from uuid import uuid4
 
 from sharded_ema.checkpoint import commit
 from sharded_ema.checkpoint.reading.files import is_plain_name
@@ -63,7 +64,8 @@ class Workplace:
 
     Args:
         target: directory to be made.
-        plan: hex digest of 128 bits; see above.
+        plan: hex digest of 128 bits; see above. ``None`` for work that nobody goes on with, of
+            which an interruption leaves nothing either.
 
     Attributes:
         finished: what an earlier run has left, checked byte for byte, by file name.
@@ -74,9 +76,11 @@ class Workplace:
         OSError: the directory cannot be made.
     """
 
-    def __init__(self, target: Path, plan: str) -> None:
-        self._target, self._plan = target, plan
-        self._path = target.with_name(f"{target.name}.tmp-{plan}")
+    def __init__(self, target: Path, plan: str | None) -> None:
+        self._target = target
+        self._goes_on = plan is not None
+        self._plan = plan or uuid4().hex
+        self._path = target.with_name(f"{target.name}.tmp-{self._plan}")
         self.model = self._path / _MODEL
         self._lock = threading.Lock()
         remove_leftovers(target, but=self._path)
@@ -91,7 +95,7 @@ class Workplace:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):
+        if not self._goes_on or kind is None or issubclass(kind, Exception):
             commit.remove(self._path)
         os.close(self._descriptor)
 
@@ -113,7 +117,10 @@ class Workplace:
         """
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()
-        commit.publish(self.model, self._target, replace=False)
+        try:
+            commit.publish(self.model, self._target, replace=False)
+        except CheckpointExistsError:
+            raise _taken(self._target) from None
 
     def _occupy(self) -> int:
         """Make the directory, or take over one that a dead process has left; the lock on it."""
@@ -165,7 +172,11 @@ def check_target(target: Path, source: Location) -> None:
         raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         remove_leftovers(target)
-        raise CheckpointExistsError(f"{target} already exists; nothing was written")
+        raise _taken(target)
+
+
+def _taken(target: Path) -> CheckpointExistsError:
+    return CheckpointExistsError(f"{target} already exists; nothing was written")
 
 
 def check_space(target: Path, needed: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
@@ -96,9 +97,10 @@ def run_jobs(
     Returns:
         What the tasks return, in the order in which they ended.
     """
+    shown = progress and sys.stderr is not None  # which may have been closed
     with (
         tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, desc=what, disable=not progress
+            total=total, initial=initial, unit="B", unit_scale=True, desc=what, disable=not shown
         ) as bar,
         ThreadPoolExecutor(max_workers=jobs) as pool,
     ):

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import json
 import math
+import shlex
 import shutil
 import struct
 from collections.abc import Callable
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sharded_ema.cli import main
 from sharded_ema.schedules import parse_schedule
 from tests.launch.programs import (
     AVERAGE,
@@ -27,6 +29,7 @@ from tests.launch.programs import (
     average_of,
     check_export,
     consolidate,
+    execute,
     finished,
     sweep,
     train,
@@ -238,6 +241,14 @@ def test_sweep_finds_the_loss_of_what_was_tracked(several: TrainingRun, tmp_path
     assert abs(float(row["loss"]) - several.rows()[8]["ema_loss/wide"]) < 1e-5
     assert (tmp_path / "sweep" / "sigma_rel.png").read_bytes()[:4] == b"\x89PNG"
     assert "residual" in done.out
+
+
+def test_the_commands_that_it_prints_work(several: TrainingRun) -> None:
+    export = shlex.split(several.line("export "))[1:]
+    assert main([*export[1:], "--no-progress"]) == 0  # although no average is named ema
+    check = shlex.split(several.line("check "))[1:]
+    program = Path.cwd() / check[1]
+    assert "they agree" in execute(program, *check[2:]).good().out
 
 
 # ---------------------------------------------------------------------- wrong use

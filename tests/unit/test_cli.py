@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,8 @@ def test_damage_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")})
     flip(path / "shard-00000.safetensors", 4096)
     assert main(["consolidate", str(path), str(tmp_path / "out"), "--no-progress"]) == 1
-    assert "ema.w" in error_line(capsys)
+    line = error_line(capsys)
+    assert "ema.w" in line and str(path / "shard-00000.safetensors") in line
     flip(path / "manifest.json", 9)
     assert main(["inspect", str(path)]) == 1
     assert "manifest.json" in error_line(capsys)
@@ -78,6 +80,81 @@ def test_a_failed_check_is_1(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main([*command, "--no-progress"]) == 1
     assert "v" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+COMMAND = [sys.executable, "-m", "sharded_ema"]
+
+
+def test_whoever_reads_may_leave(tmp_path: Path) -> None:
+    path = make(tmp_path / "run" / "c", {"ema.w": np.ones(3, "f4")})
+    out = str(tmp_path / "out")
+    for arguments in (
+        ["inspect", str(path)],
+        ["verify", str(path), "--json"],
+        ["watch", str(path.parent), "--out", out],
+    ):
+        reader, writer = os.pipe()
+        os.close(reader)
+        ended = subprocess.run(
+            [*COMMAND, *arguments], stdout=writer, stderr=subprocess.PIPE, check=False, timeout=60
+        )
+        os.close(writer)
+        assert (ended.returncode, ended.stderr) == (0, b"")
+
+
+def test_a_report_that_cannot_be_written_is_2(tmp_path: Path) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")})
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(
+            [*COMMAND, "inspect", str(path)], stdout=full, stderr=subprocess.PIPE, check=False
+        )
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(b"sharded-ema: error: ") and ended.stderr.count(b"\n") == 1
+
+
+def test_names_that_the_terminal_cannot_write(tmp_path: Path) -> None:
+    path = make(tmp_path / "prüfen", {"ema.w": np.ones(3, "f4")})
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ended = subprocess.run(
+        [*COMMAND, "inspect", str(path)], capture_output=True, env=environment, check=True
+    )
+    assert b"pr\\xfcfen" in ended.stdout and not ended.stderr
+
+
+def test_closed_streams(tmp_path: Path) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")})
+    command = [*COMMAND, "consolidate", str(path), str(tmp_path / "out")]
+    ended = subprocess.run(["sh", "-c", '"$@" >&- 2>&-', "sh", *command], check=False)
+    assert ended.returncode == 0 and (tmp_path / "out").is_dir()
+
+
+INTERRUPTED = """
+import os, signal, sys
+from sharded_ema.cli import main
+write = os.write
+def interrupt(descriptor, data):
+    os.kill(os.getpid(), signal.SIGINT)
+    return write(descriptor, data)
+os.write = interrupt
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("command", ["consolidate", "average"])
+def test_interrupted_is_130(tmp_path: Path, command: str) -> None:
+    path, out = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")}), str(tmp_path / "out")
+    arguments = [str(path), out] if command == "consolidate" else [str(path), "--out", out]
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED, command, *arguments, "--no-progress"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 130 and not ended.stdout
+    assert ended.stderr.startswith("sharded-ema: interrupted") and ended.stderr.count("\n") == 1
+    left = [entry.name for entry in tmp_path.iterdir() if entry != path]
+    # Only a consolidation can be gone on with.
+    assert len(left) == ("goes on" in ended.stderr) == (command == "consolidate")
 
 
 def python(*arguments: str) -> str:

@@ -148,6 +148,15 @@ def test_a_base_fills_what_is_not_stored(tmp_path: Path, dtype: str | None) -> N
         assert all(
             torch.equal(found[n], t) and found[n].dtype == t.dtype for n, t in wanted.items()
         )
+    report = run(source, tmp_path / "part", base=folder, include=["body.a", "head.w"])
+    assert report.facts["from_base"] == 1  # of those that are written
+
+
+@pytest.mark.parametrize(("adapters", "told"), [([], "--base DIR"), (["a"], "--like ADAPTER_DIR")])
+def test_what_is_absent_is_told(tmp_path: Path, adapters: list[str], told: str) -> None:
+    source = checkpoint(tmp_path / "c", absent=ABSENT, adapters=adapters)
+    (note,) = run(source, tmp_path / "out").notes
+    assert "2 tensors absent" in note and "body.a" in note and told in note
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,19 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.registry import known_implementations
 from safetensors.torch import load_file
 
-from sharded_ema import ShardedEMA, consolidate, inspect, latest_checkpoint, verify
+from sharded_ema import (
+    ShardedEMA,
+    average,
+    consolidate,
+    diff,
+    inspect,
+    latest_checkpoint,
+    synthesize,
+    verify,
+)
 from sharded_ema.checkpoint.reading.runs import committed
 from sharded_ema.cli import main
 from sharded_ema.errors import (
@@ -147,3 +157,88 @@ def test_damage_is_found(store: Any, ema: ShardedEMA) -> None:
 def verify_fails(url: str) -> bool:
     report = verify(url)
     return not report.ok and bool(report.problems)
+
+
+def steps(path: str, *names: str) -> None:
+    """A run of a few checkpoints, saved in each of several ways to name them."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(3, 2)
+    ema = ShardedEMA(layer, {"ema": "power:0.05", "wide": "power:0.1"})
+    for step in range(1, 9):
+        with torch.no_grad():
+            layer.weight += step
+        ema.update()
+        for name in names:
+            ema.save(f"{path}/{name.format(step)}", step=step)
+
+
+def test_tools_of_several_checkpoints(store: Any, tmp_path: Path) -> None:
+    url, here = "memory://run", tmp_path / "run"
+    steps(url, "checkpoints/step_{}/ema")
+    store.get("/run", str(here), recursive=True)
+    first, last = (f"checkpoints/step_{step}/ema" for step in (1, 8))
+    assert diff(f"{url}/{last}", here / last).ok
+    assert not diff(here / first, f"{url}/{last}").ok
+    average([f"{url}/{first}", f"{url}/{last}"], out=tmp_path / "a", progress=False)
+    average([here / first, here / last], out=tmp_path / "b", progress=False)
+    average([here / first, f"{url}/{last}"], out=tmp_path / "c", progress=False)
+    assert diff(tmp_path / "a", tmp_path / "b").ok and diff(tmp_path / "c", tmp_path / "b").ok
+    settings: dict[str, Any] = {"sigma_rel": 0.07, "progress": False, "max_residual": 0.9}
+    built = synthesize(url, out=tmp_path / "d", **settings)
+    assert built.facts["snapshots"] == list(range(1, 9))
+    synthesize(here, out=tmp_path / "e", **settings)
+    name = built.facts["widths"]["0.07"]["output"]
+    assert diff(tmp_path / "d" / name, tmp_path / "e" / name).ok
+    with pytest.raises(CheckpointNotFoundError, match="there is no run at memory://nothing"):
+        synthesize("memory://nothing", out=tmp_path / "f", **settings)
+
+
+def test_the_directory_of_an_engine(store: Any, ema: ShardedEMA, tmp_path: Path) -> None:
+    ema.save("memory://run/step_1/ema", step=1)  # with a file latest of its own in step_1
+    store.pipe_file("/run/latest", b"step_1")
+    for number, place in enumerate(("memory://run", "memory://run/step_1", "memory://run/latest")):
+        out = tmp_path / f"out{number}"
+        assert consolidate(place, out, progress=False).facts["step"] == 1
+        assert verify(place).facts["metadata"] == "verified"
+    assert inspect("memory://run/latest").facts["average"]["step"] == 1
+    assert "checkpoints" in inspect("memory://run").facts
+    store.pipe_file("/other/step_1/zero_pp_rank_0_mp_rank_00_model_states.pt", b"")
+    with pytest.raises(CheckpointNotFoundError, match="of DeepSpeed without an average"):
+        consolidate("memory://other/step_1", tmp_path / "out", progress=False)
+
+
+def test_what_must_lie_on_this_machine(
+    store: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "step_1"
+    ema = ShardedEMA(torch.nn.Linear(3, 2), "power:0.1")
+    ema.update()
+    ema.save(path, step=1)
+    url = "memory://models/m"
+    for call in (
+        lambda: consolidate(path, url),
+        lambda: consolidate(path, "out", like=url),
+        lambda: consolidate(path, "out", base=url),
+        lambda: average([path], out=url),
+        lambda: average([path], out="out", like=url),
+        lambda: synthesize(tmp_path, sigma_rel=0.1, out=url),
+    ):
+        with pytest.raises(ConfigError, match=f"got the URL {url}"):
+            call()
+    with pytest.raises(CheckpointNotFoundError, match=url):
+        diff(path, url)
+    # As a path, a URL would name directories here.
+    assert {entry.name for entry in tmp_path.iterdir()} == {"step_1", "latest"}
+
+
+@pytest.mark.parametrize("url", ["nothing://bucket/run", "without://bucket/run"])
+def test_without_a_driver(
+    url: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = {"class": "no_such_module.Driver", "err": "Install no_such_module"}
+    monkeypatch.setitem(known_implementations, "without", driver)
+    assert main(["inspect", url]) == 2
+    assert capsys.readouterr().err.startswith(f"sharded-ema: error: {url} cannot be reached: ")
+    with pytest.raises(ConfigError, match=r"Install|not known"):
+        verify(url)

@@ -339,8 +339,8 @@ def test_snapshots_that_are_older_than_earlier_ones_are_told(run: Path, tmp_path
 
 
 def test_nothing_there(tmp_path: Path) -> None:
-    for place in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(CheckpointNotFoundError, match="checkpoints"):
+    for place, said in ((tmp_path, "checkpoints"), (tmp_path / "missing", "there is no run")):
+        with pytest.raises(CheckpointNotFoundError, match=said):
             build(place, tmp_path / "out")
 
 

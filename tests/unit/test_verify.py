@@ -263,6 +263,20 @@ def test_another_model_is_refused(tmp_path: Path) -> None:
         verify(path, model=tmp_path / "empty")
 
 
+def test_an_export_is_no_raw_model(tmp_path: Path) -> None:
+    path = make(tmp_path / "c", AVERAGE)
+    for name, arguments in (
+        ("export", ["consolidate", str(path), str(tmp_path / "export")]),
+        ("mean", ["average", str(path), "--out", str(tmp_path / "mean")]),
+    ):
+        assert main([*arguments, "--no-progress"]) == 0
+        with pytest.raises(CheckpointMismatchError, match="is an average itself"):
+            verify(path, model=tmp_path / name)
+    raw = in_dcp(tmp_path / "raw", WEIGHTS)
+    assert main(["consolidate", str(raw), str(tmp_path / "weights"), "--prefix", ""]) == 0
+    assert verify(path, model=tmp_path / "weights").ok
+
+
 @pytest.mark.parametrize("name", ["../m.safetensors", "/etc/passwd", 1, None, ["a"], ""])
 def test_an_index_that_names_what_it_may_not(tmp_path: Path, name: object) -> None:
     path, model = make(tmp_path / "c", AVERAGE), hugging_face(tmp_path / "m", WEIGHTS)

@@ -311,6 +311,14 @@ def test_wrong_use(tmp_path: Path) -> None:
     for wrong in ({"keep": 0}, {"keep": True}, {"interval": 0}, {"dtype": "int8"}):
         with pytest.raises(ConfigError):
             watch(run, out, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="is a checkpoint"):
+        watch(run / "step_1", out)
+    with pytest.raises(CheckpointNotFoundError, match="no run"):
+        watch(run / "step_1" / "manifest.json", out)
+    (tmp_path / "empty").mkdir()
+    (report,) = once(tmp_path / "empty", out)
+    assert report.ok and "no committed checkpoint" in report.text()
+    shutil.rmtree(out)
     for place in (run, run / "step_1" / "out"):
         with pytest.raises(ConfigError):
             once(run, place)
@@ -326,7 +334,7 @@ def test_wrong_use(tmp_path: Path) -> None:
     descriptor = os.open(tmp_path / "run", os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     with pytest.raises(ConfigError, match="another watch"):
-        once(run / "step_1", run)
+        once(tmp_path / "empty", run)
     os.close(descriptor)
 
 
@@ -342,6 +350,32 @@ def test_like_a_model(tmp_path: Path) -> None:
     save(run / "step_2", 2)
     (report,) = once(run, out, like=like)
     assert not report.ok and "are not in the checkpoint" in report.text()
+    assert shown(out) == {"step_1": 1, "latest": 1}
+
+
+def test_other_files_of_the_model_are_exported_anew(tmp_path: Path) -> None:
+    run, out, like = tmp_path / "run", tmp_path / "out", tmp_path / "like"
+    save(run / "step_1", 1)
+    once(run, out)
+    like.mkdir()
+    (like / "config.json").write_text("{}")
+    assert [Path(r.facts["output"]).name for r in once(run, out, like=like)] == ["step_1~1"]
+    (out / "step_1~1" / "scores.json").write_text("{}")  # of whoever reads the exports
+    assert once(run, out, like=like) == [] == once(run, out)
+    (like / "config.json").write_text('{"a": 1}')
+    assert [Path(r.facts["output"]).name for r in once(run, out, like=like)] == ["step_1"]
+    assert (out / "latest" / "config.json").read_text() == '{"a": 1}'
+    assert set(shown(out)) == {"step_1", "latest"}
+
+
+def test_one_that_is_still_being_copied(tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    save(run / "step_1", 1)
+    shard = run / "step_1" / "shard-00001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    reports = list(watch(run, out, stop=Script(lambda: None, lambda: shard.write_bytes(whole))))
+    assert [report.ok for report in reports] == [False, True]
     assert shown(out) == {"step_1": 1, "latest": 1}
 
 

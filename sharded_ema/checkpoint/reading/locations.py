@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from sharded_ema.errors import ConfigError
+
 
 class URL(str):
     """A URL without a slash at its end, with as much of ``Path`` as is needed here."""
@@ -35,11 +37,29 @@ def as_location(location: str | os.PathLike[str]) -> Location:
     return URL(text.rstrip("/")) if "://" in text else Path(text)
 
 
-def driver(url: str) -> tuple[Any, str]:
-    """fsspec's file system for a URL, without what it remembers of earlier looks, and the path."""
-    import fsspec  # not needed by those who have files
+def as_path(location: str | os.PathLike[str], what: str) -> Path:
+    """A path of this machine.
 
-    fs, path = fsspec.core.url_to_fs(url)
+    Raises:
+        ConfigError: it is a URL, which as a path would name a directory here.
+    """
+    if isinstance(as_location(location), URL):
+        raise ConfigError(f"{what} must lie on this machine, got the URL {location}")
+    return Path(location)
+
+
+def driver(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, without what it remembers of earlier looks, and the path.
+
+    Raises:
+        ConfigError: fsspec has no driver for it.
+    """
+    try:
+        import fsspec  # not needed by those who have files
+
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url} cannot be reached: {error}") from error
     fs.invalidate_cache()
     return fs, path
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.locations import entries
 from sharded_ema.checkpoint.reading.safetensors_file import is_sizes, load_json, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Box
@@ -25,7 +26,7 @@ _SHARDING = "DCP_SHARDING_INFO"
 
 def rank_shards(path: Path) -> list[str]:
     """Names of such files in a directory, in the order of their ranks."""
-    return sorted(entry.name for entry in path.iterdir() if _NAME.fullmatch(entry.name))
+    return sorted(name for name in entries(path) if _NAME.fullmatch(name))
 
 
 def open_rank_shards(path: Path) -> Catalog:

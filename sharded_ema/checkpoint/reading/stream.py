@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.files import OpenFile, open_regular
-from sharded_ema.checkpoint.reading.locations import Location
+from sharded_ema.checkpoint.reading.locations import Location, as_location
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.layout import Shape
 
@@ -37,10 +37,11 @@ class SourceFiles:
     """The files of a checkpoint, opened as they are needed; a context manager.
 
     Args:
-        root: directory of the checkpoint.
+        root: directory of the checkpoint. ``None`` for files of several, whose names say where they
+            lie and which share the limit on open files.
     """
 
-    def __init__(self, root: Location) -> None:
+    def __init__(self, root: Location | None) -> None:
         self._root = root
         self._open: OrderedDict[str, OpenFile] = OrderedDict()
 
@@ -61,11 +62,15 @@ class SourceFiles:
         """
         self._file(name).fill(buffer.data, position)
 
+    def locate(self, name: str) -> Location:
+        """Where a file lies."""
+        return as_location(name) if self._root is None else self._root / name
+
     def _file(self, name: str) -> OpenFile:
         if name not in self._open:
             if len(self._open) >= _MAX_OPEN_FILES:
                 self._open.popitem(last=False)[1].close()
-            self._open[name] = open_regular(self._root / name)
+            self._open[name] = open_regular(self.locate(name))
         self._open.move_to_end(name)
         return self._open[name]
 
@@ -73,7 +78,8 @@ class SourceFiles:
 class _Check:
     """The checksum of one chunk, fed in order of its bytes."""
 
-    def __init__(self, chunk: Chunk, key: str) -> None:
+    def __init__(self, files: SourceFiles, chunk: Chunk, key: str) -> None:
+        self._files = files
         self._chunk = chunk
         self._key = key
         self._left = chunk.num_bytes
@@ -99,7 +105,7 @@ class _Check:
         if not good:
             raise CheckpointCorruptError(
                 f"{self._key}: the chunk at {chunk.box.offsets} of size {chunk.box.sizes} is "
-                f"damaged ({chunk.file}, bytes {chunk.byte_offset} to "
+                f"damaged ({self._files.locate(chunk.file)}, bytes {chunk.byte_offset} to "
                 f"{chunk.byte_offset + chunk.num_bytes}); restore the file from a copy"
             )
 
@@ -235,7 +241,7 @@ def stream_tensor(
 
 
 def _read_run(files: SourceFiles, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
-    check = _Check(chunk, key)
+    check = _Check(files, chunk, key)
     buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
     for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
@@ -292,7 +298,7 @@ class _BandSource:
         self._key = key
         self._dim = dim
         self._element = np.dtype(f"V{itemsize}")
-        self._check = _Check(chunk, key)
+        self._check = _Check(files, chunk, key)
         self._position = chunk.byte_offset
         self._whole: NDArray[Any] | None = None
         self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
