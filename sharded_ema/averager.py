@@ -25,7 +25,7 @@ from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
 from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
-from sharded_ema.sources import Backup, adapters_of, make_source
+from sharded_ema.sources import Backup, adapters_of, left_out, make_source
 from sharded_ema.state import Action, Clock, Shadow, check_shadow_dtype
 
 
@@ -308,6 +308,9 @@ class Averager:
         if settle:
             self._source.settle()
             self._source.check_current()
+            stored = self._settings.buffers != "ignore"
+            for topic, message in left_out(self._source, buffers=stored):
+                self._health.warn_once(topic, message)
         self._shadow.follow(self._source.live(), self._names)
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)

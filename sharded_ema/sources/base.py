@@ -6,7 +6,6 @@ framework means one subclass of :class:`ShardSource` in a file of its own.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_ema.agreement import refuse_differing
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
+from sharded_ema.sources.usable import refuse_lazy, refuse_unusable
 from sharded_ema.values import whole
 
 #: Tensors that a swap overwrites, each with a copy of what it held.
@@ -113,10 +113,10 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     A shared module is met once under each of its names, as in ``state_dict()``.
     """
     yield prefix, module
-    is_ddp = isinstance(module, DistributedDataParallel)
+    is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
         if child is not None:
-            wrapped = name in _WRAPPED or (is_ddp and name == "module")
+            wrapped = name in _WRAPPED or (is_parallel and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
 
 
@@ -165,6 +165,7 @@ def take_inventory(
     found = Inventory(model, adapters=adapters_of(model))
     parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
+        refuse_lazy(prefix, module)
         for attribute, identity, parameter, shape in registered(module):
             fqn = prefix + attribute
             known = parameters.get(identity)
@@ -179,13 +180,14 @@ def take_inventory(
                 shape = tuple(buffer.shape)
                 found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
     for named in parameters.values():
-        _refuse_unusable(named)
         if not named.tensor.requires_grad:
             found.frozen.append(named)
         elif _selected(named, include, exclude):
             found.averaged.append(named)
         else:
             found.excluded.append(named)
+    for named in (*found.averaged, *found.frozen):
+        refuse_unusable(named.fqn, named.tensor, named.shape)
     smooth = [b for b in found.buffers if buffers == "average" and b.tensor.is_floating_point()]
     every = [name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)]
     for pattern in (*(include or ()), *(exclude or ())):
@@ -213,32 +215,6 @@ def _selected(named: Named, include: Sequence[str] | None, exclude: Sequence[str
         return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
 
     return (include is None or matches(include)) and not matches(exclude or ())
-
-
-def _refuse_unusable(named: Named) -> None:
-    if named.tensor.is_complex() and named.tensor.requires_grad:
-        raise BindError(f"parameter {named.fqn} is complex; only real parameters can be averaged")
-    overlaps = zip(named.tensor.shape, named.tensor.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in overlaps):
-        raise BindError(
-            f"parameter {named.fqn} is an expanded view, whose elements share memory; make it "
-            "contiguous"
-        )
-    if named.tensor.requires_grad and named.tensor.dtype == torch.float4_e2m1fn_x2:
-        raise BindError(
-            f"parameter {named.fqn} packs two elements into a byte; average the parameters before "
-            "they are quantised"
-        )
-    if named.tensor.is_meta:
-        raise BindError(
-            f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "
-            "initialise, or load a checkpoint) before making its average"
-        )
-    if not math.prod(named.shape):
-        raise BindError(
-            f"parameter {named.fqn} has shape {named.shape}, that is 0 elements; "
-            "remove it from the model"
-        )
 
 
 class ShardSource(ABC):
@@ -327,15 +303,15 @@ class ShardSource(ABC):
     def check_current(self) -> None:
         """Raise :class:`BindError` if what is being averaged is no longer a part of the model."""
         found = self.inventory
-        modules = set(map(id, found.model.modules()))
+        names = {(id(module), prefix) for prefix, module in walk(found.model)}
         for named in (*found.averaged, *found.frozen, *found.buffers):
             held = isinstance(named.tensor, nn.Parameter)
-            there = id(named.owner) in modules
+            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
             if not there or (held and self.registered(named) is not named.tensor):
                 raise BindError(
                     f"{'parameter' if held else 'buffer'} {named.fqn} was replaced after the "
-                    "average was made (load_state_dict(assign=True), resizing, another submodule); "
-                    "make the ShardedEMA after such changes"
+                    "average was made (load_state_dict(assign=True), resizing, another submodule, "
+                    "adapters around it); make the ShardedEMA after such changes"
                 )
 
     def self_check(self) -> None:  # noqa: B027 - most frameworks hold a parameter only once

@@ -12,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_ema import HalfLife, ShardedEMA
 from sharded_ema.errors import (
@@ -449,6 +450,33 @@ def test_parameters_that_cannot_be_averaged_are_named() -> None:
         model.register_parameter("p", nn.Parameter(parameter))
         with pytest.raises(BindError, match=match):
             ShardedEMA(model)
+
+
+def test_what_is_excluded_may_be_of_any_kind() -> None:
+    model = nn.Linear(2, 2)
+    model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.quantised = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(BindError, match="wave is complex"):
+        ShardedEMA(model, exclude="quantised")
+    with pytest.raises(BindError, match="quantised is a TwoTensor"):
+        ShardedEMA(model, exclude="wave")
+    assert ShardedEMA(model, exclude=["wave", "quantised"]).names == ["weight", "bias"]
+
+
+def test_tensors_without_shape_or_memory_are_named() -> None:
+    with pytest.raises(BindError, match=r"0\.weight of a LazyLinear is not initialised"):
+        ShardedEMA(nn.Sequential(nn.LazyLinear(2)))
+    with pytest.raises(BindError, match=r"running_mean of a LazyBatchNorm1d is not initialised"):
+        ShardedEMA(nn.LazyBatchNorm1d(affine=False))
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.eye(2).to_sparse())
+    with pytest.raises(BindError, match=r"weight has the layout torch\.sparse_coo"):
+        ShardedEMA(model)
+
+
+def test_names_in_data_parallel() -> None:
+    model = nn.DataParallel(nn.Linear(2, 2))
+    assert ShardedEMA(model).names == ["weight", "bias"]
 
 
 def test_average_switched_on_for_an_older_run(tmp_path: Path) -> None:
