@@ -29,7 +29,7 @@ Backup = list[tuple[Tensor, Tensor]]
 
 # Attributes through which wrappers hold the module they wrap. They are no part of the name that
 # the bare model's state_dict() gives a parameter.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,7 +115,9 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     yield prefix, module
     is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
-        if child is not None:
+        # Lightning Fabric holds a module twice: wrapped, and as it was.
+        again = name == "_original_module" and "_forward_module" in module._modules
+        if child is not None and not again:
             wrapped = name in _WRAPPED or (is_parallel and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
 

@@ -479,6 +479,15 @@ def test_names_in_data_parallel() -> None:
     assert ShardedEMA(model).names == ["weight", "bias"]
 
 
+def test_names_in_a_module_of_fabric() -> None:
+    inner = nn.BatchNorm1d(2)
+    model = nn.Module()
+    model._forward_module = nn.DataParallel(inner)
+    model._original_module = inner
+    names = ["weight", "bias", "running_mean", "running_var"]
+    assert ShardedEMA(model, buffers="average").names == names
+
+
 def test_average_switched_on_for_an_older_run(tmp_path: Path) -> None:
     """The average was made before the weights of a run without one were loaded."""
     model = nn.Linear(2, 2)
