@@ -208,4 +208,4 @@ def _probe(tensors: Sequence[Tensor]) -> Tensor:
         )
         step = max(1, flat.numel() // _PROBE_ELEMENTS)
         parts.append(flat[::step][:_PROBE_ELEMENTS].float().cpu())
-    return torch.cat(parts).nan_to_num() if parts else torch.empty(0)
+    return torch.cat(parts).nan_to_num() if parts else torch.empty(0, device="cpu")

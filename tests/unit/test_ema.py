@@ -474,6 +474,31 @@ def test_tensors_without_shape_or_memory_are_named() -> None:
         ShardedEMA(model)
 
 
+@pytest.mark.parametrize("impl", ["foreach", "reference"])
+def test_a_default_device_is_not_asked_for_anything(impl: str, tmp_path: Path) -> None:
+    """As after torch.set_default_device("cuda"); what lay on the meta device would be lost."""
+    run = build("plain")
+    expected = as_float(run.gather())
+    x = torch.ones(2, 7)
+    optimizer = torch.optim.SGD(run.bare.parameters(), lr=0.1)
+    with torch.device("meta"):
+        ema = ShardedEMA(run.target, 0.9, impl=impl, buffers="average")
+        ema.attach(optimizer)
+        run.target(x).sum().backward()
+        optimizer.step()
+        reference_step(expected, run.gather(), 1 - 0.9)
+        assert ema.metrics(distance=True)["distance/ema"] > 0
+        for asynchronous in (False, True):
+            path = tmp_path / str(asynchronous)
+            ema.save(path, step=1, asynchronous=asynchronous).result()
+            ema.reseed()
+            ema.load(path, verify=True)
+        with ema.swap():
+            assert_equal(run.gather(), expected)
+        ema.load_state_dict(ema.state_dict())
+        ema.close()
+
+
 def test_names_in_data_parallel() -> None:
     model = nn.DataParallel(nn.Linear(2, 2))
     assert ShardedEMA(model).names == ["weight", "bias"]
