@@ -323,12 +323,23 @@ class ShardSource(ABC):
             BindError: the two contradict each other; the parameter is named.
         """
 
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        """Blocks that several ranks hold alike if the user's program keeps them so, by name."""
+        return {}
+
     def agreement_record(self) -> dict[str, tuple[Box, str]]:
         """Blocks that must be equal wherever they lie, by parameter name, with their digests.
 
         The names are the same on all ranks; empty if nothing can differ.
         """
-        return {}
+        return {name: (box, digest(tensor)) for name, (box, tensor) in self.loose().items()}
+
+    def drift_record(self) -> dict[str, tuple[Box, str]]:
+        """The same of a few elements of what is loose, to be looked at again in training."""
+        return {
+            name: (box, digest(tensor.detach().reshape(-1)[:: tensor.numel() // 64 + 1]))
+            for name, (box, tensor) in self.loose().items()
+        }
 
     def compare(self, records: Sequence[dict[str, tuple[Box, str]]]) -> None:
         """Compare the records of all ranks.
@@ -364,11 +375,6 @@ def is_rounded(weights: Tensor, master: Tensor) -> bool:
     """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
     rounded = master.to(weights.device, weights.dtype)
     return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
-
-
-def whole_digest(tensor: Tensor) -> tuple[Box, str]:
-    """The record of a tensor that every rank should hold alike."""
-    return Box.whole(tensor.shape), digest(tensor)
 
 
 def digest(tensor: Tensor) -> str:

@@ -25,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
-from sharded_ema.sources.base import Inventory, Named, digest, read, whole_digest
+from sharded_ema.sources.base import Inventory, Named, read
 from sharded_ema.sources.meshes import Meshes
 from sharded_ema.sources.replicas import Place, ReplicatedSource, leads, whole_copy
 from sharded_ema.values import FlatShard
@@ -116,15 +116,15 @@ class FSDP2Source(ReplicatedSource):
                     "tensor-parallel axis divides"
                 )
 
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        """Digests of what no DTensor says is replicated, but lies on several ranks alike."""
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        """What no DTensor says is replicated, but lies on several ranks alike."""
         found = {}
         for named in self.inventory.parameters:
             tensor = named.tensor
             if not isinstance(tensor, DTensor):
-                found[named.fqn] = whole_digest(tensor)
+                found[named.fqn] = (Box.whole(named.shape), tensor)
             elif self._meshes.others(named.fqn, tensor.device_mesh):
-                found[named.fqn] = (_box(tensor), digest(tensor._local_tensor))
+                found[named.fqn] = (_box(tensor), tensor._local_tensor)
         return found
 
 
