@@ -93,6 +93,11 @@ class Averager:
             self._clock.reseed()
         self._health.check_horizon(self._settings.profiles, total_steps, start_step)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing and has no save under way."""
+        own = ("_hooks", "_engine_checkpoints", "_background", "_staging", "_writers")
+        return {**{k: v for k, v in vars(self).items() if k not in own}, "_hooks": None}
+
     # ------------------------------------------------------------------ following the optimizer
 
     def _attach(self, optimizers: Sequence[Any]) -> StepHooks:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import os
 import re
 import subprocess
@@ -668,6 +670,23 @@ def test_parameters_that_drift_apart_are_told(worlds: Worlds, kind: str, tmp_pat
         assert re.search(r"parameter \S*(weight|bias) is not sharded but differs between", after)
         assert ("parameter 1." in after) or kind == "plain"
         assert "are their gradients averaged?" in after
+
+
+def pickled(mode: str) -> None:
+    """As with torch.save on rank 0, a habit under DDP."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9, **run.options)
+    with pytest.warns(EMAWarning, match="keeps this rank's pieces only; save it with"):
+        torch.save(ema.state_dict(), io.BytesIO())
+    whole = ShardedEMA(run.target, 0.9, shard_replicas=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EMAWarning)
+        copy.deepcopy(ema.state_dict())
+        torch.save(whole.state_dict(), io.BytesIO())
+
+
+def test_a_pickle_of_pieces_is_warned_of(worlds: Worlds) -> None:
+    worlds[2].run(pickled, "ddp")
 
 
 def never_attached() -> tuple[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -497,6 +499,28 @@ def test_a_default_device_is_not_asked_for_anything(impl: str, tmp_path: Path) -
             assert_equal(run.gather(), expected)
         ema.load_state_dict(ema.state_dict())
         ema.close()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_attached_to_nothing(copied: Any, tmp_path: Path) -> None:
+    run = build("plain")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    run.step(0)
+    ema.save(tmp_path / "a", step=1, asynchronous=True)
+    other, again = copied((run, ema))
+    before = averages(again)
+    assert_equal(before, averages(ema))
+    run.step(1)
+    assert_equal(averages(again), before)
+    again.attach(other.optimizer)
+    other.step(1)
+    assert_equal(averages(again), averages(ema))
+    again.save(tmp_path / "b", step=2)
+    for each in (ema, again):
+        each.close()
 
 
 def test_names_in_data_parallel() -> None:
