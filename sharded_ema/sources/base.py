@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_ema.agreement import refuse_differing
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
-from sharded_ema.sources.usable import refuse_lazy, refuse_unusable
+from sharded_ema.sources.usable import refuse_lazy, refuse_unusable, warn_of_complex
 from sharded_ema.values import whole
 
 #: Tensors that a swap overwrites, each with a copy of what it held.
@@ -207,6 +207,7 @@ def take_inventory(
             f"exclude={exclude}"
         )
     found.averaged += chosen
+    warn_of_complex((named.fqn, named.tensor) for named in found.buffers)
     return found
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from sharded_ema.errors import BindError
+from sharded_ema.errors import BindError, EMAWarning
 from sharded_ema.layout import Shape
 
 
@@ -29,6 +31,18 @@ def refuse_lazy(prefix: str, module: nn.Module) -> None:
                 f"{prefix}{name} of a {type(module).__name__} is not initialised yet; run a "
                 "forward before making the average"
             )
+
+
+def warn_of_complex(buffers: Iterable[tuple[str, Tensor]]) -> None:
+    """Warn of buffers that no save can hold, before the first save fails because of them."""
+    found = [name for name, buffer in buffers if buffer.is_complex()]
+    if found:
+        warnings.warn(
+            f"the buffers {found[:3]} are complex, which checkpoints cannot hold: save() refuses "
+            'them. Register them with persistent=False, or pass buffers="ignore"',
+            EMAWarning,
+            stacklevel=6,
+        )
 
 
 def refuse_unusable(fqn: str, tensor: Tensor, shape: Shape) -> None:
