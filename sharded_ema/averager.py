@@ -246,7 +246,7 @@ class Averager:
         failure: BaseException | None = None
         try:
             self._source.swap_in(self._shadow.views[name])
-            self._wait()
+            self._overwritten()
             yield
         except BaseException as error:
             failure = error
@@ -271,7 +271,7 @@ class Averager:
         try:
             self._source.restore(backup)
         finally:
-            self._wait()
+            self._overwritten()
             self._swapped = None
             self._backup_bytes = 0
         if failures and failure is None:
@@ -288,11 +288,13 @@ class Averager:
         self._refuse_in_swap("copy_to()")
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.keep(self._shadow.views[name])
-        self._wait()
+        self._overwritten()
         self._health.accept(self._clock, self._weights())
 
-    def _wait(self) -> None:
-        """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
+    def _overwritten(self) -> None:
+        """See to it that what comes reads the parameters as they are now."""
+        torch.clear_autocast_cache()  # the casts of a region that is around a swap
+        # FSDP may gather on another stream than the one that copied.
         for device in {named.tensor.device for named in self._source.inventory.averaged}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -524,6 +524,25 @@ def test_a_copy_is_attached_to_nothing(copied: Any, tmp_path: Path) -> None:
         each.close()
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_around_a_swap_uses_the_average(grad: bool) -> None:
+    """It keeps casts of parameters to the end of its region."""
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update()
+    other.load_state_dict(averages(ema))
+    x = torch.ones(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+        raw, expected = model(x), other(x)
+        with ema.swap():
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), raw)
+        ema.copy_to()
+        assert torch.equal(model(x), expected)
+
+
 def test_names_in_data_parallel() -> None:
     model = nn.DataParallel(nn.Linear(2, 2))
     assert ShardedEMA(model).names == ["weight", "bias"]
