@@ -143,10 +143,10 @@ def _unwrap(optimizer: Any) -> Optimizer:
                 "not, attach its .optimizer; else call ema.update() after each applied step"
             )
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer):
+    if not isinstance(inner, Optimizer) or not _has_hooks(inner):
         raise OptimizerError(
-            f"{type(optimizer).__name__} is no torch.optim.Optimizer and holds none; call "
-            "ema.update() after each applied step instead of attaching"
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer with step hooks and holds "
+            "none; call ema.update() after each applied step instead of attaching"
         )
     return inner
 

@@ -209,6 +209,19 @@ def test_a_wrapper_that_may_change_weights_itself_is_refused() -> None:
     ema.attach(optimizer.optimizer)
 
 
+class WithoutInit(torch.optim.SGD):
+    """As PostLocalSGDOptimizer, which holds its optimizer under another name."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.param_groups = [{"params": list(parameters)}]
+
+
+def test_an_optimizer_without_hooks_is_refused() -> None:
+    net = model()
+    with pytest.raises(OptimizerError, match=r"is no torch\.optim\.Optimizer with step hooks"):
+        ShardedEMA(net, 0.9).attach(WithoutInit(net.parameters()))
+
+
 def test_optimizers_that_cannot_drive_the_average_are_refused() -> None:
     net = model()
     ema = ShardedEMA(net, 0.9)
