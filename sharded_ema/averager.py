@@ -25,7 +25,7 @@ from sharded_ema.hooks import EngineHooks, OptimizerHooks, StepHooks
 from sharded_ema.kernels import choose_impl
 from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule
-from sharded_ema.sources import Backup, adapters_of, make_source
+from sharded_ema.sources import Backup, adapters_of, left_out, make_source
 from sharded_ema.state import Action, Clock, Shadow, check_shadow_dtype
 
 
@@ -92,6 +92,11 @@ class Averager:
         if start_step == 0:
             self._clock.reseed()
         self._health.check_horizon(self._settings.profiles, total_steps, start_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy is attached to nothing and has no save under way."""
+        own = ("_hooks", "_engine_checkpoints", "_background", "_staging", "_writers")
+        return {**{k: v for k, v in vars(self).items() if k not in own}, "_hooks": None}
 
     # ------------------------------------------------------------------ following the optimizer
 
@@ -241,7 +246,7 @@ class Averager:
         failure: BaseException | None = None
         try:
             self._source.swap_in(self._shadow.views[name])
-            self._wait()
+            self._overwritten()
             yield
         except BaseException as error:
             failure = error
@@ -266,7 +271,7 @@ class Averager:
         try:
             self._source.restore(backup)
         finally:
-            self._wait()
+            self._overwritten()
             self._swapped = None
             self._backup_bytes = 0
         if failures and failure is None:
@@ -283,11 +288,13 @@ class Averager:
         self._refuse_in_swap("copy_to()")
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.keep(self._shadow.views[name])
-        self._wait()
+        self._overwritten()
         self._health.accept(self._clock, self._weights())
 
-    def _wait(self) -> None:
-        """Wait for copies on GPUs: FSDP may gather on another stream than the one that copied."""
+    def _overwritten(self) -> None:
+        """See to it that what comes reads the parameters as they are now."""
+        torch.clear_autocast_cache()  # the casts of a region that is around a swap
+        # FSDP may gather on another stream than the one that copied.
         for device in {named.tensor.device for named in self._source.inventory.averaged}:
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
@@ -308,6 +315,9 @@ class Averager:
         if settle:
             self._source.settle()
             self._source.check_current()
+            stored = self._settings.buffers != "ignore"
+            for topic, message in left_out(self._source, buffers=stored):
+                self._health.warn_once(topic, message)
         self._shadow.follow(self._source.live(), self._names)
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)

@@ -127,13 +127,19 @@ class Checkpointing(Averager):
             check_target(target, format=format, replace=replace)
 
         self._ranks.agree(check, f"ema.save({target})")
-        partial = self._distances(sampled=True) if self._swapped is None else {}
-        gathered = self._ranks.gather((self._shadow.collect_skipped(), partial), "ema.save()")
+        partial, drift = {}, {}
+        if self._swapped is None:
+            partial = self._distances(sampled=True)
+            drift = self._source.drift_record() if self._ranks.size > 1 else {}
+        gathered = self._ranks.gather(
+            (self._shadow.collect_skipped(), partial, drift), "ema.save()"
+        )
+        self._health.check_equal([drift for _, _, drift in gathered])
         meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
         meta["step"] = step
-        meta["nonfinite_elements"] = sum(skipped for skipped, _ in gathered)
+        meta["nonfinite_elements"] = sum(skipped for skipped, _, _ in gathered)
         distances = {
-            name: relative_distance([parts[name] for _, parts in gathered]) for name in partial
+            name: relative_distance([parts[name] for _, parts, _ in gathered]) for name in partial
         }
         # JSON has no NaN; a parameter that is not finite has no distance.
         meta["sampled_distance"] = {

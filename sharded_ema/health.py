@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from sharded_ema.errors import EMAWarning
+from sharded_ema.agreement import refuse_differing
+from sharded_ema.errors import BindError, EMAWarning
+from sharded_ema.layout import Box
 from sharded_ema.schedules import Schedule, horizon
 from sharded_ema.state import Clock, Shadow
 
@@ -160,6 +162,19 @@ class Health:
                     "or Power, or a later start_step",
                 )
 
+    def check_equal(self, records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
+        """Warn if ranks differ by now in what they should hold alike.
+
+        Args:
+            records: of every rank, see :func:`~sharded_ema.agreement.refuse_differing`.
+        """
+        try:
+            refuse_differing(records)
+        except BindError as error:
+            self.warn_once(
+                "apart", f"{error}. They were equal at first; are their gradients averaged?"
+            )
+
     def check_finite(self, skipped_elements: int) -> None:
         """Warn if non-finite parameters were kept out of the average."""
         if skipped_elements:
@@ -208,4 +223,4 @@ def _probe(tensors: Sequence[Tensor]) -> Tensor:
         )
         step = max(1, flat.numel() // _PROBE_ELEMENTS)
         parts.append(flat[::step][:_PROBE_ELEMENTS].float().cpu())
-    return torch.cat(parts).nan_to_num() if parts else torch.empty(0)
+    return torch.cat(parts).nan_to_num() if parts else torch.empty(0, device="cpu")

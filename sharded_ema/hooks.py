@@ -23,6 +23,9 @@ from torch.optim import Optimizer
 
 from sharded_ema.errors import EMAWarning, OptimizerError
 
+# Where wrappers come from whose step() is that of the optimizer inside, or nothing.
+_TRANSPARENT = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
+
 
 class StepHooks(ABC):
     """Calls back once for every applied optimizer step, until removed.
@@ -132,14 +135,27 @@ class OptimizerHooks(StepHooks):
 def _unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as accelerate's."""
     inner = optimizer
-    while not hasattr(inner, "_optimizer_step_post_hooks") and hasattr(inner, "optimizer"):
+    while not _has_hooks(inner) and hasattr(inner, "optimizer"):
+        if hasattr(inner, "step") and not type(inner).__module__.startswith(_TRANSPARENT):
+            raise OptimizerError(
+                f"{type(inner).__name__} wraps an optimizer and has no step hooks of its own; its "
+                "step() may change weights after the one inside has, as Lookahead does. If it does "
+                "not, attach its .optimizer; else call ema.update() after each applied step"
+            )
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer):
+    if not isinstance(inner, Optimizer) or not _has_hooks(inner):
         raise OptimizerError(
-            f"{type(optimizer).__name__} is no torch.optim.Optimizer and holds none; call "
-            "ema.update() after each applied step instead of attaching"
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer with step hooks and holds "
+            "none; call ema.update() after each applied step instead of attaching"
         )
     return inner
+
+
+def _has_hooks(optimizer: Any) -> bool:
+    """Whether hooks registered here run with it, and not with an optimizer that it wraps."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    inner = getattr(optimizer, "optimizer", None)
+    return hooks is not None and hooks is not getattr(inner, "_optimizer_step_post_hooks", None)
 
 
 def _check_ownership(optimizers: Sequence[Optimizer], parameters: dict[int, str]) -> None:

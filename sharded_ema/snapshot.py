@@ -95,7 +95,7 @@ def _meta_tensor(meta: Mapping[str, Any], source: ShardSource) -> Tensor:
             f"the description of this average takes {len(data)} bytes, more than {META_BYTES}; "
             "it has too many aliases of tied weights"
         )
-    tensor = torch.zeros(META_BYTES, dtype=torch.uint8)
+    tensor = torch.zeros(META_BYTES, dtype=torch.uint8, device="cpu")
     tensor[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
     if not source.ranks:
         return tensor

@@ -62,10 +62,18 @@ class Clock:
         return 0 if self.seed_step is None else self.applied_steps - self.seed_step
 
     def window_decay(self, schedule: Schedule) -> float:
-        """Product of the decays of all steps since the last lerp (float64)."""
+        """Product of the decays of all steps since the last lerp (float64).
+
+        Raises:
+            ConfigError: a schedule of the user's own left ``[0, 1]``.
+        """
         seed = self.seed_step or 0
         first = self.last_lerp_step - seed + 1
-        return math.prod(schedule.decay(n) for n in range(first, self.num_updates + 1))
+        decays = [schedule.decay(n) for n in range(first, self.num_updates + 1)]
+        for n, decay in enumerate(decays, first):
+            if not 0.0 <= decay <= 1.0:
+                raise ConfigError(f"{schedule} gives the decay {decay} at n = {n}, not in [0, 1]")
+        return math.prod(decays)
 
     def to_dict(self) -> dict[str, int | None]:
         """All counters, as stored in a checkpoint."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
+from sharded_ema.errors import EMAWarning
 from sharded_ema.layout import Box, FlatRange
 
 Piece = tuple[Box, Tensor]
@@ -68,6 +70,16 @@ class FlatShard(Tensor):
     def writes(self) -> bool:
         """Whether a save writes them from this rank."""
         return self._writes
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if sum(box.numel for box, _ in self._pieces) < self.numel():
+            warnings.warn(
+                "the state of a sharded average is pickled (torch.save?), which keeps this rank's "
+                "pieces only; save it with ema.save() or dcp.save, on all ranks",
+                EMAWarning,
+                stacklevel=2,
+            )
+        return super().__reduce_ex__(protocol)
 
     def __create_write_items__(self, fqn: str, obj: Any) -> list[WriteItem]:
         return [

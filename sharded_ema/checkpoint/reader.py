@@ -148,7 +148,7 @@ def _read_block(
 
 
 def _read(path: Location, position: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
-    buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype)
+    buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device="cpu")
     with open_regular(path) as file:
         file.fill(buffer.view(torch.uint8).numpy().data, position)
     return buffer

@@ -76,8 +76,12 @@ class Staging:
         if self.num_bytes < end:
             self._buffer = None  # before the new one, so that there are never two
             pinned = any(tensor.is_cuda for tensor in tensors)
-            self._buffer = torch.empty(end, dtype=torch.uint8, pin_memory=pinned)
-        buffer = self._buffer if self._buffer is not None else torch.empty(0, dtype=torch.uint8)
+            self._buffer = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        buffer = (
+            self._buffer
+            if self._buffer is not None
+            else torch.empty(0, dtype=torch.uint8, device="cpu")
+        )
         return [
             buffer[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
             for start, tensor in zip(starts, tensors, strict=True)

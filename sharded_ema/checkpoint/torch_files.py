@@ -38,7 +38,7 @@ def map_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
             flat = (
                 torch.frombuffer(view, dtype=dtype, count=numel, offset=start + entry.start)
                 if numel
-                else torch.empty(0, dtype=dtype)
+                else torch.empty(0, dtype=dtype, device="cpu")
             )
             found[name] = flat.view(entry.shape)
     return found

@@ -27,7 +27,7 @@ def lerp_reference(
     Returns:
         Number of guarded elements, int64 of shape ``()``.
     """
-    skipped = torch.zeros((), dtype=torch.int64)
+    skipped = torch.zeros((), dtype=torch.int64, device="cpu")
     for i, parameter in enumerate(live):
         value = parameter.detach().to(shadows[0][i].device, shadows[0][i].dtype)
         finite = torch.isfinite(value)

@@ -19,6 +19,7 @@ from sharded_ema.sources.base import (
     adapters_of,
     take_inventory,
 )
+from sharded_ema.sources.changes import left_out
 from sharded_ema.sources.ddp import DDPSource
 from sharded_ema.sources.flat_parameters import has_flattened
 from sharded_ema.sources.fsdp1 import make_fsdp1_source
@@ -26,7 +27,16 @@ from sharded_ema.sources.fsdp2 import FSDP2Source, reshard
 from sharded_ema.sources.plain import PlainSource
 from sharded_ema.sources.zero_engine import make_engine_source, refuse_partitioned
 
-__all__ = ["Backup", "Inventory", "Named", "Shard", "ShardSource", "adapters_of", "make_source"]
+__all__ = [
+    "Backup",
+    "Inventory",
+    "Named",
+    "Shard",
+    "ShardSource",
+    "adapters_of",
+    "left_out",
+    "make_source",
+]
 
 
 def make_source(

@@ -6,7 +6,6 @@ framework means one subclass of :class:`ShardSource` in a file of its own.
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sharded_ema.agreement import refuse_differing
 from sharded_ema.errors import BindError, ConfigError
 from sharded_ema.layout import Box, FlatRange, Shape
+from sharded_ema.sources.usable import refuse_lazy, refuse_unusable, warn_of_complex
 from sharded_ema.values import whole
 
 #: Tensors that a swap overwrites, each with a copy of what it held.
@@ -29,7 +29,7 @@ Backup = list[tuple[Tensor, Tensor]]
 
 # Attributes through which wrappers hold the module they wrap. They are no part of the name that
 # the bare model's state_dict() gives a parameter.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -113,10 +113,12 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     A shared module is met once under each of its names, as in ``state_dict()``.
     """
     yield prefix, module
-    is_ddp = isinstance(module, DistributedDataParallel)
+    is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
     for name, child in module._modules.items():
-        if child is not None:
-            wrapped = name in _WRAPPED or (is_ddp and name == "module")
+        # Lightning Fabric holds a module twice: wrapped, and as it was.
+        again = name == "_original_module" and "_forward_module" in module._modules
+        if child is not None and not again:
+            wrapped = name in _WRAPPED or (is_parallel and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
 
 
@@ -165,6 +167,7 @@ def take_inventory(
     found = Inventory(model, adapters=adapters_of(model))
     parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
+        refuse_lazy(prefix, module)
         for attribute, identity, parameter, shape in registered(module):
             fqn = prefix + attribute
             known = parameters.get(identity)
@@ -179,13 +182,14 @@ def take_inventory(
                 shape = tuple(buffer.shape)
                 found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
     for named in parameters.values():
-        _refuse_unusable(named)
         if not named.tensor.requires_grad:
             found.frozen.append(named)
         elif _selected(named, include, exclude):
             found.averaged.append(named)
         else:
             found.excluded.append(named)
+    for named in (*found.averaged, *found.frozen):
+        refuse_unusable(named.fqn, named.tensor, named.shape)
     smooth = [b for b in found.buffers if buffers == "average" and b.tensor.is_floating_point()]
     every = [name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)]
     for pattern in (*(include or ()), *(exclude or ())):
@@ -203,6 +207,7 @@ def take_inventory(
             f"exclude={exclude}"
         )
     found.averaged += chosen
+    warn_of_complex((named.fqn, named.tensor) for named in found.buffers)
     return found
 
 
@@ -213,32 +218,6 @@ def _selected(named: Named, include: Sequence[str] | None, exclude: Sequence[str
         return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
 
     return (include is None or matches(include)) and not matches(exclude or ())
-
-
-def _refuse_unusable(named: Named) -> None:
-    if named.tensor.is_complex() and named.tensor.requires_grad:
-        raise BindError(f"parameter {named.fqn} is complex; only real parameters can be averaged")
-    overlaps = zip(named.tensor.shape, named.tensor.stride(), strict=True)
-    if any(size > 1 and stride == 0 for size, stride in overlaps):
-        raise BindError(
-            f"parameter {named.fqn} is an expanded view, whose elements share memory; make it "
-            "contiguous"
-        )
-    if named.tensor.requires_grad and named.tensor.dtype == torch.float4_e2m1fn_x2:
-        raise BindError(
-            f"parameter {named.fqn} packs two elements into a byte; average the parameters before "
-            "they are quantised"
-        )
-    if named.tensor.is_meta:
-        raise BindError(
-            f"parameter {named.fqn} is on the meta device; materialise the model (to_empty and "
-            "initialise, or load a checkpoint) before making its average"
-        )
-    if not math.prod(named.shape):
-        raise BindError(
-            f"parameter {named.fqn} has shape {named.shape}, that is 0 elements; "
-            "remove it from the model"
-        )
 
 
 class ShardSource(ABC):
@@ -327,15 +306,15 @@ class ShardSource(ABC):
     def check_current(self) -> None:
         """Raise :class:`BindError` if what is being averaged is no longer a part of the model."""
         found = self.inventory
-        modules = set(map(id, found.model.modules()))
+        names = {(id(module), prefix) for prefix, module in walk(found.model)}
         for named in (*found.averaged, *found.frozen, *found.buffers):
             held = isinstance(named.tensor, nn.Parameter)
-            there = id(named.owner) in modules
+            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
             if not there or (held and self.registered(named) is not named.tensor):
                 raise BindError(
                     f"{'parameter' if held else 'buffer'} {named.fqn} was replaced after the "
-                    "average was made (load_state_dict(assign=True), resizing, another submodule); "
-                    "make the ShardedEMA after such changes"
+                    "average was made (load_state_dict(assign=True), resizing, another submodule, "
+                    "adapters around it); make the ShardedEMA after such changes"
                 )
 
     def self_check(self) -> None:  # noqa: B027 - most frameworks hold a parameter only once
@@ -345,12 +324,23 @@ class ShardSource(ABC):
             BindError: the two contradict each other; the parameter is named.
         """
 
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        """Blocks that several ranks hold alike if the user's program keeps them so, by name."""
+        return {}
+
     def agreement_record(self) -> dict[str, tuple[Box, str]]:
         """Blocks that must be equal wherever they lie, by parameter name, with their digests.
 
         The names are the same on all ranks; empty if nothing can differ.
         """
-        return {}
+        return {name: (box, digest(tensor)) for name, (box, tensor) in self.loose().items()}
+
+    def drift_record(self) -> dict[str, tuple[Box, str]]:
+        """The same of a few elements of what is loose, to be looked at again in training."""
+        return {
+            name: (box, digest(tensor.detach().reshape(-1)[:: tensor.numel() // 64 + 1]))
+            for name, (box, tensor) in self.loose().items()
+        }
 
     def compare(self, records: Sequence[dict[str, tuple[Box, str]]]) -> None:
         """Compare the records of all ranks.
@@ -386,11 +376,6 @@ def is_rounded(weights: Tensor, master: Tensor) -> bool:
     """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
     rounded = master.to(weights.device, weights.dtype)
     return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
-
-
-def whole_digest(tensor: Tensor) -> tuple[Box, str]:
-    """The record of a tensor that every rank should hold alike."""
-    return Box.whole(tensor.shape), digest(tensor)
 
 
 def digest(tensor: Tensor) -> str:

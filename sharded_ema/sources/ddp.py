@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
-from sharded_ema.sources.base import Inventory, whole_digest
+from sharded_ema.sources.base import Inventory
 from sharded_ema.sources.replicas import ReplicatedSource, whole_copy
 
 
@@ -44,12 +45,12 @@ class DDPSource(ReplicatedSource):
         )
         self._ddp = ddp
 
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        """Digests of parameters that are not DDP's to keep equal: outside it, or ignored by it."""
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        """Parameters that are not DDP's to keep equal: outside it, or ignored by it."""
         ignored: set[str] = getattr(self._ddp, "parameters_to_ignore", set())
         kept = {id(p) for n, p in self._ddp.module.named_parameters() if n not in ignored}
         return {
-            n.fqn: whole_digest(n.tensor)
+            n.fqn: (Box.whole(n.shape), n.tensor)
             for n in self.inventory.parameters
             if id(n.tensor) not in kept
         }

@@ -20,7 +20,6 @@ from sharded_ema.sources.base import (
     digest,
     read,
     take_inventory,
-    whole_digest,
 )
 from sharded_ema.sources.flat_parameters import FlatParameters
 from sharded_ema.sources.replicas import Place, ReplicatedSource, leads, whole_copy
@@ -107,14 +106,16 @@ class FSDP1Source(ReplicatedSource):
         # The modules of a unit that shows the flat parameter have none that could be compared.
         return found.tensor if found and found.is_flat else super().registered(named)
 
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        plain = (n for n in self.inventory.parameters if self._flat.find(n) is None)
+        return {n.fqn: (Box.whole(n.shape), n.tensor) for n in plain}
+
     def agreement_record(self) -> dict[str, tuple[Box, str]]:
         """Digests of plain parameters, and of what FSDP1 keeps equal but does not make so."""
-        record = {}
+        record = super().agreement_record()
         for named in self.inventory.parameters:
             found = self._flat.find(named)
-            if found is None:
-                record[named.fqn] = whole_digest(named.tensor)
-            elif found.unit.replicas:
+            if found is not None and found.unit.replicas:
                 elements = Box((found.range.start,), (found.range.numel,))
                 record[named.fqn] = (elements, digest(found.local()))
         return record

@@ -12,10 +12,12 @@ after a forward without backward the root's plain, gathered parameters stand in 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_common import TrainingState
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor import Shard as ShardPlacement
 from torch.distributed.tensor.placement_types import _StridedShard
@@ -23,7 +25,7 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.layout import Box
-from sharded_ema.sources.base import Inventory, Named, digest, read, whole_digest
+from sharded_ema.sources.base import Inventory, Named, read
 from sharded_ema.sources.meshes import Meshes
 from sharded_ema.sources.replicas import Place, ReplicatedSource, leads, whole_copy
 from sharded_ema.values import FlatShard
@@ -114,15 +116,15 @@ class FSDP2Source(ReplicatedSource):
                     "tensor-parallel axis divides"
                 )
 
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        """Digests of what no DTensor says is replicated, but lies on several ranks alike."""
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        """What no DTensor says is replicated, but lies on several ranks alike."""
         found = {}
         for named in self.inventory.parameters:
             tensor = named.tensor
             if not isinstance(tensor, DTensor):
-                found[named.fqn] = whole_digest(tensor)
+                found[named.fqn] = (Box.whole(named.shape), tensor)
             elif self._meshes.others(named.fqn, tensor.device_mesh):
-                found[named.fqn] = (_box(tensor), digest(tensor._local_tensor))
+                found[named.fqn] = (_box(tensor), tensor._local_tensor)
         return found
 
 
@@ -130,7 +132,19 @@ def reshard(model: nn.Module) -> None:
     """Free gathered parameters, so that the sharded ones are registered and are what counts."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
+            _leave_forward(module._get_fsdp_state())
             module.reshard()
+
+
+def _leave_forward(state: Any) -> None:
+    """Give up a forward that an exception ended; else ``reshard()`` would wait for its end.
+
+    What it has gathered, also ahead of its use, would serve later forwards with weights that are
+    no longer those of the shards. PyTorch leaves clearing up to the user (``reset_iter_state``).
+    """
+    if any(group._training_state == TrainingState.FORWARD for group in state._fsdp_param_groups):
+        (root,) = (each for each in state._state_ctx.all_states if each._is_root)
+        root._reset_iter_state()
 
 
 def local(named: Named) -> Tensor:

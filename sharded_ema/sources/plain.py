@@ -14,7 +14,6 @@ from sharded_ema.sources.base import (
     ShardSource,
     copy_into,
     read,
-    whole_digest,
 )
 from sharded_ema.values import whole
 
@@ -55,5 +54,5 @@ class PlainSource(ShardSource):
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
         copy_into(self.swap_targets(), tensors)
 
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        return {n.fqn: whole_digest(n.tensor) for n in self.inventory.parameters}
+    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+        return {n.fqn: (Box.whole(n.shape), n.tensor) for n in self.inventory.parameters}

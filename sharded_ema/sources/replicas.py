@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_ema.errors import StateError
+from sharded_ema.errors import StateError, UnsupportedLayoutError
 from sharded_ema.layout import Box, FlatRange, Slice, divide
 from sharded_ema.sources.base import Inventory, Named, Shard, ShardSource, read
 from sharded_ema.values import FlatShard, range_pieces
@@ -33,10 +33,15 @@ class Replicas:
         groups: process groups of this rank; its replicas are the ranks that it reaches through one
             or several of them, as along the axes of a mesh. None: it is the only one.
         tensors: what is divided, of the same size and memory order on all replicas.
+
+    Raises:
+        UnsupportedLayoutError: the groups cannot communicate where the tensors lie.
     """
 
     def __init__(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
         self._groups = groups
+        for group in groups:
+            _refuse_unreachable(group, tensors)
         self.size = math.prod(dist.get_world_size(group) for group in groups)
         rank = 0
         for group in groups:  # coordinates along the groups, as digits of one number
@@ -77,6 +82,16 @@ class Replicas:
             for device, dtype in sorted(kinds, key=str):
                 _all_gather(group, [list(_views(b, targets, device, dtype)) for b in blocks])
             known *= size
+
+
+def _refuse_unreachable(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
+    reached = {device.type for device in group._device_types}
+    for kind in {tensor.device.type for tensor in tensors} - reached:
+        raise UnsupportedLayoutError(
+            f"there are replicas on {kind}, as with CPU offload, and their process group reaches "
+            f"{', '.join(sorted(reached))} only, so that no swap could gather their average; "
+            'init_process_group("cpu:gloo,cuda:nccl"), or pass shard_replicas=False'
+        )
 
 
 def _broadcast_strided(

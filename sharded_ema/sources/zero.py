@@ -296,12 +296,16 @@ class Zero3Source(PartitionedSource):
     def swap_targets(self) -> list[Tensor]:
         return [*super().swap_targets(), *self._aliased()]
 
+    # What is gathered here stays for training, even if it is an evaluation that swaps.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def swap_in(self, tensors: Sequence[Tensor]) -> None:
         # Gathered copies are dropped before, and made anew after the pieces have changed.
         self.optimizer.checkpoint_event_prologue()
         self.write_weights(tensors)
         self.optimizer.checkpoint_event_epilogue()
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         self.optimizer.checkpoint_event_prologue()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sharded_ema import Power, ShardedEMA, Warmup
@@ -233,6 +236,40 @@ def swap_with_exception(mode: str, failing_rank: int) -> None:
 def test_swap_with_exception_on_one_rank(worlds: Worlds, mode: str) -> None:
     (size,) = sizes(mode, [3])
     worlds[size].run(swap_with_exception, mode, 1)
+
+
+def exception_in_a_forward(mode: str, grad: bool) -> None:
+    """It leaves units gathered, and others being gathered ahead, with the average in them."""
+    never, run = build(mode), build(mode)
+    blocks = list(run.bare.blocks)
+    if isinstance(blocks[0], FSDPModule):
+        blocks[0].set_modules_to_forward_prefetch(blocks[1:])  # type: ignore[arg-type]
+    ema = ShardedEMA(run.target, 0.9, **run.options)
+    ema.attach(run.optimizer)
+    for index in range(2):
+        never.step(index)
+        run.step(index)
+
+    def fail(*_: Any) -> None:
+        raise KeyError
+
+    handle = blocks[0].register_forward_hook(fail)
+    with pytest.raises(KeyError), ema.swap(), torch.set_grad_enabled(grad):
+        run.target(torch.ones(2, 7))
+    handle.remove()
+    assert torch.equal(run.evaluate(), never.evaluate())
+    for index in range(2, 4):
+        never.step(index)
+        run.step(index)
+    assert_equal(run.gather(), never.gather())
+    ema.close()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("mode", ["fsdp2", "replicate", "hsdp", "ddp"])
+def test_exception_in_the_forward_of_an_evaluation(worlds: Worlds, mode: str, grad: bool) -> None:
+    (size,) = sizes(mode, [2])
+    worlds[size].run(exception_in_a_forward, mode, grad)
 
 
 def swap_mid_accumulation(mode: str) -> None:

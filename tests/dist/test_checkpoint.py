@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import io
 import os
+import re
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +20,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema import (
     Power,
@@ -37,6 +43,7 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
     CheckpointWriteError,
     EMAError,
+    EMAWarning,
     StateError,
 )
 from sharded_ema.layout import Box
@@ -623,6 +630,63 @@ def test_parameters_outside_ddp_that_differ_are_refused(worlds: Worlds) -> None:
     for name, message in worlds[2].run(attach_half):
         assert name == BindError.__name__
         assert "parameter stray." in message
+
+
+def drifting(kind: str, folder: Path) -> list[str]:
+    """Layers that begin alike and whose gradients nobody averages, as experts on each rank."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    target: torch.nn.Module = model
+    if kind == "ddp":
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(
+            model, ["1.weight", "1.bias"]
+        )
+        target = DistributedDataParallel(model)
+    elif kind == "fsdp2":
+        fully_shard(model, ignored_params=set(model[1].parameters()))
+    elif kind == "fsdp1":
+        target = FullyShardedDataParallel(
+            model, ignored_states=list(model[1].parameters()), device_id=torch.device("cpu")
+        )
+    optimizer = torch.optim.SGD(target.parameters(), lr=0.1)
+    ema = ShardedEMA(target, 0.9)
+    ema.attach(optimizer)
+    told = []
+    for step in range(3):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", EMAWarning)
+            ema.save(folder / f"{kind}{step}", step=step)
+        told.append(" ".join(str(w.message) for w in caught if w.category is EMAWarning))
+        target(torch.full((2, 3), 1.0 + rank())).square().mean().backward()
+        optimizer.step()
+    ema.close()
+    return told
+
+
+@pytest.mark.parametrize("kind", ["plain", "ddp", "fsdp2", "fsdp1"])
+def test_parameters_that_drift_apart_are_told(worlds: Worlds, kind: str, tmp_path: Path) -> None:
+    for before, after, again in worlds[2].run(drifting, kind, tmp_path):
+        assert "parameter" not in before + again
+        assert re.search(r"parameter \S*(weight|bias) is not sharded but differs between", after)
+        assert ("parameter 1." in after) or kind == "plain"
+        assert "are their gradients averaged?" in after
+
+
+def pickled(mode: str) -> None:
+    """As with torch.save on rank 0, a habit under DDP."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.9, **run.options)
+    with pytest.warns(EMAWarning, match="keeps this rank's pieces only; save it with"):
+        torch.save(ema.state_dict(), io.BytesIO())
+    whole = ShardedEMA(run.target, 0.9, shard_replicas=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", EMAWarning)
+        copy.deepcopy(ema.state_dict())
+        torch.save(whole.state_dict(), io.BytesIO())
+
+
+def test_a_pickle_of_pieces_is_warned_of(worlds: Worlds) -> None:
+    worlds[2].run(pickled, "ddp")
 
 
 def never_attached() -> tuple[str, str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 import warnings
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_ema import HalfLife, ShardedEMA
 from sharded_ema.errors import (
@@ -348,7 +351,8 @@ def test_device_of_the_shadow_and_reference_kernel() -> None:
 def test_dtypes_that_the_format_lacks_are_refused_by_name(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
     model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
-    ema = ShardedEMA(model, 0.9)
+    with pytest.warns(EMAWarning, match=r"the buffers \['phase'\] are complex"):
+        ema = ShardedEMA(model, 0.9)
     with pytest.raises(CheckpointWriteError, match=r"_buffers\.phase has dtype torch\.complex64"):
         ema.save(tmp_path / "x", step=1)
     assert not list(tmp_path.iterdir())
@@ -449,6 +453,108 @@ def test_parameters_that_cannot_be_averaged_are_named() -> None:
         model.register_parameter("p", nn.Parameter(parameter))
         with pytest.raises(BindError, match=match):
             ShardedEMA(model)
+
+
+def test_what_is_excluded_may_be_of_any_kind() -> None:
+    model = nn.Linear(2, 2)
+    model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.quantised = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
+    with pytest.raises(BindError, match="wave is complex"):
+        ShardedEMA(model, exclude="quantised")
+    with pytest.raises(BindError, match="quantised is a TwoTensor"):
+        ShardedEMA(model, exclude="wave")
+    assert ShardedEMA(model, exclude=["wave", "quantised"]).names == ["weight", "bias"]
+
+
+def test_tensors_without_shape_or_memory_are_named() -> None:
+    with pytest.raises(BindError, match=r"0\.weight of a LazyLinear is not initialised"):
+        ShardedEMA(nn.Sequential(nn.LazyLinear(2)))
+    with pytest.raises(BindError, match=r"running_mean of a LazyBatchNorm1d is not initialised"):
+        ShardedEMA(nn.LazyBatchNorm1d(affine=False))
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(torch.eye(2).to_sparse())
+    with pytest.raises(BindError, match=r"weight has the layout torch\.sparse_coo"):
+        ShardedEMA(model)
+
+
+@pytest.mark.parametrize("impl", ["foreach", "reference"])
+def test_a_default_device_is_not_asked_for_anything(impl: str, tmp_path: Path) -> None:
+    """As after torch.set_default_device("cuda"); what lay on the meta device would be lost."""
+    run = build("plain")
+    expected = as_float(run.gather())
+    x = torch.ones(2, 7)
+    optimizer = torch.optim.SGD(run.bare.parameters(), lr=0.1)
+    with torch.device("meta"):
+        ema = ShardedEMA(run.target, 0.9, impl=impl, buffers="average")
+        ema.attach(optimizer)
+        run.target(x).sum().backward()
+        optimizer.step()
+        reference_step(expected, run.gather(), 1 - 0.9)
+        assert ema.metrics(distance=True)["distance/ema"] > 0
+        for asynchronous in (False, True):
+            path = tmp_path / str(asynchronous)
+            ema.save(path, step=1, asynchronous=asynchronous).result()
+            ema.reseed()
+            ema.load(path, verify=True)
+        with ema.swap():
+            assert_equal(run.gather(), expected)
+        ema.load_state_dict(ema.state_dict())
+        ema.close()
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda run: pickle.loads(pickle.dumps(run))], ids=["copy", "pickle"]
+)
+def test_a_copy_is_attached_to_nothing(copied: Any, tmp_path: Path) -> None:
+    run = build("plain")
+    ema = ShardedEMA(run.target, 0.9)
+    ema.attach(run.optimizer)
+    run.step(0)
+    ema.save(tmp_path / "a", step=1, asynchronous=True)
+    other, again = copied((run, ema))
+    before = averages(again)
+    assert_equal(before, averages(ema))
+    run.step(1)
+    assert_equal(averages(again), before)
+    again.attach(other.optimizer)
+    other.step(1)
+    assert_equal(averages(again), averages(ema))
+    again.save(tmp_path / "b", step=2)
+    for each in (ema, again):
+        each.close()
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_autocast_around_a_swap_uses_the_average(grad: bool) -> None:
+    """It keeps casts of parameters to the end of its region."""
+    model, other = nn.Linear(4, 4), nn.Linear(4, 4)
+    ema = ShardedEMA(model, 0.5)
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    ema.update()
+    other.load_state_dict(averages(ema))
+    x = torch.ones(2, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(grad):
+        raw, expected = model(x), other(x)
+        with ema.swap():
+            assert torch.equal(model(x), expected)
+        assert torch.equal(model(x), raw)
+        ema.copy_to()
+        assert torch.equal(model(x), expected)
+
+
+def test_names_in_data_parallel() -> None:
+    model = nn.DataParallel(nn.Linear(2, 2))
+    assert ShardedEMA(model).names == ["weight", "bias"]
+
+
+def test_names_in_a_module_of_fabric() -> None:
+    inner = nn.BatchNorm1d(2)
+    model = nn.Module()
+    model._forward_module = nn.DataParallel(inner)
+    model._original_module = inner
+    names = ["weight", "bias", "running_mean", "running_var"]
+    assert ShardedEMA(model, buffers="average").names == names
 
 
 def test_average_switched_on_for_an_older_run(tmp_path: Path) -> None:

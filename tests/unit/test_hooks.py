@@ -155,6 +155,73 @@ def test_wrapped_optimizer_is_unwrapped() -> None:
     assert ema.num_updates == 1
 
 
+class Posing:
+    """Poses as the class of the optimizer inside and shares its hooks, as Lightning does."""
+
+    __module__ = "lightning.pytorch.core.optimizer"
+
+    def __init__(self, optimizer: torch.optim.Optimizer, *, copied: bool) -> None:
+        if copied:
+            self.__dict__ = {k: v for k, v in optimizer.__dict__.items() if k != "step"}
+        self.optimizer = optimizer
+        self.__class__ = type("Posing", (Posing, type(optimizer)), {"__module__": self.__module__})
+
+    def step(self) -> None:
+        self.optimizer.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["optimizer"], name)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_wrappers_that_pose_as_the_optimizer(copied: bool) -> None:
+    net = model()
+    optimizer = Posing(torch.optim.SGD(net.parameters(), lr=0.1), copied=copied)
+    ema = ShardedEMA(net, 0.9)
+    ema.attach(optimizer)
+    for _ in range(2):
+        backward(net)
+        optimizer.step()
+    assert ema.num_updates == 2
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Its weights are those of the optimizer inside only until it goes half of the way back."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.param_groups = optimizer.param_groups
+        self.slow = [p.detach().clone() for p in self.param_groups[0]["params"]]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.optimizer.step(closure)
+        for slow, fast in zip(self.slow, self.param_groups[0]["params"], strict=True):
+            fast.copy_(slow.lerp_(fast, 0.5))
+
+
+def test_a_wrapper_that_may_change_weights_itself_is_refused() -> None:
+    net = model()
+    optimizer = Lookahead(torch.optim.SGD(net.parameters(), lr=0.1))
+    ema = ShardedEMA(net, 0.9)
+    with pytest.raises(OptimizerError, match="Lookahead wraps an optimizer and has no step hooks"):
+        ema.attach(optimizer)
+    ema.attach(optimizer.optimizer)
+
+
+class WithoutInit(torch.optim.SGD):
+    """As PostLocalSGDOptimizer, which holds its optimizer under another name."""
+
+    def __init__(self, parameters: Any) -> None:
+        self.param_groups = [{"params": list(parameters)}]
+
+
+def test_an_optimizer_without_hooks_is_refused() -> None:
+    net = model()
+    with pytest.raises(OptimizerError, match=r"is no torch\.optim\.Optimizer with step hooks"):
+        ShardedEMA(net, 0.9).attach(WithoutInit(net.parameters()))
+
+
 def test_optimizers_that_cannot_drive_the_average_are_refused() -> None:
     net = model()
     ema = ShardedEMA(net, 0.9)

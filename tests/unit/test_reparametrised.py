@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from sharded_ema import ShardedEMA
-from sharded_ema.errors import BindError, StateError
+from sharded_ema.errors import BindError, EMAWarning, StateError
 
 
 class Embedder(nn.Module):
@@ -141,3 +142,67 @@ def test_data_of_another_shape_is_refused_at_the_next_update() -> None:
     net.embed.weight.data = torch.randn(8, 4)
     with pytest.raises(StateError, match=r"parameter embed\.weight had local shape \(6, 4\)"):
         ema.update()
+
+
+# ---------------------------------------------------------------------- what was not there before
+
+
+def thawed(net: Embedder) -> None:
+    net.frozen.requires_grad_(True)
+
+
+def grown(net: Embedder) -> None:
+    net.probe = nn.Linear(4, 1)
+
+
+def remembering(net: Embedder) -> None:
+    net.norm.register_buffer("seen", torch.zeros(1))
+
+
+LEFT_OUT: dict[str, tuple[Callable[[Embedder], None], str]] = {
+    "thawed": (thawed, r"1 parameters that were frozen .* among them \['frozen'\]"),
+    "grown": (grown, r"2 .* were added .* among them \['probe.weight', 'probe.bias'\]"),
+    "remembering": (remembering, r"1 .* were added .* among them \['norm.seen'\]"),
+}
+
+
+@pytest.mark.parametrize("change", LEFT_OUT)
+def test_what_is_left_out_is_told_once(change: str, tmp_path: Path) -> None:
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    move(net)
+    ema.update()
+    ema.save(tmp_path / "before", step=1)
+    apply, message = LEFT_OUT[change]
+    apply(net)
+    with pytest.warns(EMAWarning, match=message):
+        ema.save(tmp_path / "after", step=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ema.swap():
+            pass
+        again = ShardedEMA(net, 0.5)
+        assert again.load(tmp_path / "before", strict=False) == 1
+        again.save(tmp_path / "again", step=1)
+    old, new = ema.state_dict(), again.state_dict()
+    assert len(new) > len(old) or change == "thawed"
+    assert all(torch.equal(new[name], old[name]) for name in old if name.startswith("ema."))
+
+
+def test_buffers_that_are_not_stored_may_come_later() -> None:
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5, buffers="ignore")
+    remembering(net)
+    net.norm.register_buffer("scratch", torch.zeros(1), persistent=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema.state_dict()
+
+
+def test_a_name_that_changed_is_refused() -> None:
+    """As adapters do: the layer is still there, inside another."""
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    net.head = nn.Sequential(net.head)  # type: ignore[assignment]
+    with pytest.raises(BindError, match=r"parameter head\.weight was replaced"):
+        ema.state_dict()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sharded_ema.errors import StateError
+from sharded_ema.errors import ConfigError, StateError
 from sharded_ema.schedules import Constant, Power, Warmup
 from sharded_ema.state import Action, Clock, Shadow
 
@@ -43,6 +43,23 @@ def test_window_is_the_product_of_its_decays() -> None:
         pass
     assert clock.window_decay(schedule) == math.prod(schedule.decay(n) for n in (5, 6, 7, 8))
     assert clock.window_decay(Constant(0.9)) == pytest.approx(0.9**4)
+
+
+@pytest.mark.parametrize("value", [1.5, -0.1, math.nan])
+def test_a_decay_out_of_range_is_refused(value: float) -> None:
+    class Broken:
+        def decay(self, n: int) -> float:
+            return value if n == 2 else 0.5
+
+        def to_dict(self) -> dict[str, object]:
+            return {"type": "Broken"}
+
+    clock = Clock(update_every=2)
+    clock.reseed()
+    clock.tick()
+    clock.tick()
+    with pytest.raises(ConfigError, match=r"gives the decay .* at n = 2"):
+        clock.window_decay(Broken())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("every", [1, 2, 5, 20])

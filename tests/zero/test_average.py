@@ -197,6 +197,26 @@ def test_exception_in_a_swap(worlds: Worlds, stage: int) -> None:
     assert not first or "rank 1 left the swap() block with KeyError" in first[0]
 
 
+def swap_in_inference_mode(stage: int) -> None:
+    never, swapped = build(stage, "bf16"), build(stage, "bf16")
+    ema = ShardedEMA(swapped.engine, 0.9)
+    ema.attach()
+    for index in range(3):
+        for run in (never, swapped):
+            run.step(index)
+        with torch.inference_mode(), ema.swap():
+            swapped.evaluate()
+    assert_equal(swapped.masters(), never.masters())
+    ema.close()
+    for run in (never, swapped):
+        run.engine.destroy()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_swap_in_inference_mode(worlds: Worlds, stage: int) -> None:
+    worlds[2].run(swap_in_inference_mode, stage)
+
+
 def decayed_at_the_start() -> None:
     """DeepSpeed's first, empty step decays the masters of stage 0 and leaves the weights."""
     run = build(0, "bf16", weight_decay=0.5)
