@@ -32,6 +32,9 @@ from sharded_ema.state import Action, Clock, Shadow, check_shadow_dtype
 class Averager:
     """What :class:`~sharded_ema.ShardedEMA` is without checkpoints and metrics; see there."""
 
+    _hooks: StepHooks | None = None
+    _not_copied: tuple[str, ...] = ("_hooks",)
+
     def __init__(
         self,
         target: nn.Module,
@@ -73,17 +76,15 @@ class Averager:
         self._timeout = timeout
         self._ranks = Ranks(self._source.ranks, timeout)
         self._clock = Clock(update_every=update_every, start_step=start_step)
-        live = self._source.live()
         self._shadow = Shadow(
             self._settings.profiles,
-            live,
+            self._source.live(),
             dtype=shadow_dtype,
             device=torch.device(device) if device is not None else None,
             guard=nonfinite == "skip",
             impl=choose_impl(impl),
         )
         self._health = Health()
-        self._hooks: StepHooks | None = None
         self._agreed = False
         self._swapped: str | None = None
         self._backup_bytes = 0
@@ -95,8 +96,7 @@ class Averager:
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy is attached to nothing and has no save under way."""
-        own = ("_hooks", "_engine_checkpoints", "_background", "_staging", "_writers")
-        return {**{k: v for k, v in vars(self).items() if k not in own}, "_hooks": None}
+        return {name: value for name, value in vars(self).items() if name not in self._not_copied}
 
     # ------------------------------------------------------------------ following the optimizer
 
@@ -132,14 +132,10 @@ class Averager:
                 applied=self._applied_step,
                 removed=self._detached,
             )
-        parameters = {
-            id(s.name.tensor): s.name.fqn
-            for s in self._source.shards
-            if isinstance(s.name.tensor, nn.Parameter)
-        }
+        named = (shard.name for shard in self._source.shards)
         return OptimizerHooks(
             optimizers,
-            parameters,
+            {id(n.tensor): n.fqn for n in named if isinstance(n.tensor, nn.Parameter)},
             before_step=before_step,
             applied=self._applied_step,
             removed=self._detached,
@@ -315,9 +311,7 @@ class Averager:
         if settle:
             self._source.settle()
             self._source.check_current()
-            stored = self._settings.buffers != "ignore"
-            for topic, message in left_out(self._source, buffers=stored):
-                self._health.warn_once(topic, message)
+            self._health.warn_of(left_out(self._source, self._settings.buffers))
         self._shadow.follow(self._source.live(), self._names)
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)

@@ -26,6 +26,8 @@ from sharded_ema.health import squared_distance
 class Checkpointing(Averager):
     """What :class:`~sharded_ema.ShardedEMA` is without engines and metrics; see there."""
 
+    _not_copied = (*Averager._not_copied, "_background", "_staging", "_writers")
+
     @cached_property
     def _background(self) -> Background:
         return Background()

@@ -55,6 +55,7 @@ class ShardedEMA(Checkpointing):
     """
 
     _engine_checkpoints: EngineCheckpoints | None = None
+    _not_copied = (*Checkpointing._not_copied, "_engine_checkpoints")
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,11 @@ class Health:
         if topic not in self._warned:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
+
+    def warn_of(self, found: Iterable[tuple[str, str]]) -> None:
+        """Warn once of each topic, with its message."""
+        for topic, message in found:
+            self.warn_once(topic, message)
 
     def begin(
         self, clock: Clock, shadow: Shadow, live: Sequence[Tensor], *, loaded: bool = False

@@ -9,11 +9,11 @@ from torch.distributed.fsdp._common_utils import _is_fsdp_flattened
 from sharded_ema.sources.base import ShardSource, walk
 
 
-def left_out(source: ShardSource, *, buffers: bool) -> Iterator[tuple[str, str]]:
+def left_out(source: ShardSource, buffers: str) -> Iterator[tuple[str, str]]:
     """What is neither averaged nor, if it is new, stored: topics and messages of warnings.
 
     Args:
-        buffers: whether persistent buffers are stored.
+        buffers: what is done with persistent buffers; with ``"ignore"`` none is missed.
     """
     found = source.inventory
     known = {id(n.tensor) for n in (*found.averaged, *found.frozen, *found.excluded)}
@@ -23,7 +23,7 @@ def left_out(source: ShardSource, *, buffers: bool) -> Iterator[tuple[str, str]]
         for attribute, tensor in module._parameters.items():
             if tensor is not None and id(tensor) not in known and not _is_fsdp_flattened(tensor):
                 new.append(prefix + attribute)
-        for attribute, buffer in module._buffers.items() if buffers else ():
+        for attribute, buffer in module._buffers.items() if buffers != "ignore" else ():
             stored = buffer is not None and attribute not in module._non_persistent_buffers_set
             if stored and (id(module), attribute) not in places:
                 new.append(prefix + attribute)
