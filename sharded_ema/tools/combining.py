@@ -34,6 +34,7 @@ from sharded_ema.tools.huggingface import (
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Output, Wanted, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.tally import Tally
 from sharded_ema.tools.workplace import Workplace, check_space
 from sharded_ema.tools.writing import Files, run_jobs, verify_rest
 
@@ -134,7 +135,7 @@ def publish_sums(
             folders = [place.model / name for name in headers]
             for folder in folders:
                 folder.mkdir(exist_ok=True)
-            unchecked = _write_sums(
+            tally = _write_sums(
                 plan, folders, list(headers.values()), report.action, jobs, progress
             )
             for folder in folders:
@@ -148,8 +149,7 @@ def publish_sums(
         raise
     except OSError as error:
         raise CheckpointWriteError(f"{target} could not be written: {error}") from error
-    if unchecked:
-        report.notes.append(f"{unchecked} chunks carry no checksum, so their data was not checked")
+    report.notes += tally.notes()
     report.facts |= {
         "tensors": len(plan.sources),
         "bytes": plan.num_bytes,
@@ -164,8 +164,8 @@ def _write_sums(
     what: str,
     jobs: int,
     progress: bool,
-) -> int:
-    """All files; returns how many chunks had no checksum to compare with."""
+) -> Tally:
+    """All files."""
     tasks = [
         partial(
             _write_group,
@@ -177,7 +177,10 @@ def _write_sums(
         )
         for name, group in plan.files
     ]
-    return sum(run_jobs(tasks, total=plan.num_bytes, what=what, jobs=jobs, progress=progress))
+    total = Tally()
+    for tally in run_jobs(tasks, total=plan.num_bytes, what=what, jobs=jobs, progress=progress):
+        total.add(tally)
+    return total
 
 
 def _write_group(
@@ -187,9 +190,9 @@ def _write_group(
     headers: Sequence[dict[str, str]],
     budget: int,
     advance: Callable[[int], None],
-) -> int:
+) -> Tally:
     """One file of every sum."""
-    unchecked = 0
+    tally = Tally()
     described = [(o.name, o.dtype, o.source.shape) for o in group]
     with ExitStack() as stack:
         files = stack.enter_context(SourceFiles(None))
@@ -202,16 +205,17 @@ def _write_group(
         for output in group:
             sources = plan.sources[output.name]
             chunks = [_placed(*source) for source in sources]
-            unchecked += sum(c.digest is None and c.crc32 is None for cs in chunks for c in cs)
+            for each in chunks:
+                tally.see_chunks(each)
             if len(sources) == 1:
-                blocks = _copies(files, output, sources[0], chunks[0], len(paths))
+                blocks = _copies(files, output, sources[0], chunks[0], len(paths), tally)
             else:
-                blocks = _sums(files, output, sources, chunks, plan.weights, budget)
+                blocks = _sums(files, output, sources, chunks, plan.weights, budget, tally)
             for block in blocks:
                 for write, data in zip(writes, block, strict=True):
                     write(data.data.cast("B"))
                     advance(data.nbytes)
-    return unchecked
+    return tally
 
 
 def _placed(catalog: Catalog, tensor: StoredTensor) -> list[Chunk]:
@@ -221,13 +225,22 @@ def _placed(catalog: Catalog, tensor: StoredTensor) -> list[Chunk]:
 
 
 def _copies(
-    files: SourceFiles, output: Output, source: Source, chunks: Sequence[Chunk], count: int
+    files: SourceFiles,
+    output: Output,
+    source: Source,
+    chunks: Sequence[Chunk],
+    count: int,
+    tally: Tally,
 ) -> Iterator[list[Bytes]]:
     tensor = source[1]
     cast = caster(tensor.dtype, output.dtype)
     itemsize = ITEMSIZE[tensor.dtype]
     for block in stream_tensor(files, tensor.key, tensor.shape, itemsize, chunks):
-        yield [block if cast is None else cast(block)] * count
+        data = block
+        if cast is not None:
+            data = cast(block)
+            tally.see_cast(block, tensor.dtype, data, output.dtype)
+        yield [data] * count
 
 
 def _sums(
@@ -237,6 +250,7 @@ def _sums(
     chunks: Sequence[Sequence[Chunk]],
     weights: NDArray[np.float64],
     budget: int,
+    tally: Tally,
 ) -> Iterator[list[Bytes]]:
     """The sums of one tensor, a few elements at a time."""
     itemsizes = [ITEMSIZE[tensor.dtype] for _, tensor in sources]
@@ -257,7 +271,10 @@ def _sums(
         sums[:, :count] = 0.0
         for factors, values in zip(weights.T, inputs, strict=True):
             values.add_to(sums[:, :count], factors)
-        yield [round_once(part[:count], output.dtype) for part in sums]
+        rounded = [round_once(part[:count], output.dtype) for part in sums]
+        for data, part in zip(rounded, sums, strict=True):
+            tally.see_cast(part[:count].view("u1"), "F64", data, output.dtype)
+        yield rounded
 
 
 class _Input:

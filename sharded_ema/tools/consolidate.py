@@ -37,6 +37,7 @@ from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Wanted, digest_plan, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.tally import Tally
 from sharded_ema.tools.workplace import Workplace, check_space, check_target
 from sharded_ema.tools.writing import Files, verify_rest, write_files
 
@@ -206,11 +207,10 @@ def _write(
             durable.write_durably(place.model / INDEX, index_bytes(files))
         copied = copy_description(wanted.model, place.model) if wanted.model is not None else []
         place.publish()
-    unchecked = sum(line.unchecked for line in place.finished.values())
-    if unchecked:
-        report.notes.append(
-            f"{unchecked} chunks carry no checksum, so their bytes were not checked"
-        )
+    tally = Tally()
+    for line in place.finished.values():
+        tally.add(Tally(line.unchecked, line.overflowed))
+    report.notes += tally.notes()
     report.facts |= {"copied": len(copied), "taken_over": len(finished)}
 
 

@@ -32,6 +32,7 @@ from sharded_ema.errors import (
     CheckpointWriteError,
     ConfigError,
 )
+from sharded_ema.tools.tally import Tally
 
 _JOURNAL = "journal.jsonl"
 _MODEL = "model"
@@ -46,7 +47,7 @@ class Finished:
         bytes: its size.
         digest: its xxh3-128 in hex.
         source: digest of what it was made from and how: the plan's.
-        unchecked: chunks without a checksum among those that went into it.
+        unchecked, overflowed: see :class:`~sharded_ema.tools.tally.Tally`.
     """
 
     file: str
@@ -54,6 +55,7 @@ class Finished:
     digest: str
     source: str
     unchecked: int
+    overflowed: int
 
 
 class Workplace:
@@ -99,9 +101,9 @@ class Workplace:
             commit.remove(self._path)
         os.close(self._descriptor)
 
-    def record(self, file: str, size: int, digest: str, unchecked: int) -> None:
+    def record(self, file: str, size: int, digest: str, tally: Tally) -> None:
         """Note, for good, that a file is whole and on disk under its name."""
-        line = Finished(file, size, digest, self._plan, unchecked)
+        line = Finished(file, size, digest, self._plan, **asdict(tally))
         with self._lock:
             self.finished[file] = line
             with open(self._path / _JOURNAL, "ab") as journal:

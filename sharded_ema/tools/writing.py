@@ -28,6 +28,7 @@ from sharded_ema.config import META_KEY
 from sharded_ema.tools.casting import caster
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.plan import Output
+from sharded_ema.tools.tally import Tally
 from sharded_ema.tools.workplace import Workplace
 
 Files = Sequence[tuple[str, Sequence[Output]]]
@@ -131,7 +132,7 @@ def _write_file(
     path = place.model / name
     new = commit.temporary(path)
     size = len(header) + sum(output.num_bytes for output in outputs)
-    unchecked, digest = 0, xxhash.xxh3_128(header)
+    tally, digest = Tally(), xxhash.xxh3_128(header)
     with ExitStack() as stack, durable.new_file(new, size) as write:
         write(memoryview(header))
         opened: dict[Location, SourceFiles] = {}
@@ -141,14 +142,17 @@ def _write_file(
                 opened[root] = stack.enter_context(SourceFiles(root))
             cast = caster(stored.dtype, output.dtype)
             chunks = output.catalog.chunks(stored.key)
-            unchecked += sum(c.digest is None and c.crc32 is None for c in chunks)
+            tally.see_chunks(chunks)
             itemsize = ITEMSIZE[stored.dtype]
             for block in stream_tensor(opened[root], stored.key, stored.shape, itemsize, chunks):
-                data = block if cast is None else cast(block)
+                data = block
+                if cast is not None:
+                    data = cast(block)
+                    tally.see_cast(block, stored.dtype, data, output.dtype)
                 digest.update(data.data)
                 write(data.data.cast("B"))
                 advance(data.nbytes)
     # The name says that the file is whole, so it comes last.
     os.rename(new, path)
     durable.fsync_directory(place.model)
-    place.record(name, size, digest.hexdigest(), unchecked)
+    place.record(name, size, digest.hexdigest(), tally)

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from sharded_ema.errors import (
     ConfigError,
     EMAError,
 )
+from sharded_ema.tools.average import average
 from sharded_ema.tools.consolidate import consolidate
 from tests.unit._make import UUID, Chunking, flip, grid, make, meta, meta_bytes, ranges, rows, whole
 
@@ -135,6 +137,19 @@ def test_conversions_are_those_of_torch(tmp_path: Path, source: str, target: str
         for t in (found["w"], wanted)
     )
     assert torch.equal(bits_found, bits_wanted)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_what_float16_cannot_hold_is_told(tmp_path: Path, dtype: str) -> None:
+    values = np.array([65519.0, 65520.0, -7e4, np.inf, -np.inf, np.nan, 1e38], "f4")
+    make(tmp_path / "c", {"ema.a": values, "ema.b": np.array([1e9, 2.0], "f4")}, rows(2))
+    options: dict[str, Any] = {"dtype": dtype, "progress": False, "max_shard_size": 20}
+    report = consolidate(tmp_path / "c", tmp_path / "out", **options)
+    mean = average([tmp_path / "c", tmp_path / "c"], out=tmp_path / "mean", **options)
+    for each in (report, mean):
+        assert each.ok
+        told = [note for note in each.notes if "beyond float16's 65504" in note]
+        assert [note.split()[0] for note in told] == (["4"] if dtype == "float16" else [])
 
 
 def test_profiles(tmp_path: Path) -> None:
@@ -349,6 +364,8 @@ def test_a_changed_byte_of_the_stock_format_is_found(tmp_path: Path, crc: bool) 
 PEAK = """
 import re, sys
 from pathlib import Path
+from typing import Any
+from sharded_ema.tools.average import average
 from sharded_ema.tools.consolidate import consolidate
 assert consolidate(sys.argv[1], sys.argv[2], progress=False, dtype="bfloat16").ok
 assert "torch" not in sys.modules
