@@ -162,7 +162,10 @@ class Averager:
                 "update() was called although an optimizer is attached, which updates the average "
                 "already; every step counts twice now. Remove the call or the attachment",
             )
-        self._applied_step()
+        if torch.compiler.is_compiling():  # compiled, it would be rounded in another way
+            torch.compiler.disable(self._applied_step)()
+        else:
+            self._applied_step()
 
     def _applied_step(self) -> None:
         self._refuse_in_swap("update()")
