@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -161,6 +161,11 @@ class Health:
                     "the weights it was seeded with; use a lower decay, HalfLifeFraction, Warmup "
                     "or Power, or a later start_step",
                 )
+
+    def check_complete(self, left_out: Iterable[tuple[str, str]]) -> None:
+        """Warn of what the average does not know; topics and messages."""
+        for topic, message in left_out:
+            self.warn_once(topic, message)
 
     def check_equal(self, records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
         """Warn if ranks differ by now in what they should hold alike.
