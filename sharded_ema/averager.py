@@ -158,7 +158,10 @@ class Averager:
                 "update() was called although an optimizer is attached, which updates the average "
                 "already; every step counts twice now. Remove the call or the attachment",
             )
-        self._applied_step()
+        if torch.compiler.is_compiling():  # compiled, it would be rounded in another way
+            torch.compiler.disable(self._applied_step)()
+        else:
+            self._applied_step()
 
     def _applied_step(self) -> None:
         self._refuse_in_swap("update()")
@@ -242,7 +245,7 @@ class Averager:
         failure: BaseException | None = None
         try:
             self._source.swap_in(self._shadow.views[name])
-            self._overwritten()
+            self._source.overwritten()
             yield
         except BaseException as error:
             failure = error
@@ -267,7 +270,7 @@ class Averager:
         try:
             self._source.restore(backup)
         finally:
-            self._overwritten()
+            self._source.overwritten()
             self._swapped = None
             self._backup_bytes = 0
         if failures and failure is None:
@@ -284,16 +287,8 @@ class Averager:
         self._refuse_in_swap("copy_to()")
         self._prepare_to_overwrite(self._prepare, "ema.copy_to()")
         self._source.keep(self._shadow.views[name])
-        self._overwritten()
+        self._source.overwritten()
         self._health.accept(self._clock, self._weights())
-
-    def _overwritten(self) -> None:
-        """See to it that what comes reads the parameters as they are now."""
-        torch.clear_autocast_cache()  # the casts of a region that is around a swap
-        # FSDP may gather on another stream than the one that copied.
-        for device in {named.tensor.device for named in self._source.inventory.averaged}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
     # ------------------------------------------------------------------ common ground
 
@@ -311,7 +306,7 @@ class Averager:
         if settle:
             self._source.settle()
             self._source.check_current()
-            self._health.warn_of(left_out(self._source, self._settings.buffers))
+            self._health.check_complete(left_out(self._source, self._settings.buffers))
         self._shadow.follow(self._source.live(), self._names)
         if seed and self._clock.seed_step is None and self._swapped is None:
             self._shadow.seed(keep_nonfinite=True)

@@ -49,11 +49,6 @@ class Health:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
 
-    def warn_of(self, found: Iterable[tuple[str, str]]) -> None:
-        """Warn once of each topic, with its message."""
-        for topic, message in found:
-            self.warn_once(topic, message)
-
     def begin(
         self, clock: Clock, shadow: Shadow, live: Sequence[Tensor], *, loaded: bool = False
     ) -> None:
@@ -166,6 +161,11 @@ class Health:
                     "the weights it was seeded with; use a lower decay, HalfLifeFraction, Warmup "
                     "or Power, or a later start_step",
                 )
+
+    def check_complete(self, left_out: Iterable[tuple[str, str]]) -> None:
+        """Warn of what the average does not know; topics and messages."""
+        for topic, message in left_out:
+            self.warn_once(topic, message)
 
     def check_equal(self, records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
         """Warn if ranks differ by now in what they should hold alike.

@@ -296,6 +296,14 @@ class ShardSource(ABC):
             if now.data_ptr() != before.data_ptr():
                 copy_into([now], [original])
 
+    def overwritten(self) -> None:
+        """See to it that what comes reads the parameters as they are now."""
+        torch.clear_autocast_cache()  # the casts of a region that is around a swap
+        # FSDP may gather on another stream than the one that copied.
+        for device in {named.tensor.device for named in self.inventory.averaged}:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
     def settle(self) -> None:  # noqa: B027 - most frameworks have nothing to do
         """Bring the registered parameters into their sharded form, if the framework has one."""
 

@@ -139,6 +139,29 @@ def test_compiled_steps(whole: bool) -> None:
     assert len(graphs) == (2 if whole else 1), "nothing of the average"
 
 
+def test_update_in_a_compiled_function() -> None:
+    """It stays out of the graph, as the hooks do, and with it the number of steps so far."""
+    net = model()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    ema = ShardedEMA(net, DECAY)
+    graphs: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    @torch.compile(backend=backend)
+    def train(x: Tensor) -> None:
+        net(x).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+
+    follow(net, ema, lambda index: train(torch.full((3, 4), 1.0 + index)))
+    assert graphs
+    assert not any("lerp" in code or "isfinite" in code for code in graphs)
+
+
 @pytest.fixture
 def everywhere() -> Iterator[list[type]]:
     """What steps, by a hook on all optimizers."""
