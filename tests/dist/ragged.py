@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -34,6 +33,11 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+except ImportError:
+    replicate = None
 
 # Every layout, with the numbers of ranks that it can have here.
 WORLDS: dict[str, tuple[int, ...]] = {
@@ -72,6 +76,8 @@ FSDP1: dict[str, dict[str, Any]] = {
     },
 }
 MODES = tuple(WORLDS)
+#: Layouts that the PyTorch at hand cannot make, with the reason.
+MISSING = {"replicate": "replicate as made of FSDP2 came with PyTorch 2.9"} if not replicate else {}
 
 
 def sizes(mode: str, wanted: Sequence[int] = (2, 3, 4)) -> list[int]:
