@@ -145,6 +145,7 @@ _STAGING: dict[str, Callable[..., FlatShard]] = {
     "aten::alias": _map,
     "aten::clone": _map,
     "aten::empty_like": _map,
+    "aten::zeros_like": _map,
     "aten::_to_copy": _map,
     "aten::new_empty": _new_empty,
     "aten::copy_": _copy,
