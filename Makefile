@@ -1,10 +1,11 @@
 # Every target sets itself up: only git, python3 with venv, make and a C compiler are needed.
 PYTHON ?= python3
 VENV   ?= .venv
+CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
 
-.PHONY: train train-deepspeed test test-long test-gpu lint format bench bench-consolidate docs clean
+.PHONY: train train-deepspeed test test-long test-oldest test-gpu lint format bench bench-consolidate docs clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -35,6 +36,13 @@ test: $(VENV)/.test
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long --timeout 3600
 
+# On the lower bounds of pyproject.toml, without DeepSpeed, in an environment of its own. That is a
+# download of several GB: old PyTorch comes with CUDA.
+test-oldest:
+	$(MAKE) --no-print-directory VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt \
+		EXTRAS_test=test .venv-oldest/.test
+	.venv-oldest/bin/python -m pytest
+
 test-gpu: $(VENV)/.test
 	$(BIN)/python -m pytest tests/gpu -rs
 
@@ -61,18 +69,19 @@ docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs
 
 clean:
-	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-oldest runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: its pinned version is then there when the others ask for a range.
-$(VENV)/.torch: constraints.txt | $(BIN)/python
-	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)
+$(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) \
+		$$(grep '^torch==' $(CONSTRAINTS))
 	touch $@
 
-$(VENV)/.%: pyproject.toml constraints.txt $(VENV)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[$(EXTRAS_$*)]'
+$(VENV)/.%: pyproject.toml $(CONSTRAINTS) $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
 	touch $@
 
 EXTRAS_train     := train

@@ -147,6 +147,12 @@ def _new_empty(
 
 def _copy(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatShard:
     target, source = args[0], args[1]
+    if not isinstance(target, FlatShard):
+        # PyTorch 2.8 stages 0-d tensors as plain ones, which ranks without them would write too.
+        raise TypeError(
+            "the dcp.async_save of this PyTorch cannot stage the 0-d tensors of an average; use "
+            "its own save(asynchronous=True)"
+        )
     for (_, into), (_, piece) in zip(target._pieces, source._pieces, strict=True):
         into.copy_(piece, *args[2:], **kwargs)
     return target
@@ -157,6 +163,7 @@ _STAGING: dict[str, Callable[..., FlatShard]] = {
     "aten::alias": _map,
     "aten::clone": _map,
     "aten::empty_like": _map,
+    "aten::zeros_like": _map,
     "aten::_to_copy": _map,
     "aten::new_empty": _new_empty,
     "aten::copy_": _copy,

@@ -71,8 +71,13 @@ class _Flush:
         self._future = Future()
         # No pool: those take no work any more once the interpreter waits for its threads, which
         # is when a save in the background may be at work.
-        self._thread = threading.Thread(target=self._run, args=(self._future,), name="flush")
-        self._thread.start()
+        thread = threading.Thread(target=self._run, args=(self._future,), name="flush")
+        try:
+            thread.start()
+        except RuntimeError:  # nor does a new thread start then, since Python 3.12
+            self._future.set_result(None)
+        else:
+            self._thread = thread
         return True
 
     def wait(self) -> None:

@@ -2,7 +2,7 @@
 
 FSDP1 flattens the parameters of a unit into one 1-D tensor, in memory order and with padding
 between and behind them, and gives each rank a piece of it, cut without regard to where parameters
-end. What this relies on, checked on PyTorch 2.13:
+end. What this relies on, checked on PyTorch 2.8 to 2.13:
 
 - ``flat_param._local_shard`` is this rank's piece, whatever the modules show at the moment; before
   the first forward the flat parameter itself is.

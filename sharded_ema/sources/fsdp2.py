@@ -3,7 +3,7 @@
 A DTensor says itself which block of the global tensor its local tensor is, and over which axes of
 its mesh that block is replicated; nothing here depends on who made it.
 
-What this relies on, checked on PyTorch 2.13: the sharded ``nn.Parameter`` objects of
+What this relies on, checked on PyTorch 2.8 to 2.13: the sharded ``nn.Parameter`` objects of
 ``fully_shard`` stay the same for the life of the model, and so does the memory of their local
 tensors, which is contiguous. They are registered on the modules only while these are resharded;
 after a forward without backward the root's plain, gathered parameters stand in their place.

@@ -47,6 +47,7 @@ def _signature(thing: object) -> str:
         text = str(inspect.signature(thing))  # type: ignore[arg-type]
     except ValueError:
         return ""
+    text = re.sub(r"Optional\[([\w.]+)\]", r"\1 | None", text)  # as PyTorch wrote it once
     return re.sub(r" at 0x[0-9a-f]+", "", text)
 
 

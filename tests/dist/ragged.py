@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import (
     FSDPModule,
@@ -33,7 +32,13 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
+
+try:
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+except ImportError:
+    replicate = None
 
 # Every layout, with the numbers of ranks that it can have here.
 WORLDS: dict[str, tuple[int, ...]] = {
@@ -72,6 +77,8 @@ FSDP1: dict[str, dict[str, Any]] = {
     },
 }
 MODES = tuple(WORLDS)
+#: Layouts that the PyTorch at hand cannot make, with the reason.
+MISSING = {} if replicate else {"replicate": "this PyTorch has no replicate() made of FSDP2"}
 
 
 def sizes(mode: str, wanted: Sequence[int] = (2, 3, 4)) -> list[int]:
@@ -299,8 +306,17 @@ def reference_step(average: dict[str, Tensor], now: dict[str, Tensor], weight: f
 
 
 def whole(parameter: Tensor) -> Tensor:
-    full = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return full.detach().clone()
+    if not isinstance(parameter, DTensor):
+        return parameter.detach().clone()
+    if not any(isinstance(placement, _StridedShard) for placement in parameter.placements):
+        return parameter.full_tensor().detach().clone()
+    # PyTorch 2.8 puts uneven ones together wrongly. The first axis has cut last.
+    piece = parameter.to_local().detach()
+    for axis, placement in enumerate(parameter.placements):
+        mesh, pieces = parameter.device_mesh, [None] * parameter.device_mesh.size(axis)
+        dist.all_gather_object(pieces, piece, group=mesh.get_group(axis))
+        piece = torch.cat(pieces, placement.dim)
+    return piece.clone()
 
 
 def as_float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

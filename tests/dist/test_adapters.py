@@ -110,6 +110,7 @@ def test_every_slice_comes_back_in_a_peft_export(worlds: Worlds, tmp_path: Path)
         assert torch.equal(found[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT 0.15
 def test_modules_saved_beside_an_adapter(tmp_path: Path) -> None:
     model = with_adapter(save_head=True)
     ema = ShardedEMA(model, 0.0)

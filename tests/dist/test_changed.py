@@ -168,25 +168,34 @@ def test_zero_redundancy_optimizer(worlds: Worlds, stop: bool) -> None:
         assert len(stalled) == stop
 
 
-def compiled_step(mode: str) -> int:
+def compiled(run: Run, graphs: list[str]) -> Callable[[int], None]:
+    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
+        graphs.append(graph.code)
+        return graph.forward
+
+    def train(index: int) -> None:
+        run.target(torch.full((4, 7), 1.0 + index)).square().mean().backward()
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+
+    return torch.compile(train, backend=backend)
+
+
+def compiled_step(mode: str) -> int | str:
+    try:
+        compiled(build(mode), [])(0)
+    except RuntimeError as error:  # PyTorch 2.11
+        return str(error)
+    finally:
+        torch._dynamo.reset()
     run = build(mode)
     ema = ShardedEMA(run.target, 0.9, **run.options)
     ema.attach(run.optimizer)
     expected = as_float(run.gather())
     graphs: list[str] = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[object]) -> Callable[..., object]:
-        graphs.append(graph.code)
-        return graph.forward
-
-    def train(x: torch.Tensor) -> None:
-        run.target(x).square().mean().backward()
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-
-    train = torch.compile(train, backend=backend)
+    train = compiled(run, graphs)
     for index in range(3):
-        train(torch.full((4, 7), 1.0 + index))
+        train(index)
         reference_step(expected, run.gather(), 1 - 0.9)
     assert_equal(averages(ema), expected)
     assert ema.num_updates == 3
@@ -196,4 +205,7 @@ def compiled_step(mode: str) -> int:
 
 
 def test_a_compiled_function_with_forward_backward_and_step(worlds: Worlds) -> None:
-    assert all(graphs > 0 for graphs in worlds[2].run(compiled_step, "fsdp2"))
+    found = worlds[2].run(compiled_step, "fsdp2")
+    if isinstance(found[0], str):
+        pytest.skip(f"this PyTorch cannot compile such a step, without an average: {found[0]}")
+    assert all(graphs > 0 for graphs in found)

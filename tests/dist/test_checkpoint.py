@@ -50,6 +50,7 @@ from sharded_ema.layout import Box
 from sharded_ema.values import FlatShard
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import (
+    MISSING,
     MODES,
     Run,
     as_float,
@@ -154,7 +155,7 @@ def saved(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> list[Save
     """Every mode on the fewest and on the most ranks, in one format each, or in both on one."""
     folder = tmp_path_factory.mktemp("saved")
     found = []
-    for mode in EVERY:
+    for mode in (m for m in EVERY if m not in MISSING):
         on = sorted({min(sizes(mode)), max(sizes(mode))}) if mode in MODES else [1]
         chosen = zip(on, FORMATS, strict=True) if len(on) > 1 else [(on[0], f) for f in FORMATS]
         made = [
@@ -186,7 +187,7 @@ def sources_for(size: int, format: str, saved: list[Saved]) -> list[Saved]:
 def test_every_layout_loads_every_other(worlds: Worlds, saved: list[Saved], mode: str) -> None:
     (size,) = sizes(mode, [3]) if mode in MODES else [1]
     sources = sources_for(size, FORMATS[EVERY.index(mode) % 2], saved)
-    assert [source.mode for source in sources] == list(EVERY)
+    assert [source.mode for source in sources] == [m for m in EVERY if m not in MISSING]
     if size == 1:
         load_all(mode, sources)
     else:
@@ -285,8 +286,8 @@ def test_stateful_in_a_users_checkpoint(worlds: Worlds, ours: bool, tmp_path: Pa
     assert report.facts["tensors"] == 19
 
 
-def asynchronous(mode: str, path: str) -> None:
-    """dcp.async_save copies the pieces before it returns."""
+def asynchronous(mode: str, path: str) -> str:
+    """dcp.async_save copies the pieces before it returns, or PyTorch 2.8 refuses them."""
     run = build(mode)
     ema = ShardedEMA(run.target, 0.9, **run.options)
     ema.attach(run.optimizer)
@@ -294,7 +295,11 @@ def asynchronous(mode: str, path: str) -> None:
     expected = averages(ema)
     # A group of its own: the background save and training must not meet in one.
     group = dist.new_group(backend="gloo")
-    future = dcp.async_save({"ema": ema}, checkpoint_id=path, process_group=group)
+    try:
+        future = dcp.async_save({"ema": ema}, checkpoint_id=path, process_group=group)
+    except TypeError as error:
+        ema.close()
+        return str(error)
     for index in range(1, 4):
         run.step(index)
     future.result()  # type: ignore[union-attr]
@@ -303,12 +308,17 @@ def asynchronous(mode: str, path: str) -> None:
     assert_equal(averages(again), expected)
     ema.close()
     again.close()
+    return ""
 
 
 @pytest.mark.parametrize("mode", ["fsdp2", "ddp", "hsdp", "fsdp1"])
 def test_async_save_of_the_pieces(worlds: Worlds, mode: str, tmp_path: Path) -> None:
     (size,) = sizes(mode, [2])
-    worlds[size].run(asynchronous, mode, str(tmp_path / "all"))
+    refused = set(worlds[size].run(asynchronous, mode, str(tmp_path / "all")))
+    if refused != {""}:
+        (reason,) = refused
+        assert "use its own save(asynchronous=True)" in reason
+        pytest.skip(reason)
 
 
 def resume(mode: str, path: str) -> None:

@@ -128,7 +128,7 @@ def keep_a_share_of_flat(rank: int, replicas: int, world: int, orig: bool) -> di
     }
 
 
-def wrong_offsets() -> list[str]:
+def wrong_offsets() -> tuple[bool, list[str]]:
     """7 rows over 2 tensor-parallel ranks and 3 shards: PyTorch 2.13 counts one of them wrongly."""
     from torch import nn
     from torch.distributed.device_mesh import init_device_mesh
@@ -151,7 +151,8 @@ def wrong_offsets() -> list[str]:
             found.append("")
         except UnsupportedLayoutError as error:
             found.append(str(error))
-    return found
+    (chunk,) = model[0].weight.__create_chunk_list__()
+    return chunk.sizes == model[0].weight.to_local().shape, found
 
 
 def run(call: str) -> Any:
@@ -187,6 +188,8 @@ def test_a_rank_keeps_its_share_of_flat_parameters(
 
 
 def test_offsets_that_pytorch_computes_wrongly_are_refused_by_name() -> None:
-    even, uneven = run("wrong_offsets()")
+    right, (even, uneven) = run("wrong_offsets()")
     assert even == ""
+    if right:
+        pytest.skip("this PyTorch computes them rightly")
     assert "parameter 0.weight" in uneven and "(0, 4)" in uneven

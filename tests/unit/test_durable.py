@@ -51,6 +51,28 @@ def test_small_files_need_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     write_all(tmp_path / "x")
 
 
+def test_all_is_synced_where_no_thread_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As while the interpreter ends, since Python 3.12."""
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    monkeypatch.setattr(durable, "FLUSH_BYTES", 1)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    sync, seen = os.fdatasync, []
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        seen.append(os.lseek(descriptor, 0, os.SEEK_CUR))
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+    write_all(tmp_path / "x")
+    assert seen == [SIZE]
+    assert (tmp_path / "x").read_bytes() == b"".join(BLOCKS)
+
+
 @pytest.mark.parametrize("last", [False, True])
 def test_an_error_of_the_disk_is_raised(
     tmp_path: Path, last: bool, monkeypatch: pytest.MonkeyPatch

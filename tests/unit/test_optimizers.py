@@ -103,7 +103,7 @@ def test_lbfgs_calls_its_closure_often_and_counts_once() -> None:
         def closure() -> Tensor:
             calls.append(index)
             optimizer.zero_grad()
-            return backward(net, index)
+            return backward(net, index).detach()
 
         optimizer.step(closure)
 
