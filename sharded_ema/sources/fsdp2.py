@@ -142,9 +142,28 @@ def _leave_forward(state: Any) -> None:
     What it has gathered, also ahead of its use, would serve later forwards with weights that are
     no longer those of the shards. PyTorch leaves clearing up to the user (``reset_iter_state``).
     """
-    if any(group._training_state == TrainingState.FORWARD for group in state._fsdp_param_groups):
-        (root,) = (each for each in state._state_ctx.all_states if each._is_root)
+    if all(group._training_state != TrainingState.FORWARD for group in _groups(state)):
+        return
+    (root,) = (each for each in state._state_ctx.all_states if each._is_root)
+    if hasattr(root, "_reset_iter_state"):
         root._reset_iter_state()
+        return
+    for each in root._state_ctx.all_states:  # what that does, for older PyTorch
+        each._training_state = TrainingState.IDLE
+        for group in _groups(each):
+            group._training_state = TrainingState.IDLE
+            group.wait_for_unshard()  # so that it can be freed
+            group._post_forward_indices.clear()
+    root._comm_ctx.all_gather_state = None
+    root._comm_ctx.post_forward_order.clear()
+    root._state_ctx.iter_forward_root = None
+
+
+def _groups(state: Any) -> list[Any]:
+    """The parameter groups of a ``fully_shard`` call, of which older PyTorch has at most one."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [state._fsdp_param_group] if state._fsdp_param_group else []
 
 
 def local(named: Named) -> Tensor:
