@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-from sharded_ema.checkpoint.durable import fsync_directory, write_durably
+from sharded_ema.checkpoint.durable import fsync, write_durably
 from sharded_ema.checkpoint.reading.catalog import is_part, set_aside
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
@@ -166,7 +166,7 @@ def publish(staging: Path, path: Path, *, replace: bool) -> None:
     Raises:
         CheckpointExistsError: something came to ``path`` while the save was running.
     """
-    fsync_directory(staging)
+    fsync(staging)
     refuse_existing(path, replace=replace)
     aside = None
     if replace and os.path.lexists(path):
@@ -182,7 +182,7 @@ def publish(staging: Path, path: Path, *, replace: bool) -> None:
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # it came in this very moment
             refuse_existing(path, replace=False)
         raise
-    fsync_directory(path.parent)
+    fsync(path.parent)
     if aside is not None:
         remove(aside)
 
@@ -192,7 +192,7 @@ def recover(path: Path) -> None:
     old = set_aside(path)
     if old is not None and not os.path.lexists(path):
         os.rename(old, path)
-        fsync_directory(path.parent)
+        fsync(path.parent)
 
 
 def replace_durably(path: Path, data: bytes) -> None:
@@ -200,4 +200,4 @@ def replace_durably(path: Path, data: bytes) -> None:
     new = temporary(path)
     write_durably(new, data)
     new.replace(path)
-    fsync_directory(path.parent)
+    fsync(path.parent)

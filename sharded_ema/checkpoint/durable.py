@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -56,8 +55,7 @@ class _Flush:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._thread: threading.Thread | None = None
-        self._future: Future[None] = Future()
-        self._future.set_result(None)
+        self._error: OSError | None = None
 
     def begin(self) -> bool:
         """Send to the disk what is there, unless the last time is still going on.
@@ -65,19 +63,17 @@ class _Flush:
         Raises:
             OSError: the last time failed.
         """
-        if not self._future.done():
+        if self._thread is not None and self._thread.is_alive():
             return False
         self.check()
-        self._future = Future()
         # No pool: those take no work any more once the interpreter waits for its threads, which
         # is when a save in the background may be at work.
-        thread = threading.Thread(target=self._run, args=(self._future,), name="flush")
+        thread = threading.Thread(target=self._run, name="flush")
         try:
             thread.start()
         except RuntimeError:  # nor does a new thread start then, since Python 3.12
-            self._future.set_result(None)
-        else:
-            self._thread = thread
+            return True
+        self._thread = thread
         return True
 
     def wait(self) -> None:
@@ -87,15 +83,14 @@ class _Flush:
 
     def check(self) -> None:
         """Raise what went wrong; a disk says that only once."""
-        self._future.result()
+        if self._error is not None:
+            raise self._error
 
-    def _run(self, future: Future[None]) -> None:
+    def _run(self) -> None:
         try:
             os.fdatasync(self._descriptor)
         except OSError as error:
-            future.set_exception(error)
-        else:
-            future.set_result(None)
+            self._error = error
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -106,9 +101,9 @@ def write_durably(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def fsync_directory(path: Path) -> None:
-    """Wait until the names in a directory are on disk."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -10,7 +10,6 @@ import mmap
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from sharded_ema.checkpoint.commit import temporary
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.durable import fsync_directory
+from sharded_ema.checkpoint.durable import fsync
 from sharded_ema.checkpoint.reading.safetensors_file import read_header
 
 
@@ -48,7 +47,7 @@ def write_torch(sources: Sequence[Path], target: Path) -> None:
     """Write a dict of all tensors with ``torch.save``, for ``torch.load(weights_only=True)``."""
     new = temporary(target)
     torch.save(map_tensors(sources), new)
-    _sync(new)
+    fsync(new)
     os.rename(new, target)
 
 
@@ -58,11 +57,5 @@ def write_dcp(sources: Sequence[Path], folder: Path) -> None:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
         dcp.save(map_tensors(sources), checkpoint_id=folder, no_dist=True)
     for path in folder.iterdir():
-        with suppress(IsADirectoryError):
-            _sync(path)
-    fsync_directory(folder)
-
-
-def _sync(path: Path) -> None:
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
+        fsync(path)
+    fsync(folder)

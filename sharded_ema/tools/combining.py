@@ -143,7 +143,7 @@ def publish_sums(
                     durable.write_durably(folder / INDEX, index_bytes(plan.files))
                 if model is not None:
                     copy_description(model, folder)
-                durable.fsync_directory(folder)
+                durable.fsync(folder)
             place.publish()
     except EMAError:
         raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
+from sharded_ema.checkpoint.durable import fsync
 from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.files import is_plain_name, read_whole
@@ -129,11 +129,7 @@ def copy_description(model: Model, target: Path) -> list[str]:
     copied = []
     for source in _description(model.path):
         shutil.copyfile(source, target / source.name)
-        descriptor = os.open(target / source.name, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        fsync(target / source.name)
         copied.append(source.name)
     return copied
 

@@ -302,7 +302,7 @@ class _Watcher:
         new = commit.temporary(link)
         new.symlink_to(name)
         new.replace(link)
-        commit.fsync_directory(self._out)
+        commit.fsync(self._out)
 
 
 def _failure(path: str, problem: Exception | str) -> Report:

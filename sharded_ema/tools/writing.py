@@ -154,5 +154,5 @@ def _write_file(
                 advance(data.nbytes)
     # The name says that the file is whole, so it comes last.
     os.rename(new, path)
-    durable.fsync_directory(place.model)
+    durable.fsync(place.model)
     place.record(name, size, digest.hexdigest(), tally)

@@ -239,7 +239,10 @@ def test_swap_with_exception_on_one_rank(worlds: Worlds, mode: str) -> None:
 
 
 def exception_in_a_forward(mode: str, grad: bool) -> None:
-    """It leaves units gathered, and others being gathered ahead, with the average in them."""
+    """It leaves units gathered, and others being gathered ahead, with the average in them.
+
+    Neither FSDP clears that up by itself.
+    """
     never, run = build(mode), build(mode)
     blocks = list(run.bare.blocks)
     if isinstance(blocks[0], FSDPModule):
@@ -253,11 +256,12 @@ def exception_in_a_forward(mode: str, grad: bool) -> None:
     def fail(*_: Any) -> None:
         raise KeyError
 
-    handle = blocks[0].register_forward_hook(fail)
-    with pytest.raises(KeyError), ema.swap(), torch.set_grad_enabled(grad):
-        run.target(torch.ones(2, 7))
-    handle.remove()
-    assert torch.equal(run.evaluate(), never.evaluate())
+    for register in (blocks[0].register_forward_hook, blocks[1].register_forward_pre_hook):
+        handle = register(fail)
+        with pytest.raises(KeyError), ema.swap(), torch.set_grad_enabled(grad):
+            run.target(torch.ones(2, 7))
+        handle.remove()
+        assert torch.equal(run.evaluate(), never.evaluate())
     for index in range(2, 4):
         never.step(index)
         run.step(index)
@@ -266,7 +270,13 @@ def exception_in_a_forward(mode: str, grad: bool) -> None:
 
 
 @pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("mode", ["fsdp2", "replicate", "hsdp", "ddp"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        *("fsdp2", "replicate", "hsdp", "ddp"),
+        *("fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_no_shard"),
+    ],
+)
 def test_exception_in_the_forward_of_an_evaluation(worlds: Worlds, mode: str, grad: bool) -> None:
     (size,) = sizes(mode, [2])
     worlds[size].run(exception_in_a_forward, mode, grad)

@@ -237,35 +237,6 @@ def test_swap_after_a_forward_with_gradients_and_no_backward(worlds: Worlds, mod
     worlds[2].run(evaluation_with_gradients, mode)
 
 
-def exception_in_a_forward(mode: str, grad: bool) -> None:
-    """It leaves units in the middle of the forward, which FSDP1 itself does not clear up."""
-    never, run = build(mode), build(mode)
-    ema = ShardedEMA(run.target, 0.9)
-    ema.attach(run.optimizer)
-    for index in range(2):
-        never.step(index)
-        run.step(index)
-
-    def fail(*_: Any) -> None:
-        raise KeyError
-
-    handle = run.bare.blocks[1].register_forward_pre_hook(fail)
-    with pytest.raises(KeyError), ema.swap(), torch.set_grad_enabled(grad):
-        run.target(torch.ones(2, 7))
-    handle.remove()
-    for index in range(2, 4):
-        never.step(index)
-        run.step(index)
-    assert_equal(run.gather(), never.gather())
-    ema.close()
-
-
-@pytest.mark.parametrize("grad", [False, True])
-@pytest.mark.parametrize("mode", ["fsdp1", "fsdp1_flat", "fsdp1_grad_op", "fsdp1_no_shard"])
-def test_exception_in_the_forward_of_an_evaluation(worlds: Worlds, mode: str, grad: bool) -> None:
-    worlds[2].run(exception_in_a_forward, mode, grad)
-
-
 def full_precision_evaluation() -> None:
     """FSDP1 keeps a second gathered copy then."""
     os.environ["FSDP_USE_FULL_PREC_IN_EVAL"] = "1"

@@ -123,3 +123,23 @@ def test_room_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(os, "posix_fallocate", full)
     with pytest.raises(OSError, match="No space"), new_file(tmp_path / "x", SIZE):
         raise AssertionError("nothing may be written")
+
+
+def test_an_error_ends_the_writing_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large file is not written to its end on a disk that has failed."""
+    monkeypatch.setattr(durable, "FLUSH_BYTES", 1)
+
+    def fails(descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "fdatasync", fails)
+    with (
+        pytest.raises(OSError, match="Input/output error"),
+        new_file(tmp_path / "x", SIZE) as write,
+    ):
+        write(memoryview(BLOCKS[0]))
+        for thread in threading.enumerate():
+            if thread.name == "flush":
+                thread.join()
+        write(memoryview(BLOCKS[1]))
+        raise AssertionError("goes on")
