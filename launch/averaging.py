@@ -9,7 +9,7 @@ from torch import nn
 from options import Options
 from ranks import Ranks
 from sharded_ema import ShardedEMA
-from sharded_ema.schedules import Schedule, horizon
+from sharded_ema.averaging.schedules import Schedule, horizon
 
 
 def build_average(model: nn.Module, options: Options) -> ShardedEMA | None:

@@ -14,8 +14,8 @@ from typing import Any
 import accelerate_config
 import deepspeed_config
 import groups
+from sharded_ema.averaging.schedules import Constant, HalfLife, Schedule, parse_schedule
 from sharded_ema.errors import ConfigError
-from sharded_ema.schedules import Constant, HalfLife, Schedule, parse_schedule
 
 # Kept apart from the parser so that "was it given?" can be told: --model excludes them.
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}

@@ -11,17 +11,24 @@ from typing import TYPE_CHECKING, Any
 from sharded_ema.version import __version__
 
 if TYPE_CHECKING:
-    from sharded_ema.checkpoint.background import SaveHandle
-    from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-    from sharded_ema.checkpoint.reading.runs import latest_checkpoint
-    from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
+    from sharded_ema.averaging.schedules import (
+        Constant,
+        HalfLife,
+        HalfLifeFraction,
+        Power,
+        Schedule,
+        Warmup,
+    )
+    from sharded_ema.checkpoint.run import latest_checkpoint
+    from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
+    from sharded_ema.checkpoint.writing.background import SaveHandle
+    from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter
     from sharded_ema.ema import ShardedEMA
     from sharded_ema.errors import EMAError, EMAWarning
-    from sharded_ema.schedules import Constant, HalfLife, HalfLifeFraction, Power, Schedule, Warmup
     from sharded_ema.tools.average import average
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.diff import diff
-    from sharded_ema.tools.summary import inspect
+    from sharded_ema.tools.inspection import inspect
     from sharded_ema.tools.synthesize import synthesize
     from sharded_ema.tools.verify import verify
     from sharded_ema.tools.watch import watch
@@ -51,23 +58,23 @@ __all__ = [
 ]
 
 _HOME = {
-    "SafetensorsStorageReader": "checkpoint.reader",
-    "SafetensorsStorageWriter": "checkpoint.writer",
-    "SaveHandle": "checkpoint.background",
+    "SafetensorsStorageReader": "checkpoint.storage_reader",
+    "SafetensorsStorageWriter": "checkpoint.writing.writer",
+    "SaveHandle": "checkpoint.writing.background",
     "ShardedEMA": "ema",
     "EMAError": "errors",
     "EMAWarning": "errors",
-    "Constant": "schedules",
-    "HalfLife": "schedules",
-    "HalfLifeFraction": "schedules",
-    "Power": "schedules",
-    "Schedule": "schedules",
-    "Warmup": "schedules",
+    "Constant": "averaging.schedules",
+    "HalfLife": "averaging.schedules",
+    "HalfLifeFraction": "averaging.schedules",
+    "Power": "averaging.schedules",
+    "Schedule": "averaging.schedules",
+    "Warmup": "averaging.schedules",
     "average": "tools.average",
     "consolidate": "tools.consolidate",
     "diff": "tools.diff",
-    "inspect": "tools.summary",
-    "latest_checkpoint": "checkpoint.reading.runs",
+    "inspect": "tools.inspection",
+    "latest_checkpoint": "checkpoint.run",
     "synthesize": "tools.synthesize",
     "verify": "tools.verify",
     "watch": "tools.watch",

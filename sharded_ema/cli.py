@@ -21,8 +21,8 @@ from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
+from sharded_ema.tools.inspection import inspect
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.summary import inspect
 from sharded_ema.tools.synthesize import synthesize
 from sharded_ema.tools.verify import verify
 from sharded_ema.tools.watch import watch

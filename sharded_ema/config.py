@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sharded_ema.averaging.schedules import Schedule, as_schedule
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.schedules import Schedule, as_schedule
 
 DEFAULT_PROFILE = "ema"
 META_VERSION = 1

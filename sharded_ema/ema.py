@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpointing import Checkpointing, relative_distance
-from sharded_ema.engine_checkpoint import EngineCheckpoints
+from sharded_ema.averaging.schedules import horizon
+from sharded_ema.checkpoint.engine import EngineCheckpoints
+from sharded_ema.checkpoint.store import Checkpointing, relative_distance
 from sharded_ema.errors import CheckpointNotFoundError
-from sharded_ema.hooks import StepHooks
-from sharded_ema.schedules import horizon
+from sharded_ema.model.steps import StepHooks
 
 
 class ShardedEMA(Checkpointing):

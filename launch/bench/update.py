@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import ROOT, Report, Row, medians, nothing
 from sharded_ema import ShardedEMA
-from sharded_ema.schedules import Constant
-from sharded_ema.state import Clock, Shadow
+from sharded_ema.averaging.schedules import Constant
+from sharded_ema.averaging.shadow import Clock, Shadow
 
 DECAY = 0.999
 # Elements of ten tensors, from a matrix down to a bias; a hundred times over 21 M in 1,000 tensors.

@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from sharded_ema.checkpoint.reading.locations import Location
-from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, is_pointer
-from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.pointer import LATEST_NAME, is_pointer
+from sharded_ema.checkpoint.run import committed
 from sharded_ema.errors import EMAWarning
 
 

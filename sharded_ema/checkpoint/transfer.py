@@ -15,12 +15,11 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sharded_ema.agreement import Ranks, raise_joint_failure
-from sharded_ema.checkpoint.reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.reading.locations import URL, Location
-from sharded_ema.checkpoint.stock_writer import StockStorageWriter
-from sharded_ema.checkpoint.targets import make_target
-from sharded_ema.checkpoint.writer import SafetensorsStorageWriter
+from sharded_ema.checkpoint.location import URL, Location
+from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
+from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
+from sharded_ema.checkpoint.writing.target import make_target
+from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -28,6 +27,7 @@ from sharded_ema.errors import (
     ConfigError,
     EMAError,
 )
+from sharded_ema.model.agreement import Ranks, raise_joint_failure
 
 WRITERS: dict[str, type[SafetensorsStorageWriter] | type[StockStorageWriter]] = {
     "safetensors": SafetensorsStorageWriter,

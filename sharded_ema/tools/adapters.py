@@ -7,7 +7,7 @@ one chooses a name.
 
 from __future__ import annotations
 
-from sharded_ema.checkpoint.reading.catalog import StoredTensor
+from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.errors import CheckpointMismatchError
 from sharded_ema.tools.contents import Average
 

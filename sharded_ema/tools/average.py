@@ -12,16 +12,16 @@ from pathlib import Path
 
 import numpy as np
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
-from sharded_ema.checkpoint.reading.locations import URL, Location, as_location, as_path
+from sharded_ema.checkpoint.location import URL, Location, as_location, as_path
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.huggingface import holds_model, open_model, read_model
-from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import open_source
 from sharded_ema.tools.workplace import check_target
 
 

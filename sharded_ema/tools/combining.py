@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint import durable
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, build_header
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES, Bytes, SourceFiles, stream_tensor
+from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header
+from sharded_ema.checkpoint.writing import durable
 from sharded_ema.errors import CheckpointWriteError, EMAError
 from sharded_ema.tools.casting import caster, round_once, widen
 from sharded_ema.tools.contents import Average
@@ -36,7 +36,7 @@ from sharded_ema.tools.plan import Output, Wanted, parse_size, plan_files, plan_
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.tally import Tally
 from sharded_ema.tools.workplace import Workplace, check_space
-from sharded_ema.tools.writing import Files, run_jobs, verify_rest
+from sharded_ema.tools.write import Files, run_jobs, verify_rest
 
 #: Of blocks and sums in memory, whatever the sizes and numbers of models.
 BUDGET_BYTES = 1 << 26

@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
-from sharded_ema.checkpoint.reading.locations import URL, as_location
+from sharded_ema.averaging.schedules import schedule_from_dict
+from sharded_ema.checkpoint.location import URL, as_location
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
-from sharded_ema.schedules import schedule_from_dict
 from sharded_ema.tools.adapters import adapter_tensors
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.distance import Distance, distance
 from sharded_ema.tools.huggingface import model_header, open_model
-from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import open_source
 
 
 def open_weights(path: str | os.PathLike[str]) -> Catalog:

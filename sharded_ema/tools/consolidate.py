@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from sharded_ema.checkpoint import durable
-from sharded_ema.checkpoint.reading.catalog import Catalog
-from sharded_ema.checkpoint.reading.locations import as_path
+from sharded_ema.checkpoint.location import as_path
+from sharded_ema.checkpoint.reading.opened import Catalog
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
+from sharded_ema.checkpoint.writing import durable
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
     CheckpointMismatchError,
@@ -33,13 +33,13 @@ from sharded_ema.tools.huggingface import (
     open_model,
     read_model,
 )
-from sharded_ema.tools.locating import open_source
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Wanted, digest_plan, parse_size, plan_files, plan_outputs
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import open_source
 from sharded_ema.tools.tally import Tally
 from sharded_ema.tools.workplace import Workplace, check_space, check_target
-from sharded_ema.tools.writing import Files, verify_rest, write_files
+from sharded_ema.tools.write import Files, verify_rest, write_files
 
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -216,7 +216,7 @@ def _write(
 
 def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
     """Replace safetensors files by those of PyTorch."""
-    from sharded_ema.checkpoint.torch_files import write_dcp, write_torch  # imports PyTorch
+    from sharded_ema.checkpoint.writing.torch_files import write_dcp, write_torch  # imports PyTorch
 
     if format == "dcp":
         write_dcp(written, folder)

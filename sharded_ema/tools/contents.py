@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
+from sharded_ema.checkpoint.safetensors_file import ITEMSIZE
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.adapters import adapter_tensors

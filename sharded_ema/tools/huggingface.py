@@ -10,13 +10,13 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
-from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.files import is_plain_name, read_whole
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.files import is_plain_name, read_whole
-from sharded_ema.checkpoint.reading.safetensors_file import load_json, read_header
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
+from sharded_ema.checkpoint.safetensors_file import load_json, read_header
+from sharded_ema.checkpoint.writing.durable import fsync
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
-from sharded_ema.layout import Box, Shape
+from sharded_ema.model.layout import Box, Shape
 
 INDEX = "model.safetensors.index.json"
 ADAPTER_CONFIG = "adapter_config.json"

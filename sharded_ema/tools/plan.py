@@ -9,9 +9,9 @@ from uuid import uuid4
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
-from sharded_ema.checkpoint.reading.locations import URL
+from sharded_ema.checkpoint.location import URL
 from sharded_ema.checkpoint.reading.manifest import dump_manifest
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.adapters import adapter_tensors
 from sharded_ema.tools.casting import target_dtype

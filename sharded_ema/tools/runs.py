@@ -13,12 +13,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from sharded_ema.checkpoint.reading.catalog import is_part, is_temporary
+from sharded_ema.checkpoint.location import Location, as_location, entries
+from sharded_ema.checkpoint.pointer import LATEST_NAME, follow
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.locations import Location, as_location, entries
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.pointer import LATEST_NAME, follow
-from sharded_ema.checkpoint.reading.runs import Committed, committed_at, in_order
+from sharded_ema.checkpoint.reading.opened import is_part, is_temporary
+from sharded_ema.checkpoint.run import Committed, committed_at, in_order
 from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.errors import CheckpointError
 

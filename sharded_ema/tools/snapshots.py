@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, is_temporary, open_checkpoint
+from sharded_ema.averaging.posthoc import Profile
+from sharded_ema.averaging.schedules import Power, schedule_from_dict
+from sharded_ema.checkpoint.location import Location, entries, exists
 from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.locations import Location, entries, exists
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
+from sharded_ema.checkpoint.reading.opened import Catalog, is_temporary, open_checkpoint
 from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError
-from sharded_ema.layout import Shape
-from sharded_ema.posthoc import Profile
-from sharded_ema.schedules import Power, schedule_from_dict
+from sharded_ema.model.layout import Shape
 from sharded_ema.tools.contents import find_prefix
 
 _CHECKPOINTS = "checkpoints"

@@ -14,18 +14,18 @@ from itertools import pairwise
 
 import numpy as np
 
-from sharded_ema.checkpoint.reading.catalog import (
+from sharded_ema.checkpoint.files import inside, open_regular
+from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.reading.chunks import ChunkTable
+from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
+from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
+from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
+from sharded_ema.checkpoint.reading.opened import (
     Catalog,
     find_checkpoint,
     open_checkpoint,
     open_listed,
 )
-from sharded_ema.checkpoint.reading.chunks import ChunkTable
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.files import inside, open_regular
-from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
-from sharded_ema.checkpoint.reading.locations import Location
-from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
 from sharded_ema.config import META_KEY
@@ -36,8 +36,8 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
 )
 from sharded_ema.tools.comparison import compare, open_raw
-from sharded_ema.tools.locating import locate
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import locate
 
 
 def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> Report:

@@ -19,12 +19,12 @@ from itertools import count
 from pathlib import Path
 from typing import Protocol
 
-from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.locations import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint.location import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.pointer import LATEST_NAME
-from sharded_ema.checkpoint.reading.runs import Committed, committed_at
-from sharded_ema.checkpoint.reading.safetensors_file import read_header
+from sharded_ema.checkpoint.run import Committed, committed_at
+from sharded_ema.checkpoint.safetensors_file import read_header
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
     CheckpointError,
@@ -293,16 +293,16 @@ class _Watcher:
             self._point_to(kept[-1].path.name)
         for export in exports:
             if export not in kept:
-                commit.remove(export.path)
+                removal.remove(export.path)
 
     def _point_to(self, name: str) -> None:
         link = self._out / LATEST_NAME
         if link.is_symlink() and link.readlink() == Path(name):
             return
-        new = commit.temporary(link)
+        new = removal.temporary(link)
         new.symlink_to(name)
         new.replace(link)
-        commit.fsync(self._out)
+        removal.fsync(self._out)
 
 
 def _failure(path: str, problem: Exception | str) -> Report:

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
-from sharded_ema.checkpoint import commit
-from sharded_ema.checkpoint.reading.files import is_plain_name
-from sharded_ema.checkpoint.reading.locations import Location
+from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint.files import is_plain_name
+from sharded_ema.checkpoint.location import Location
 from sharded_ema.checkpoint.reading.stream import verify_file
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -98,7 +98,7 @@ class Workplace:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if not self._goes_on or kind is None or issubclass(kind, Exception):
-            commit.remove(self._path)
+            removal.remove(self._path)
         os.close(self._descriptor)
 
     def record(self, file: str, size: int, digest: str, tally: Tally) -> None:
@@ -120,7 +120,7 @@ class Workplace:
         if self._target.is_dir() and not any(self._target.iterdir()):
             self._target.rmdir()
         try:
-            commit.publish(self.model, self._target, replace=False)
+            removal.publish(self.model, self._target, replace=False)
         except CheckpointExistsError:
             raise _taken(self._target) from None
 
@@ -160,7 +160,7 @@ class Workplace:
         for path in self.model.iterdir():
             if path.name not in {line.file for line in kept}:
                 path.unlink()
-        commit.replace_durably(journal, b"".join(map(_line, kept)))
+        removal.replace_durably(journal, b"".join(map(_line, kept)))
         return kept
 
 
@@ -213,7 +213,7 @@ def _remove_if_left(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         if all(map(_is_ours, path.iterdir())) and _lock(descriptor):
-            commit.remove(path)
+            removal.remove(path)
     finally:
         os.close(descriptor)
 

@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
-from sharded_ema.checkpoint import durable
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
-from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import committed
+from sharded_ema.checkpoint.writing import durable
+from sharded_ema.model.pieces import pieces_of
 from sharded_ema.tools.consolidate import consolidate
-from sharded_ema.values import pieces_of
 
 WORLD = 2
 SHAPES = {"0.weight": (7, 5), "0.bias": (7,), "1.weight": (1, 7), "1.bias": (1,)}

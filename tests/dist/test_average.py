@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sharded_ema import Power, ShardedEMA, Warmup
-from sharded_ema.values import FlatShard
+from sharded_ema.model.pieces import FlatShard
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import (
     MODES,

@@ -46,8 +46,8 @@ from sharded_ema.errors import (
     EMAWarning,
     StateError,
 )
-from sharded_ema.layout import Box
-from sharded_ema.values import FlatShard
+from sharded_ema.model.layout import Box
+from sharded_ema.model.pieces import FlatShard
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import (
     MISSING,

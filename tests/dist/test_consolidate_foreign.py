@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.tools.consolidate import consolidate
 from tests.dist.pool import WorkerPool

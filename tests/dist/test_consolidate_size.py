@@ -20,8 +20,8 @@ from sharded_ema.checkpoint.reading.manifest import (
     TensorRecord,
     dump_manifest,
 )
-from sharded_ema.checkpoint.reading.safetensors_file import build_header
-from sharded_ema.layout import Box
+from sharded_ema.checkpoint.safetensors_file import build_header
+from sharded_ema.model.layout import Box
 from tests.unit._make import UUID, meta, meta_bytes
 
 ROOT = Path(__file__).parents[2]

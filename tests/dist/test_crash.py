@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.checkpoint.run import committed
 from sharded_ema.tools.consolidate import consolidate
 from tests.dist.crash import race, stress
 

@@ -136,7 +136,7 @@ def wrong_offsets() -> tuple[bool, list[str]]:
     from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
     from sharded_ema.errors import UnsupportedLayoutError
-    from sharded_ema.sources import make_source
+    from sharded_ema.model.sources import make_source
 
     start(4, 6)
     mesh = init_device_mesh("cpu", (3, 2), mesh_dim_names=("dp", "tp"))

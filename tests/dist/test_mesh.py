@@ -21,7 +21,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.errors import BindError, EMAError, UnsupportedLayoutError
-from sharded_ema.sources import replicas
+from sharded_ema.model.sources import replicas
 from tests import support
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import as_float, assert_equal, build, rank, reference_step

@@ -15,7 +15,7 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
 from sharded_ema import ShardedEMA
 from sharded_ema.errors import UnsupportedLayoutError
-from sharded_ema.sources.replicas import Replicas
+from sharded_ema.model.sources.replicas import Replicas
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import (
     Block,

@@ -22,7 +22,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from sharded_ema import ShardedEMA
 from sharded_ema.errors import NonFiniteError
-from sharded_ema.values import FlatShard
+from sharded_ema.model.pieces import FlatShard
 from tests.dist.ragged import Ragged, as_float, assert_equal, reference_step
 
 pytestmark = [

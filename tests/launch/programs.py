@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import FileSystemReader, StorageReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from sharded_ema.checkpoint.reader import SafetensorsStorageReader
+from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"

@@ -20,8 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from sharded_ema.averaging.schedules import parse_schedule
 from sharded_ema.cli import main
-from sharded_ema.schedules import parse_schedule
 from tests.launch.programs import (
     AVERAGE,
     TrainingRun,

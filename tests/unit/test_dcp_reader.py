@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, open_checkpoint
+from sharded_ema.checkpoint.reading.opened import Catalog, open_checkpoint
 from sharded_ema.checkpoint.reading.stream import verify_chunk
 from sharded_ema.errors import (
     CheckpointCorruptError,

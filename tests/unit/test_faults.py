@@ -23,10 +23,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from sharded_ema import ShardedEMA, consolidate, verify
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, EMAError, StateError
-from sharded_ema.values import FlatShard
+from sharded_ema.model.pieces import FlatShard
 from tests.unit._make import flip, make, meta, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

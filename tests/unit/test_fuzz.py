@@ -29,8 +29,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from sharded_ema import ShardedEMA, consolidate, inspect, verify
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import EMAError
 from tests.unit._make import make, meta_bytes, rows
 from tests.unit.test_hostile import signed, zipped

@@ -23,9 +23,9 @@ import xxhash
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from sharded_ema import consolidate, inspect, verify
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.safetensors_file import load_json, read_header
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.safetensors_file import load_json, read_header
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from tests.unit._make import make, meta, meta_bytes, rows

@@ -17,8 +17,8 @@ from safetensors.numpy import save_file
 
 from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
-from sharded_ema.layout import Box
-from sharded_ema.tools.summary import inspect
+from sharded_ema.model.layout import Box
+from sharded_ema.tools.inspection import inspect
 from tests.unit._make import Chunking, flip, grid, make, meta, meta_bytes, ranges, rows, whole
 
 

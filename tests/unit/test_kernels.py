@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharded_ema.averaging.kernels import LerpPlan, choose_impl
+from sharded_ema.averaging.kernels.batches import STAGE_NUMEL, make_batches
 from sharded_ema.errors import ConfigError
-from sharded_ema.kernels import LerpPlan, choose_impl
-from sharded_ema.kernels.batches import STAGE_NUMEL, make_batches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WEIGHTS = [0.1, 0.001, 0.7]

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sharded_ema.layout import Box, FlatRange, c_strides, divide
+from sharded_ema.model.layout import Box, FlatRange, c_strides, divide
 
 shapes = st.lists(st.integers(0, 5), max_size=5).map(tuple)
 

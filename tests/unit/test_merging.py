@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from sharded_ema.averaging.posthoc import Profile, fit
+from sharded_ema.averaging.schedules import Power, gamma_from_sigma_rel
 from sharded_ema.errors import ConfigError
-from sharded_ema.posthoc import Profile, fit
-from sharded_ema.schedules import Power, gamma_from_sigma_rel
 
 WIDTHS = [0.05, 0.06, 0.07, 0.085, 0.10, 0.13, 0.2]
 

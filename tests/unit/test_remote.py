@@ -25,7 +25,7 @@ from sharded_ema import (
     synthesize,
     verify,
 )
-from sharded_ema.checkpoint.reading.runs import committed
+from sharded_ema.checkpoint.run import committed
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,

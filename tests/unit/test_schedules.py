@@ -8,9 +8,8 @@ import math
 import numpy
 import pytest
 
-from sharded_ema import schedules
-from sharded_ema.errors import ConfigError
-from sharded_ema.schedules import (
+from sharded_ema.averaging import schedules
+from sharded_ema.averaging.schedules import (
     Constant,
     HalfLife,
     HalfLifeFraction,
@@ -23,6 +22,7 @@ from sharded_ema.schedules import (
     parse_schedule,
     schedule_from_dict,
 )
+from sharded_ema.errors import ConfigError
 
 ALL: list[Schedule] = [
     Constant(0.999),

@@ -7,9 +7,9 @@ import math
 import pytest
 import torch
 
+from sharded_ema.averaging.schedules import Constant, Power, Warmup
+from sharded_ema.averaging.shadow import Action, Clock, Shadow
 from sharded_ema.errors import ConfigError, StateError
-from sharded_ema.schedules import Constant, Power, Warmup
-from sharded_ema.state import Action, Clock, Shadow
 
 
 def test_late_start_and_windows() -> None:

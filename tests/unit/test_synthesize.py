@@ -18,9 +18,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-from sharded_ema.checkpoint.reading.catalog import open_checkpoint
+from sharded_ema.averaging.schedules import Power
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
-from sharded_ema.checkpoint.stock_writer import StockStorageWriter
+from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -29,7 +30,6 @@ from sharded_ema.errors import (
     CheckpointNotFoundError,
     ConfigError,
 )
-from sharded_ema.schedules import Power
 from sharded_ema.tools.casting import round_once
 from sharded_ema.tools.synthesize import synthesize
 from tests.unit._make import flip, grid, make, meta, meta_bytes, ranges, rows, whole

@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sharded_ema import watch
-from sharded_ema.checkpoint import commit
+from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError
@@ -176,7 +176,7 @@ def test_retention_leaves_the_exports(tmp_path: Path) -> None:
 
     def exchange(old: int, new: int) -> Callable[[], None]:
         def act() -> None:
-            commit.remove(run / f"step_{old}")
+            removal.remove(run / f"step_{old}")
             save(run / f"step_{new}", new)
 
         return act
@@ -196,7 +196,7 @@ def test_one_that_vanishes_while_it_is_read(
 
     def late(src: Path, *args: object, **settings: object) -> Report:
         if src.name == "step_2":
-            commit.remove(src)
+            removal.remove(src)
         return consolidate(src, *args, **settings)  # type: ignore[arg-type]
 
     consolidate = module.consolidate
@@ -224,7 +224,7 @@ def test_damage_is_reported_once_and_passed_over(tmp_path: Path) -> None:
     assert [r.facts["step"] for r in reports if r.ok] == [2, 1, 3]
     assert shown(out) == {"step_2": 2, "step_3": 3, "latest": 3}
     assert main(["watch", str(run), "--out", str(out), "--once"]) == 1
-    commit.remove(run / "step_4")
+    removal.remove(run / "step_4")
     assert main(["watch", str(run), "--out", str(out), "--once"]) == 0
 
 
@@ -244,8 +244,8 @@ def test_what_a_killed_watch_has_left(tmp_path: Path, monkeypatch: pytest.Monkey
     save(run / "step_1", 1)
     once(run, out)
     (out / "latest").unlink()  # killed between the export and the link
-    commit.temporary(out / "latest").symlink_to("step_1")
-    half = commit.temporary(out / "step_2")
+    removal.temporary(out / "latest").symlink_to("step_1")
+    half = removal.temporary(out / "step_2")
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (out / "notes").mkdir()
@@ -275,7 +275,7 @@ def test_an_interrupted_export_leaves_nothing(
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(commit, "publish", interrupted)
+    monkeypatch.setattr(removal, "publish", interrupted)
     command = ["watch", str(run), "--out", str(out)]
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command) == 0

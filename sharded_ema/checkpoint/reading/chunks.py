@@ -15,11 +15,11 @@ from itertools import product
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.reading.files import OpenFile, open_regular
-from sharded_ema.checkpoint.reading.locations import Location
-from sharded_ema.checkpoint.reading.safetensors_file import Entry, build_header, read_header
+from sharded_ema.checkpoint.files import OpenFile, open_regular
+from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.safetensors_file import Entry, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
-from sharded_ema.layout import Box, Shape
+from sharded_ema.model.layout import Box, Shape
 
 DIGEST_BYTES = 16
 # Of one tensor: more than any number of ranks makes, and what can be held in memory.

@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from sharded_ema.checkpoint.files import inside, open_regular, read_whole
+from sharded_ema.checkpoint.location import Location
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
-from sharded_ema.checkpoint.reading.locations import Location
 from sharded_ema.checkpoint.reading.pickles import MEMBER, Global, Note, refuse, take_apart
 from sharded_ema.checkpoint.reading.torch_entry import DTYPE_NAMES, is_shape, locate
 from sharded_ema.errors import CheckpointError, CheckpointUncommittedError
-from sharded_ema.layout import Box, Shape
+from sharded_ema.model.layout import Box, Shape
 
 METADATA_NAME = ".metadata"
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.files import inside, open_regular, read_whole
-from sharded_ema.checkpoint.reading.locations import Location
+from sharded_ema.checkpoint.files import inside, open_regular, read_whole
+from sharded_ema.checkpoint.location import Location
 from sharded_ema.checkpoint.reading.manifest import (
     MANIFEST_NAME,
     FileRecord,
     Manifest,
     parse_manifest,
 )
-from sharded_ema.checkpoint.reading.safetensors_file import MAX_HEADER_BYTES, read_header
+from sharded_ema.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_header
 from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointCorruptError
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.files import is_plain_name
-from sharded_ema.checkpoint.reading.safetensors_file import (
+from sharded_ema.checkpoint.files import is_plain_name
+from sharded_ema.checkpoint.safetensors_file import (
     ITEMSIZE,
     is_sizes,
     is_text,
@@ -26,7 +26,7 @@ from sharded_ema.checkpoint.reading.safetensors_file import (
 )
 from sharded_ema.config import META_VERSION
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
-from sharded_ema.layout import Shape
+from sharded_ema.model.layout import Shape
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"

@@ -12,12 +12,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.checkpoint.reading.catalog import Catalog, StoredTensor
+from sharded_ema.checkpoint.location import entries
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.locations import entries
-from sharded_ema.checkpoint.reading.safetensors_file import is_sizes, load_json, read_header
+from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
+from sharded_ema.checkpoint.safetensors_file import is_sizes, load_json, read_header
 from sharded_ema.errors import CheckpointCorruptError
-from sharded_ema.layout import Box
+from sharded_ema.model.layout import Box
 
 FORMAT = "rank shards"
 _NAME = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")

@@ -20,11 +20,11 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
+from sharded_ema.checkpoint.files import OpenFile, open_regular
+from sharded_ema.checkpoint.location import Location, as_location
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.files import OpenFile, open_regular
-from sharded_ema.checkpoint.reading.locations import Location, as_location
 from sharded_ema.errors import CheckpointCorruptError
-from sharded_ema.layout import Shape
+from sharded_ema.model.layout import Shape
 
 #: Bytes read, hashed and handed on at a time; a multiple of every item size.
 BLOCK_BYTES = 1 << 22

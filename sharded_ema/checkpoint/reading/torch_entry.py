@@ -15,11 +15,11 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sharded_ema.checkpoint.reading.files import OpenFile
+from sharded_ema.checkpoint.files import OpenFile
 from sharded_ema.checkpoint.reading.pickles import PERSISTENT, Global, Note, take_apart
-from sharded_ema.checkpoint.reading.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
+from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
 from sharded_ema.errors import CheckpointCorruptError
-from sharded_ema.layout import Shape, c_strides
+from sharded_ema.model.layout import Shape, c_strides
 
 # zipfile says NotImplementedError of archives with features (encryption, versions) it lacks.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error)

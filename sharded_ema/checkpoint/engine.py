@@ -1,0 +1,78 @@
+"""The average travels in a DeepSpeed engine's own checkpoints.
+
+``engine.save_checkpoint(dir, tag)`` writes it to ``dir/<tag>/ema`` before DeepSpeed writes
+``latest``, so that no checkpoint that ``latest`` names is without its average.
+``engine.load_checkpoint`` brings it back.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sharded_ema.config import ENGINE_DIRECTORY
+from sharded_ema.model.steps import MethodWrap
+
+
+class EngineCheckpoints:
+    """Wraps ``save_checkpoint`` and ``load_checkpoint`` of one engine until removed.
+
+    Args:
+        engine: a DeepSpeed engine.
+        refuse: called with the name of what is about to happen; may raise to prevent it.
+        save: called with the directory to write and the engine's step, before the engine saves.
+        loaded: called with the directory to read after the engine loaded its own state, or with
+            ``None`` if the user asked for weights only.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        refuse: Callable[[str], None],
+        save: Callable[[Path, int], object],
+        loaded: Callable[[Path | None], None],
+    ) -> None:
+        self._engine = engine
+        self._refuse = refuse
+        self._save = save
+        self._loaded = loaded
+        self._wraps = [
+            MethodWrap(engine, "save_checkpoint", self._around_save),
+            MethodWrap(engine, "load_checkpoint", self._around_load),
+        ]
+
+    def remove(self) -> None:
+        """Detach from the engine."""
+        for wrap in reversed(self._wraps):
+            wrap.remove()
+        self._wraps.clear()
+
+    def _around_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse("engine.save_checkpoint()")
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        tag = given.get("tag")
+        if tag is None:  # as DeepSpeed names it
+            tag = f"global_step{self._engine.global_steps}"
+        if given["save_dir"]:  # else DeepSpeed refuses
+            directory = Path(given["save_dir"], str(tag), ENGINE_DIRECTORY)
+            self._save(directory, self._engine.global_steps)
+        return original(*args, **kwargs)
+
+    def _around_load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._refuse("engine.load_checkpoint()")
+        given = inspect.signature(original).bind(*args, **kwargs).arguments
+        tag = given.get("tag")
+        if tag is None:  # read before: it is the tag that DeepSpeed is about to load
+            universal = self._engine.load_universal_checkpoint()
+            latest = Path(given["load_dir"], "latest_universal" if universal else "latest")
+            tag = latest.read_text().strip() if latest.is_file() else None
+        result = original(*args, **kwargs)
+        if tag is not None and result[0] is not None:
+            weights_only = given.get("load_module_only", False)
+            self._loaded(
+                None if weights_only else Path(given["load_dir"], str(tag), ENGINE_DIRECTORY)
+            )
+        return result

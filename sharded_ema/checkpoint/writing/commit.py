@@ -1,0 +1,130 @@
+"""What the writers of both formats share: one save of several ranks and its commit."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint import SavePlan
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+
+from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.manifest import (
+    FileRecord,
+    Manifest,
+    decode_meta,
+    dump_manifest,
+)
+from sharded_ema.checkpoint.reading.opened import is_meta_key
+from sharded_ema.checkpoint.writing.target import make_target
+from sharded_ema.config import META_KEY
+from sharded_ema.errors import CheckpointWriteError
+from sharded_ema.version import __version__
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a rank writes: directory of the save, its uuid, and this rank's position."""
+
+    directory: str
+    uuid: str
+    position: int
+    inner: Any = None
+
+
+@dataclass(frozen=True)
+class Written(WriteResult):
+    """A written item with what the manifest needs to know of it and of its file."""
+
+    chunk: Chunk | None = None
+    file: FileRecord | None = None
+    meta: bytes | None = None
+
+
+class Commit:
+    """One save of several ranks, from the temporary directory to the rename.
+
+    Args:
+        path: directory or URL that will be the checkpoint.
+        replace: replace a checkpoint that is there.
+        ranks: how many save, if that is known before; else DCP's word is taken for it.
+    """
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, replace: bool = False, ranks: int | None = None
+    ) -> None:
+        self.target = make_target(path)
+        self.replace = replace
+        self.ranks = ranks
+        self.world_size = 1
+
+    def again(self, path: str | os.PathLike[str]) -> Commit:
+        """The same for another path."""
+        return Commit(path, replace=self.replace, ranks=self.ranks)
+
+    def begin(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Make the directory to write into, and tell all ranks of it; for the coordinator."""
+        # Without a process group DCP takes every rank for one that saves alone.
+        if self.ranks not in (None, len(plans)):
+            raise _group_gone(f"{self.ranks} ranks should save and {len(plans)} do")
+        directory = self.target.begin(replace=self.replace)
+        self.world_size = len(plans)
+        return [
+            dataclasses.replace(
+                plan, storage_data=Place(directory, self.target.uuid, i, plan.storage_data)
+            )
+            for i, plan in enumerate(plans)
+        ]
+
+    def commit(self, manifest: Manifest) -> None:
+        """Publish what all ranks have written; for the coordinator."""
+        if self.world_size > 1 and not dist.is_initialized():
+            raise _group_gone("the other ranks are gone")
+        self.target.publish(dump_manifest(manifest), replace=self.replace)
+
+
+def _group_gone(what: str) -> CheckpointWriteError:
+    return CheckpointWriteError(
+        f"{what}: was the process group destroyed before close()? Nothing was committed"
+    )
+
+
+def libraries() -> dict[str, str]:
+    """Versions that a reader of the manifest may want to know."""
+    return {
+        "sharded_ema": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def is_meta(item: WriteItem) -> bool:
+    """Whether an item describes an average; a parameter may have the same name, but not uint8."""
+    return (
+        is_meta_key(item.index.fqn)
+        and item.tensor_data is not None
+        and len(item.tensor_data.size) == 1
+        and item.tensor_data.properties.dtype is torch.uint8
+    )
+
+
+def host_bytes(tensor: Any) -> Any:
+    """The elements in C order as a numpy uint8 array; a view when they already lie so."""
+    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    return plain.view(torch.uint8).numpy()
+
+
+def read_metas(written: Sequence[Written]) -> dict[str, dict[str, Any]]:
+    """What the averages in this save say of themselves, by the prefix of their keys."""
+    return {
+        r.index.fqn.removesuffix(META_KEY): decode_meta(r.meta, r.index.fqn)
+        for r in written
+        if r.meta is not None
+    }

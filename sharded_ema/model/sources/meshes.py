@@ -1,0 +1,129 @@
+"""Which ranks hold equal copies of a tensor that lies on a device mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from itertools import combinations
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from sharded_ema.errors import UnsupportedLayoutError
+from sharded_ema.model.sources.replicas import Groups
+
+Ranks = frozenset[int]
+
+
+class Meshes:
+    """The device meshes of a model, whose ranks together are the ranks of the model.
+
+    A parameter that lies on fewer of them is replicated over the others: a norm for example that
+    is sharded over the data-parallel axis alone, while the layers beside it are sharded over the
+    tensor-parallel axis as well.
+
+    Args:
+        meshes: of all DTensors.
+
+    Raises:
+        UnsupportedLayoutError: this rank is in one of them and not in another.
+    """
+
+    def __init__(self, meshes: Iterable[DeviceMesh]) -> None:
+        self._meshes = list(dict.fromkeys(meshes))
+        for mesh in self._meshes:
+            if mesh.get_coordinate() is None:
+                raise UnsupportedLayoutError(
+                    f"rank {dist.get_rank()} is not in the device mesh {mesh} of some parameters; "
+                    "make a ShardedEMA of the part of the model that this rank trains"
+                )
+        self._all: Ranks = frozenset().union(*(_along(m, range(m.ndim)) for m in self._meshes))
+        self._others: dict[DeviceMesh | None, Groups] = {}
+
+    @property
+    def ranks(self) -> list[int]:
+        """Global ranks of the model."""
+        return sorted(self._all)
+
+    def replicas(self, name: str, tensor: Tensor) -> Groups:
+        """Process groups over which this rank's tensor of a parameter is replicated.
+
+        Raises:
+            UnsupportedLayoutError: see :meth:`others`.
+        """
+        if not isinstance(tensor, DTensor):
+            return self.others(name, None)
+        mesh = tensor.device_mesh
+        axes = [axis for axis, p in enumerate(tensor.placements) if p.is_replicate()]
+        return (*self.others(name, mesh), *_groups(name, mesh, axes))
+
+    def others(self, name: str, mesh: DeviceMesh | None) -> Groups:
+        """Process groups that lead from the ranks of a mesh to the other ranks of the model.
+
+        They are axes of another mesh, of which ``mesh`` is a part. Nothing is communicated.
+
+        Args:
+            name: parameter that lies on the mesh.
+            mesh: one of the meshes, or ``None`` for this rank alone.
+
+        Raises:
+            UnsupportedLayoutError: there are none, or their ranks are out of order.
+        """
+        if mesh not in self._others:
+            self._others[mesh] = self._lead(name, mesh)
+        return self._others[mesh]
+
+    def _lead(self, name: str, mesh: DeviceMesh | None) -> Groups:
+        own = frozenset([dist.get_rank()]) if mesh is None else _along(mesh, range(mesh.ndim))
+        if own == self._all:
+            return ()
+        # Slices of one mesh know it as their root, even if no parameter lies on all of it.
+        roots = map(_root, self._meshes)
+        for whole in dict.fromkeys((*self._meshes, *roots)):
+            for axes in _subsets(whole):
+                if _along(whole, axes) == self._all:
+                    for inner in _subsets(whole):
+                        if set(inner) <= set(axes) and _along(whole, inner) == own:
+                            return _groups(name, whole, sorted(set(axes) - set(inner)))
+        raise UnsupportedLayoutError(
+            f"parameter {name} lies on a device mesh of the ranks {sorted(own)} alone, of the "
+            f"{len(self._all)} ranks of the model, and it is no slice of a mesh over all of them; "
+            'slice both from one mesh: init_device_mesh(..., mesh_dim_names=("dp", "tp"))["dp"]'
+        )
+
+
+def _root(mesh: DeviceMesh) -> DeviceMesh:
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    resources: Any = device_mesh._mesh_resources  # which knows it in PyTorch 2.8
+    return resources.get_root_mesh(mesh)
+
+
+def _subsets(mesh: DeviceMesh) -> Iterator[tuple[int, ...]]:
+    """All choices of axes, fewest first; an axis of size 1 leads nowhere."""
+    axes = [axis for axis in range(mesh.ndim) if mesh.size(axis) > 1]
+    for count in range(len(axes) + 1):
+        yield from combinations(axes, count)
+
+
+def _along(mesh: DeviceMesh, axes: Collection[int]) -> Ranks:
+    """The ranks of a mesh whose coordinates differ from this rank's along ``axes`` only."""
+    coordinate = mesh.get_coordinate()
+    assert coordinate is not None
+    index = tuple(slice(None) if a in axes else c for a, c in enumerate(coordinate))
+    return frozenset(mesh.mesh[index].flatten().tolist())
+
+
+def _groups(name: str, mesh: DeviceMesh, axes: Iterable[int]) -> Groups:
+    axes = [axis for axis in axes if mesh.size(axis) > 1]
+    for axis in axes:
+        # Process groups count their ranks in ascending order.
+        if (mesh.mesh.diff(dim=axis) < 0).any():
+            raise UnsupportedLayoutError(
+                f"parameter {name} is replicated over axis {axis} of the device mesh {mesh}, along "
+                "which the ranks do not ascend; make the mesh with init_device_mesh"
+            )
+    return tuple(mesh.get_group(axis) for axis in axes)

@@ -1,0 +1,301 @@
+"""Replicas that share the work, whatever keeps them equal.
+
+Tensors that are equal on R ranks after every step need be averaged once: each rank keeps the
+shadow of 1/R of them, and nothing is communicated until somebody wants the whole average. A swap
+gathers it then, once, in blocks of bounded size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from sharded_ema.errors import StateError, UnsupportedLayoutError
+from sharded_ema.model.inventory import Inventory, Named, Shard, ShardSource, read
+from sharded_ema.model.layout import Box, FlatRange, Slice, divide
+from sharded_ema.model.pieces import FlatShard, range_pieces
+
+# Elements that one gather brings to every rank (64 MiB of fp32).
+GATHER_NUMEL = 1 << 24
+
+Groups = tuple[dist.ProcessGroup, ...]
+
+
+class Replicas:
+    """Tensors of which every replica holds equal copies and keeps a slice.
+
+    Args:
+        groups: process groups of this rank; its replicas are the ranks that it reaches through one
+            or several of them, as along the axes of a mesh. None: it is the only one.
+        tensors: what is divided, of the same size and memory order on all replicas.
+
+    Raises:
+        UnsupportedLayoutError: the groups cannot communicate where the tensors lie.
+    """
+
+    def __init__(self, groups: Groups, tensors: Sequence[Tensor]) -> None:
+        self._groups = groups
+        for group in groups:
+            _refuse_unreachable(group, tensors)
+        self.size = math.prod(dist.get_world_size(group) for group in groups)
+        rank = 0
+        for group in groups:  # coordinates along the groups, as digits of one number
+            rank = rank * dist.get_world_size(group) + dist.get_rank(group)
+        # Where C order is not memory order a slice would not be a view.
+        self._parts: list[list[Slice]] = divide(
+            [t.numel() for t in tensors],
+            self.size,
+            indivisible=[not t.is_contiguous() for t in tensors],
+        )
+        self._rank = rank
+        mine = {part.index: part.range for part in self._parts[rank]}
+        #: This rank's elements of every tensor, in C order.
+        self.spans = [mine.get(i, FlatRange(0, 0)) for i in range(len(tensors))]
+
+    @torch.no_grad()
+    def gather(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Fill whole ``targets`` from the slices of all replicas, ``tensors`` being this rank's.
+
+        Collective over the groups, one after another from the last: along each, the replicas hand
+        on what they have by then, already converted to what the targets are.
+        """
+        for target, tensor, span in zip(targets, tensors, self.spans, strict=True):
+            if span.numel == target.numel():
+                target.copy_(tensor)
+            elif span.numel:
+                target.view(-1)[span.start : span.stop].copy_(tensor)
+        known = 1
+        for group in reversed(self._groups):
+            size = dist.get_world_size(group)
+            first = self._rank // (known * size) * (known * size)
+            blocks = [
+                [s for part in self._parts[start : start + known] for s in part]
+                for start in range(first, first + known * size, known)
+            ]
+            _broadcast_strided(group, blocks, targets)
+            kinds = {(t.device, t.dtype) for t in targets}
+            for device, dtype in sorted(kinds, key=str):
+                _all_gather(group, [list(_views(b, targets, device, dtype)) for b in blocks])
+            known *= size
+
+
+def _refuse_unreachable(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
+    reached = {device.type for device in group._device_types}
+    for kind in {tensor.device.type for tensor in tensors} - reached:
+        raise UnsupportedLayoutError(
+            f"there are replicas on {kind}, as with CPU offload, and their process group reaches "
+            f"{', '.join(sorted(reached))} only, so that no swap could gather their average; "
+            'init_process_group("cpu:gloo,cuda:nccl"), or pass shard_replicas=False'
+        )
+
+
+def _broadcast_strided(
+    group: dist.ProcessGroup, blocks: Sequence[Sequence[Slice]], targets: Sequence[Tensor]
+) -> None:
+    """Hand out the tensors that one replica keeps whole because they cannot be sliced."""
+    for owner, slices in enumerate(blocks):
+        for part in slices:
+            target = targets[part.index]
+            if not target.is_contiguous():
+                whole = target.contiguous()
+                dist.broadcast(whole, group=group, group_src=owner)
+                target.copy_(whole)
+
+
+def _views(
+    slices: Sequence[Slice], targets: Sequence[Tensor], device: torch.device, dtype: torch.dtype
+) -> Iterator[Tensor]:
+    for part in slices:
+        target = targets[part.index]
+        if target.is_contiguous() and target.device == device and target.dtype == dtype:
+            yield target.view(-1)[part.range.start : part.range.stop]
+
+
+def _all_gather(group: dist.ProcessGroup, streams: Sequence[Sequence[Tensor]]) -> None:
+    """Fill each member's stream of 1-D tensors from that member, a bounded block at a time."""
+    longest = max(sum(t.numel() for t in stream) for stream in streams)
+    if not longest:
+        return
+    block = min(longest, max(1, GATHER_NUMEL // len(streams)))
+    example = next(t for stream in streams for t in stream)
+    own = dist.get_rank(group)
+    send = example.new_zeros(block)
+    received = example.new_empty(len(streams), block)
+    for start in range(0, longest, block):
+        for position, piece in _window(streams[own], start, start + block):
+            send[position : position + piece.numel()].copy_(piece)
+        dist.all_gather(list(received), send, group=group)
+        for row, stream in zip(received, streams, strict=True):
+            for position, piece in _window(stream, start, start + block):
+                piece.copy_(row[position : position + piece.numel()])
+
+
+def _window(stream: Sequence[Tensor], start: int, stop: int) -> list[tuple[int, Tensor]]:
+    """Parts of the concatenated 1-D tensors that lie in ``start:stop``, with their position."""
+    found = []
+    offset = 0
+    for tensor in stream:
+        low, high = max(start, offset), min(stop, offset + tensor.numel())
+        if low < high:
+            found.append((low - start, tensor[low - offset : high - offset]))
+        offset += tensor.numel()
+    return found
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """Where an averaged tensor lies.
+
+    Attributes:
+        box: this rank's block of the global tensor.
+        groups: groups over which the block is replicated, see :class:`Replicas`.
+        writes: whether of the equal copies this rank's is the one to write, if it is not divided.
+        range: elements of the block that this rank has (1-D), or ``None`` for the block itself.
+        order: memory order in which ``range`` counts, see :class:`Shard`.
+    """
+
+    box: Box
+    groups: Groups
+    writes: bool
+    range: FlatRange | None = None
+    order: tuple[int, ...] | None = None
+
+    def part(self, span: FlatRange) -> FlatRange | None:
+        """Elements ``span`` of what this rank has, as elements of the block."""
+        if self.range is None:
+            return None if span.numel == self.box.numel else span
+        return FlatRange(self.range.start + span.start, self.range.start + span.stop)
+
+
+class ReplicatedSource(ShardSource):
+    """Each rank averages its block of every tensor, or of a replicated one a slice of the block.
+
+    Args:
+        inventory: the tensors of the target.
+        ranks: global ranks that share the model.
+        places: where each averaged tensor lies.
+        shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
+            no communication.
+    """
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        ranks: list[int],
+        places: Sequence[Place],
+        *,
+        shard_replicas: bool,
+    ) -> None:
+        self.inventory = inventory
+        self.ranks = ranks
+        self.places = list(places) if shard_replicas else [replace(p, groups=()) for p in places]
+        # Tensors with the same replicas are divided together, so that the shares come out even.
+        alike: dict[tuple[str, ...], list[int]] = {}
+        for i, place in enumerate(self.places):
+            alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
+        self._replicas: list[tuple[list[int], Replicas]] = []
+        self._spans: dict[int, FlatRange] = {}
+        found: dict[int, Shard] = {}
+        for members in alike.values():
+            replicas = Replicas(
+                self.places[members[0]].groups, [self.target_tensor(i) for i in members]
+            )
+            self._replicas.append((members, replicas))
+            for i, span in zip(members, replicas.spans, strict=True):
+                named, place = inventory.averaged[i], self.places[i]
+                self._spans[i] = span
+                found[i] = Shard(
+                    named,
+                    named.shape,
+                    place.box,
+                    place.part(span),
+                    place.order,
+                    writes=place.writes or replicas.size > 1,
+                )
+        self.shards = [found[i] for i in range(len(places))]
+        self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
+        self._sliced = any(shard.range is not None for shard in self.shards)
+        self._pointers: list[int] = []
+        self._live: list[Tensor] = []
+
+    def target_tensor(self, index: int) -> Tensor:
+        """This rank's tensor of the parameter at ``index``, which a swap overwrites."""
+        return read(self.inventory.averaged[index])
+
+    def averaged_tensor(self, index: int) -> Tensor:
+        """What is averaged for it: itself, or a more precise copy."""
+        return self.target_tensor(index)
+
+    def averaged_tensors(self) -> list[Tensor]:
+        """What is averaged for every parameter, whole."""
+        return [self.averaged_tensor(i) for i in range(len(self.shards))]
+
+    def live(self) -> list[Tensor]:
+        tensors = self.averaged_tensors()
+        if not self._sliced:
+            return tensors
+        # Views are made again only when a tensor moved.
+        pointers = list(map(Tensor.data_ptr, tensors))
+        if pointers != self._pointers:
+            self._live = [
+                tensor if shard.range is None else _cut(shard, self._spans[i], tensor)
+                for i, (shard, tensor) in enumerate(zip(self.shards, tensors, strict=True))
+            ]
+            self._pointers = pointers
+        return self._live
+
+    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [self.piece(s, t) for s, t in zip(self.shards, tensors, strict=True)]
+
+    def piece(self, shard: Shard, tensor: Tensor) -> FlatShard:
+        """A shadow as a value of the global shape."""
+        if shard.range is not None:
+            pieces = range_pieces(shard.box, shard.range, tensor, shard.order)
+        else:
+            pieces = [(shard.box, tensor)] if shard.box.numel else []
+        return FlatShard(
+            shard.shape, pieces, dtype=tensor.dtype, device=tensor.device, writes=shard.writes
+        )
+
+    def swap_targets(self) -> list[Tensor]:
+        return [self.target_tensor(i) for i in range(len(self.shards))]
+
+    def swap_in(self, tensors: Sequence[Tensor]) -> None:
+        self.fill(self.swap_targets(), tensors)
+
+    def fill(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+        """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
+        for members, replicas in self._replicas:
+            replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
+
+
+def _cut(shard: Shard, span: FlatRange, tensor: Tensor) -> Tensor:
+    """A slice as a view."""
+    if not span.numel:
+        return tensor.detach().new_empty(0)
+    if not tensor.is_contiguous():
+        raise StateError(
+            f"parameter {shard.name.fqn} changed its memory format after the average was made; "
+            "make a new ShardedEMA after model.to(memory_format=...)"
+        )
+    return tensor.detach().view(-1)[span.start : span.stop]
+
+
+def leads(groups: Groups) -> bool:
+    """Whether this rank is the first of its replicas, which writes what is not divided."""
+    return all(dist.get_rank(group) == 0 for group in groups)
+
+
+def whole_copy(named: Named, groups: Groups) -> Place:
+    """The place of a tensor that all ranks reached over ``groups`` hold whole.
+
+    A buffer has no replicas: its values may differ (batch statistics), so nobody can keep
+    another's slice of it.
+    """
+    shared = groups if isinstance(named.tensor, nn.Parameter) else ()
+    return Place(Box.whole(named.tensor.shape), shared, writes=leads(groups))
