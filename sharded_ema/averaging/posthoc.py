@@ -2,8 +2,8 @@
 
 Source: Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion Models" (2023),
 section 3.2 and algorithm 3. There the profile of a power-function average is the continuous
-``t ** gamma``. Here it is what :class:`~sharded_ema.averaging.schedules.Power` really does, which has
-a closed form as well: after ``N`` updates the weights taken in at update ``i`` count
+``t ** gamma``. Here it is what :class:`~sharded_ema.averaging.schedules.Power` really does, which
+has a closed form as well: after ``N`` updates the weights taken in at update ``i`` count
 
     ``w(i) = (i / N) ** (gamma + 1) - ((i - 1) / N) ** (gamma + 1)``,  ``i = 1 .. N``
 
