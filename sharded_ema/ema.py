@@ -1,18 +1,39 @@
-"""``ShardedEMA``: the averages of a sharded model, with their checkpoints and metrics."""
+"""``ShardedEMA``: the averages of a sharded model, from the first step to the last checkpoint.
+
+The face of the library, in the order of a training program: make it, let it follow the optimizer,
+look at the average, store it, close it. It holds four parts and does what takes several of them:
+the model that is followed (:mod:`sharded_ema.model`), its average (:mod:`sharded_ema.averaging`),
+the store of its checkpoints (:mod:`sharded_ema.checkpoint`), and what is noticed of its health.
+"""
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.averaging.schedules import horizon
-from sharded_ema.checkpoint.engine import EngineCheckpoints
-from sharded_ema.checkpoint.store import Checkpointing, relative_distance
-from sharded_ema.errors import CheckpointNotFoundError
-from sharded_ema.model.steps import StepHooks
+import torch
+from torch import Tensor, nn
+
+from sharded_ema.averaging.average import Average, check_dtype
+from sharded_ema.averaging.distance import partial_distances, relative_distance
+from sharded_ema.averaging.health import Health
+from sharded_ema.averaging.schedules import Schedule, as_profiles
+from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
+from sharded_ema.checkpoint.store import Store
+from sharded_ema.checkpoint.writing.background import SaveHandle
+from sharded_ema.config import Settings
+from sharded_ema.errors import CheckpointNotFoundError, StateError
+from sharded_ema.model.followed import FollowedModel
+from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
+from sharded_ema.model.sources import make_source
+from sharded_ema.model.steps import AppliedSteps, StepListener
 
 
-class ShardedEMA(Checkpointing):
+class ShardedEMA:
     """Exponential moving averages of a model's weights, each rank keeping its own shard.
 
     Every profile keeps ``shadow = decay * shadow + (1 - decay) * parameter`` in fp32 for this
@@ -35,7 +56,8 @@ class ShardedEMA(Checkpointing):
             ``"ignore"`` leaves them out. Integer buffers are never averaged.
         frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not;
             default ``"save"``, but ``"skip"`` for a model with PEFT adapters.
-        shadow_dtype: dtype of the shadow; below fp32 it must be forced with ``force_dtype``.
+        shadow_dtype: dtype of the shadow. One below fp32 is refused with decays at which it would
+            not move.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
@@ -44,22 +66,90 @@ class ShardedEMA(Checkpointing):
             before the shadow is touched (reads the parameters twice and waits for the device), or
             ``"allow"``.
         impl: ``"foreach"`` or ``"reference"``.
-        total_steps: planned optimizer steps of the run; only used for warnings.
-        force_dtype: accept a shadow below fp32, which rounds small updates away.
+        total_steps: planned optimizer steps of the run; only used for warnings and for the check
+            of ``shadow_dtype``.
+        force_dtype: deprecated; accepts any ``shadow_dtype``, also one that would not move.
         timeout: seconds after which a rank that does not come to a swap or save counts as absent.
 
     Raises:
         ConfigError: a setting is out of range.
         BindError: nothing to average, or a meta or size-0 parameter.
         UnsupportedLayoutError: a parameter is sharded in an unsupported way.
+        FrameworkVersionError: this version of PyTorch or DeepSpeed lacks what reading it takes.
     """
 
+    # What a copy does not share: it is attached to nothing.
+    _not_copied = ("_engine_checkpoints",)
     _engine_checkpoints: EngineCheckpoints | None = None
-    _not_copied = (*Checkpointing._not_copied, "_engine_checkpoints")
 
-    # ------------------------------------------------------------------ checkpoints
+    def __init__(
+        self,
+        target: nn.Module,
+        schedule: float | str | Schedule | Mapping[str, float | str | Schedule] = 0.9999,
+        *,
+        update_every: int = 1,
+        start_step: int = 0,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "copy",
+        frozen: str | None = None,
+        shadow_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+        shard_replicas: bool = True,
+        nonfinite: str = "skip",
+        impl: str | None = None,
+        total_steps: int | None = None,
+        force_dtype: bool = False,
+        timeout: float = 600.0,
+    ) -> None:
+        profiles = as_profiles(schedule)
+        settings = Settings(
+            update_every=update_every,
+            start_step=start_step,
+            buffers=buffers,
+            frozen=frozen or ("skip" if adapters_of(target) else "save"),
+            nonfinite=nonfinite,
+            total_steps=total_steps,
+        )
+        if force_dtype:
+            warnings.warn(
+                "force_dtype is deprecated: a shadow_dtype below float32 is accepted wherever the "
+                "average moves in it",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+        else:
+            check_dtype(shadow_dtype, profiles, total_steps)
+        selection = Selection(
+            include=as_patterns(include), exclude=as_patterns(exclude) or (), buffers=buffers
+        )
+        source = make_source(target, selection, shard_replicas=shard_replicas)
+        self._closed = False
+        self._model = FollowedModel(source, timeout)
+        self._average = Average(
+            profiles,
+            self._model.live(),
+            self._model.names,
+            update_every=update_every,
+            start_step=start_step,
+            nonfinite=nonfinite,
+            dtype=shadow_dtype,
+            device=torch.device(device) if device is not None else None,
+            impl=impl,
+        )
+        self._health = Health()
+        self._store = Store(self._average, self._model, settings, self._health)
+        self._begin(self._average.start())
+        self._health.check_horizon(self._average, total_steps)
 
-    def attach(self, *optimizers: Any, checkpoint: bool = True, strict: bool = False) -> StepHooks:
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._not_copied}
+
+    # ------------------------------------------------------------------ following the optimizer
+
+    def attach(
+        self, *optimizers: Any, checkpoint: bool = True, strict: bool = False
+    ) -> AppliedSteps:
         """Update after every step that the optimizers apply; all of them in one call.
 
         The ranks check here once that they hold the same replicated parameters, and under
@@ -81,23 +171,321 @@ class ShardedEMA(Checkpointing):
             BindError: what the ranks hold contradicts itself; the parameter is named.
             StateError: already attached.
         """
-        hooks = self._attach(optimizers)
-        if self._source.engine is not None and checkpoint:
+        self._require_usable()
+        steps = self._model.attach(
+            optimizers,
+            StepListener(
+                before=self._refuse_step, applied=self._applied_step, removed=self._detached
+            ),
+        )
+        if checkpoint:
             self._engine_checkpoints = EngineCheckpoints(
-                self._source.engine,
-                refuse=self._refuse_in_swap,
-                save=lambda path, step: self.save(path, step=step, replace=True, latest=False),
-                loaded=lambda path: self._loaded_by_engine(path, strict=strict),
+                steps.trainer,
+                Traveller(
+                    refuse=self._model.refuse_in_swap,
+                    save=lambda path, step: self.save(path, step=step, replace=True, latest=False),
+                    load=lambda path, step: self._loaded_by_engine(path, step, strict=strict),
+                ),
             )
-        return hooks
+        return steps
 
-    def _detached(self) -> None:
-        super()._detached()
+    def update(self) -> None:
+        """One optimizer step was applied: advance the average. Not needed once attached.
+
+        Raises:
+            SwapError: inside :meth:`swap`.
+            NonFiniteError: with ``nonfinite="raise"``, on the ranks whose shard holds NaN or Inf;
+                their shadow is untouched. There is no collective here to tell the others.
+        """
+        if self._model.steps is not None:
+            self._health.warn_once(
+                "double",
+                "update() was called although an optimizer is attached, which updates the average "
+                "already; every step counts twice now. Remove the call or the attachment",
+            )
+        if torch.compiler.is_compiling():  # compiled, it would be rounded in another way
+            torch.compiler.disable(self._applied_step)()
+        else:
+            self._applied_step()
+
+    def reseed(self) -> None:
+        """Start the average anew from the weights as they are now; never communicates.
+
+        For weights that were replaced after the average was made, such as those of an older run
+        that kept none. ``num_updates`` is 0 again; before ``start_step`` nothing changes but the
+        shadow.
+
+        Raises:
+            SwapError: inside :meth:`swap`.
+        """
+        self._model.refuse_in_swap("reseed()")
+        self._require_open()
+        self._catch_up()
+        self._begin(self._average.start())
+
+    # ------------------------------------------------------------------ using the average
+
+    @contextmanager
+    def swap(self, profile: str | None = None) -> Iterator[None]:
+        """Let the average stand in for the parameters, and restore them exactly afterwards.
+
+        Do not enter between a forward and its backward. Entering is collective where replicas
+        share the work (DDP; meshes that replicate parameters, or leave some plain) and under
+        DeepSpeed, and in every layout the first time if :meth:`attach` was never called: every
+        rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on one
+        rank is raised on all; elsewhere it is safe on one rank alone.
+
+        Args:
+            profile: which average; may be left out if there is only one.
+
+        Raises:
+            SwapError: a swap is active already; or, under ZeRO 1 to 3, another rank left the block
+                with an exception.
+            AbsentRankError: a rank did not come to a collective entry or exit.
+        """
+        name = self._average.choose(profile)
+        self._model.refuse_in_swap("a second swap()")
+
+        def prepare() -> None:
+            self._ready()
+            self._check_moving()
+
+        with self._model.replaced(name, lambda: self._average.shadow.views[name], prepare):
+            yield
+
+    def copy_to(self, profile: str | None = None) -> None:
+        """Overwrite the parameters with the average for good. Collective where swap is."""
+        name = self._average.choose(profile)
+        self._model.refuse_in_swap("copy_to()")
+        self._model.overwrite(lambda: self._average.shadow.views[name], self._ready)
+        self._health.note_weights(self._average, self._model.weights())
+
+    # ------------------------------------------------------------------ storing it
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Tensors that ``torch.distributed.checkpoint`` saves and loads in place; no collective.
+
+        Keys are ``<profile>.<name>``, ``_frozen.<name>``, ``_buffers.<name>`` and ``_meta`` (uint8,
+        canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
+        save but never overwritten by a load.
+        """
+        self._ready()
+        return self._store.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take over a state: tensors loaded in place by DCP, or full tensors by the same keys.
+
+        Args:
+            strict: refuse missing or unknown names and a changed schedule.
+
+        Raises:
+            CheckpointMismatchError: names, shapes or schedules do not fit.
+        """
+        self._model.refuse_in_swap("load_state_dict()")
+        self._require_open()
+        self._catch_up()
+        self._go_on_from(self._store.load_state_dict(state, strict=strict))
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        step: int,
+        asynchronous: bool = False,
+        format: str = "safetensors",
+        replace: bool = False,
+        latest: bool = True,
+        keep_last: int | None = None,
+    ) -> SaveHandle:
+        """Write a committed, durable checkpoint; all ranks call it. Also inside a swap.
+
+        What killed saves have left beside ``path`` is removed first.
+
+        Args:
+            path: directory that the checkpoint will be, or a URL that fsspec has a driver for
+                (``s3://bucket/run/step_1000``), where ``replace`` and ``format="dcp"`` are refused.
+            step: training step to record.
+            asynchronous: copy what is saved to host memory, return, and write it in a thread. The
+                next save, load and ``close()`` wait for it, and raise what went wrong in it.
+            format: ``"safetensors"``, or ``"dcp"`` for PyTorch's own distributed format.
+            replace: replace a checkpoint that is at ``path``.
+            latest: let the file ``latest`` beside ``path`` name this checkpoint. A file of that
+                name which something else has put there is left alone.
+            keep_last: after the commit, remove all but so many checkpoints beside ``path`` whose
+                names differ from its name in digits only. The new one always stays.
+
+        Returns:
+            A handle; its ``result()`` is the path, once committed.
+
+        Raises:
+            CheckpointExistsError: ``path`` is taken; nothing was written.
+            CheckpointWriteError: a rank could not write, now or in the asynchronous save before;
+                what could not be written was not committed.
+        """
+        handle = self._store.save(
+            path,
+            step=step,
+            asynchronous=asynchronous,
+            format=format,
+            replace=replace,
+            latest=latest,
+            keep_last=keep_last,
+            ready=self._ready,
+        )
+        self._check_health()
+        return handle
+
+    def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
+        """Load a checkpoint of any sharding; all ranks call it.
+
+        Args:
+            path: directory of a committed checkpoint, ours or one of DCP with an average in it;
+                or the file ``latest`` that names one.
+            strict: refuse missing or unknown names and a changed schedule; else keep what the
+                checkpoint lacks and go on with this object's schedule.
+            verify: check the digest of every chunk that is loaded before copying it.
+
+        Returns:
+            The step it was saved under.
+
+        Raises:
+            CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError,
+            CheckpointMismatchError: on all ranks together. If data could not be read midway the
+            average refuses use until a load succeeds.
+        """
+        self._model.refuse_in_swap("load()")
+
+        def ready() -> None:
+            self._require_open()
+            self._catch_up()
+            self._average.mirror()  # which is kept where the checkpoint lacks something
+
+        meta = self._store.load(path, strict=strict, verify=verify, ready=ready)
+        self._go_on_from(meta)
+        return int(meta["step"])
+
+    # ------------------------------------------------------------------ looking at it
+
+    @property
+    def num_updates(self) -> int:
+        """Applied optimizer steps since the seed, the ``n`` of ``schedule.decay(n)``."""
+        return self._average.num_updates
+
+    @property
+    def decay(self) -> dict[str, float]:
+        """Decay per optimizer step in force, by profile."""
+        return self._average.decays
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes on this rank.
+
+        ``shadow``: allocated for the averages; ``ideal``: elements owned times their size;
+        ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active;
+        ``staging``: host memory that asynchronous saves copy to, kept from the first one on.
+        """
+        allocated = self._average.shadow.allocated
+        return {
+            "shadow": sum(allocated.values()),
+            "ideal": self._average.shadow.num_bytes,
+            "host": sum(n for device, n in allocated.items() if device.type == "cpu"),
+            "swap_backup": self._model.backup_bytes,
+            "staging": self._store.staging_bytes,
+        }
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
+        return list(self._model.names)
+
+    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+        """Numbers to log; waits for the device.
+
+        ``num_updates``, ``applied_steps``, ``skipped_steps`` (seen by the hooks),
+        ``nonfinite_elements`` (on this rank) and for each profile ``decay/<p>``,
+        ``horizon_steps/<p>`` (``1 / (1 - decay)``) and ``seed_weight/<p>`` (share of the average
+        that is still the initial weights).
+
+        Args:
+            distance: add ``distance/<p>``, the norm of average minus parameters over that of the
+                parameters, exact over all ranks; every rank must then call.
+        """
+        if distance:
+            self._model.refuse_in_swap("metrics(distance=True)")
+            self._ready()
+        else:  # one rank alone may call this, as loggers do
+            self._require_usable()
+            self._count()
+        self._check_health()
+        steps = self._model.steps
+        found: dict[str, float] = {
+            "num_updates": self.num_updates,
+            "applied_steps": self._average.clock.applied_steps,
+            "skipped_steps": steps.skipped_steps if steps else 0,
+            "nonfinite_elements": self._average.shadow.collect_skipped(),
+            **self._average.numbers,
+        }
+        if distance:
+            live, counted = self._model.live(), self._model.counted_here
+            partial = partial_distances(self._average, live, counted, sampled=False)
+            gathered = self._model.ranks.gather(partial, "ema.metrics(distance=True)")
+            for name in partial:
+                found[f"distance/{name}"] = relative_distance([parts[name] for parts in gathered])
+        return {name: float(value) for name, value in found.items()}
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Wait for a save under way, detach, give last warnings and release the process groups.
+
+        Call it before ``torch.distributed.destroy_process_group()``; the object cannot be used
+        afterwards.
+
+        Raises:
+            CheckpointWriteError: an asynchronous save failed and nobody was told of it yet.
+        """
+        try:
+            self._store.wait()
+        finally:
+            if not self._closed:
+                self._model.refuse_in_swap("close()")
+                self._say_goodbye()
+                self._model.ranks.close()
+                self._closed = True
+            self._store.close()
+
+    def _say_goodbye(self) -> None:
+        self._model.flush_steps()
+        if self._average.broken is None:
+            self._check_health(closing=True)
+            self._health.check_forgotten(self._average)
+        if self._model.steps is not None:
+            self._model.steps.remove()
+
+    # ------------------------------------------------------------------ what happens in between
+
+    def _refuse_step(self) -> None:
+        self._model.refuse_in_swap("an optimizer step")
+
+    def _applied_step(self) -> None:
+        self._model.refuse_in_swap("update()")
+        self._require_usable()
+        started = self._average.advance(self._model.live())
+        if started is not None:
+            self._begin(started)
+
+    def _begin(self, nonfinite: Sequence[str]) -> None:
+        """The average has just become the weights, but for those that hold NaN or Inf."""
+        self._health.warn_of_seed(nonfinite)
+        self._health.begin(self._average, self._model.weights())
+
+    def _detached(self) -> None:  # a handle calls it once
+        self._model.detached()
         if self._engine_checkpoints is not None:
             self._engine_checkpoints.remove()
             self._engine_checkpoints = None
 
-    def _loaded_by_engine(self, path: Path | None, *, strict: bool) -> None:
+    def _loaded_by_engine(self, path: Path | None, engine_step: int, *, strict: bool) -> None:
         if path is None:
             self.reseed()
             return
@@ -114,77 +502,62 @@ class ShardedEMA(Checkpointing):
                 "an error",
             )
             return
-        if step != self._source.engine.global_steps:
+        if step != engine_step:
             self._health.warn_once(
                 "other step",
                 f"{path} was saved at step {step} and the engine's state at step "
-                f"{self._source.engine.global_steps}; they belong to different checkpoints",
+                f"{engine_step}; they belong to different checkpoints",
             )
 
-    # ------------------------------------------------------------------ looking at it
+    def _go_on_from(self, meta: Mapping[str, Any]) -> None:
+        """Values have just been loaded, and this is their description."""
+        fresh = self._average.go_on_from(meta)
+        if fresh:
+            self._health.warn_once(
+                "fresh profiles",
+                f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
+                "weights as they are now; its schedule goes on with the checkpoint's counters",
+            )
+        self._health.begin(self._average, self._model.weights(), loaded=True)
 
-    @property
-    def num_updates(self) -> int:
-        """Applied optimizer steps since the seed, the ``n`` of ``schedule.decay(n)``."""
-        return self._clock.num_updates
+    # ------------------------------------------------------------------ common ground
 
-    @property
-    def decay(self) -> dict[str, float]:
-        """Decay per optimizer step in force, by profile."""
-        n = max(1, self.num_updates)
-        return {name: s.decay(n) for name, s in self._settings.profiles.items()}
+    def _require_open(self) -> None:
+        if self._closed:
+            raise StateError("this average cannot be used: closed")
 
-    @property
-    def memory(self) -> dict[str, int]:
-        """Bytes on this rank.
+    def _require_usable(self) -> None:
+        self._require_open()
+        self._model.require_whole()
+        self._average.require_whole()
 
-        ``shadow``: allocated for the averages; ``ideal``: elements owned times their size;
-        ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active;
-        ``staging``: host memory that asynchronous saves copy to, kept from the first one on.
-        """
-        allocated = self._shadow.num_bytes
-        views = [v for views in self._shadow.views.values() for v in views]
-        return {
-            "shadow": sum(allocated.values()),
-            "ideal": sum(v.numel() * v.element_size() for v in views),
-            "host": sum(n for device, n in allocated.items() if device.type == "cpu"),
-            "swap_backup": self._backup_bytes,
-            "staging": self._staging.num_bytes,
-        }
+    def _count(self) -> None:
+        """Take in the steps that were applied so far, where that needs nothing of the model."""
+        self._model.flush_steps()
+        self._average.track(self._model.live())
+        if self._model.standing_in is None:
+            self._average.mirror()
 
-    @property
-    def names(self) -> list[str]:
-        """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
-        return list(self._names)
+    def _catch_up(self) -> None:
+        """Bring the model to rest and take up where its tensors are now."""
+        self._model.flush_steps()
+        self._model.settle()
+        self._health.warn_of_all(self._model.inventory.not_known())
+        self._average.track(self._model.live())
 
-    def metrics(self, *, distance: bool = False) -> dict[str, float]:
-        """Numbers to log; waits for the device.
+    def _ready(self) -> None:
+        """Bring model and average into step before anything reads them. Never communicates."""
+        self._require_usable()
+        self._catch_up()
+        if self._model.standing_in is None:
+            self._average.mirror()
 
-        ``num_updates``, ``applied_steps``, ``skipped_steps`` (seen by the hooks),
-        ``nonfinite_elements`` (on this rank) and for each profile ``decay/<p>``,
-        ``horizon_steps/<p>`` (``1 / (1 - decay)``) and ``seed_weight/<p>`` (share of the average
-        that is still the initial weights).
+    def _check_moving(self, *, closing: bool = False) -> None:
+        weights, attached = self._model.weights(), self._model.steps is not None
+        self._health.check_counted(self._average, weights, attached=attached, closing=closing)
+        self._health.check_moving(self._average, weights)
 
-        Args:
-            distance: add ``distance/<p>``, the norm of average minus parameters over that of the
-                parameters, exact over all ranks; every rank must then call.
-        """
-        self._prepare(settle=distance)  # else one rank alone may call this, as loggers do
-        self._check_health()
-        found: dict[str, float] = {
-            "num_updates": self.num_updates,
-            "applied_steps": self._clock.applied_steps,
-            "skipped_steps": self._hooks.skipped_steps if self._hooks else 0,
-            "nonfinite_elements": self._shadow.collect_skipped(),
-        }
-        for name, decay in self.decay.items():
-            found[f"decay/{name}"] = decay
-            found[f"horizon_steps/{name}"] = horizon(decay)
-            found[f"seed_weight/{name}"] = self._shadow.seed_weight[name]
-        if distance:
-            self._refuse_in_swap("metrics(distance=True)")
-            partial = self._distances(sampled=False)
-            gathered = self._ranks.gather(partial, "ema.metrics(distance=True)")
-            for name in partial:
-                found[f"distance/{name}"] = relative_distance([parts[name] for parts in gathered])
-        return {name: float(value) for name, value in found.items()}
+    def _check_health(self, *, closing: bool = False) -> None:
+        if self._model.standing_in is None:
+            self._check_moving(closing=closing)
+        self._health.check_finite(self._average.shadow.collect_skipped())

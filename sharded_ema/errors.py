@@ -30,6 +30,10 @@ class UnsupportedLayoutError(BindError):
     """A parameter is sharded in a way that this version does not support."""
 
 
+class FrameworkVersionError(EMAError):
+    """PyTorch or DeepSpeed lacks a private member that this library relies on."""
+
+
 class OptimizerError(EMAError):
     """An optimizer cannot drive the average, for example because it owns none of its parameters."""
 

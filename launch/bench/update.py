@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from bench.measure import ROOT, Report, Row, medians, nothing
 from sharded_ema import ShardedEMA
+from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import Constant
-from sharded_ema.averaging.shadow import Clock, Shadow
 
 DECAY = 0.999
 # Elements of ten tensors, from a matrix down to a bias; a hundred times over 21 M in 1,000 tensors.
@@ -53,18 +53,16 @@ class Bench:
         generator = torch.Generator().manual_seed(0)
         return [torch.randn(n, generator=generator).to(self.device, dtype) for n in sizes]
 
-    def shadow(self, live: Sequence[Tensor], *, guard: bool, profiles: int = 1) -> Shadow:
-        """The library's shadow of ``live``."""
-        shadow = Shadow(
+    def average(self, live: Sequence[Tensor], *, guard: bool, profiles: int = 1) -> Average:
+        """The library's average of ``live``."""
+        average = Average(
             {f"p{k}": Constant(DECAY) for k in range(profiles)},
             live,
-            dtype=torch.float32,
-            device=None,
-            guard=guard,
-            impl="foreach",
+            [f"t{i}" for i in range(len(live))],
+            nonfinite="skip" if guard else "allow",
         )
-        shadow.seed(keep_nonfinite=True)
-        return shadow
+        average.start()
+        return average
 
     def stream(self, num_bytes: int) -> Callable[[], object]:
         """An in-place pass that reads two thirds of ``num_bytes`` and writes one third."""
@@ -73,27 +71,20 @@ class Bench:
         return lambda: target.add_(source, alpha=1 - DECAY)
 
 
-def advance(shadow: Shadow) -> Callable[[], object]:
-    """One update of every average in ``shadow``."""
-    clock = Clock()
-    clock.reseed()
-
-    def call() -> None:
-        clock.tick()
-        shadow.lerp(clock)
-
-    return call
+def advance(average: Average, live: Sequence[Tensor]) -> Callable[[], object]:
+    """One update of every profile."""
+    return lambda: average.advance(live)
 
 
-def first_views(shadow: Shadow) -> list[Tensor]:
+def first_views(average: Average) -> list[Tensor]:
     """The tensors of its first average."""
-    return next(iter(shadow.views.values()))
+    return next(iter(average.shadow.views.values()))
 
 
 def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """fp32 parameters: 12 bytes are moved per element and average."""
     live, total = bench.tensors(sizes, torch.float32), sum(sizes)
-    plain = bench.shadow(live, guard=False)
+    plain = bench.average(live, guard=False)
     views = first_views(plain)
     swa = get_ema_multi_avg_fn(DECAY)
     foreach, limit = "torch._foreach_lerp_", "stream of the same bytes"
@@ -101,17 +92,17 @@ def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     return [
         Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit),
         Row(limit, bench.stream(12 * total)),
-        Row(one, advance(plain), foreach, limit),
-        Row("update, guard on", advance(bench.shadow(live, guard=True)), foreach, limit),
+        Row(one, advance(plain, live), foreach, limit),
+        Row("update, guard on", advance(bench.average(live, guard=True), live), foreach, limit),
         Row("swa_utils get_ema_multi_avg_fn", lambda: swa(views, live, 1), foreach, limit),
         Row(
             "update of K=3 averages, guard off",
-            advance(bench.shadow(live, guard=False, profiles=3)),
+            advance(bench.average(live, guard=False, profiles=3), live),
             one,
         ),
         Row(
             "update of K=3 averages, guard on",
-            advance(bench.shadow(live, guard=True, profiles=3)),
+            advance(bench.average(live, guard=True, profiles=3), live),
             "update, guard on",
         ),
     ]
@@ -120,7 +111,7 @@ def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
 def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """bf16 parameters and an fp32 shadow: 10 bytes are moved per element."""
     live, total = bench.tensors(sizes, torch.bfloat16), sum(sizes)
-    plain = bench.shadow(live, guard=False)
+    plain = bench.average(live, guard=False)
     views = first_views(plain)
 
     def loop() -> None:
@@ -128,11 +119,11 @@ def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
             average.lerp_(parameter.float(), 1 - DECAY)
 
     peer, limit = "bf16: loop of e.lerp_(p.float(), w)", "bf16: stream of the same bytes"
-    guarded = advance(bench.shadow(live, guard=True))
+    guarded = advance(bench.average(live, guard=True), live)
     return [
         Row(peer, loop, None, limit),
         Row(limit, bench.stream(10 * total)),
-        Row("bf16: update, guard off", advance(plain), peer, limit),
+        Row("bf16: update, guard off", advance(plain, live), peer, limit),
         Row("bf16: update, guard on", guarded, peer, limit),
     ]
 
@@ -148,7 +139,7 @@ def end_to_end_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """What a training loop calls, on a plain module."""
     model = module_of(bench.tensors(sizes, torch.float32))
     live = [parameter.detach() for parameter in model.parameters()]
-    views = first_views(bench.shadow(live, guard=False))
+    views = first_views(bench.average(live, guard=False))
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     foreach = "call: torch._foreach_lerp_"
     rows = [Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY))]

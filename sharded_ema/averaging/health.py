@@ -6,21 +6,18 @@ small samples when the user saves, swaps, asks for metrics or closes.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_ema.averaging.schedules import Schedule, horizon
-from sharded_ema.averaging.shadow import Clock, Shadow
+from sharded_ema.averaging.average import Average
+from sharded_ema.averaging.schedules import horizon
 from sharded_ema.errors import BindError, EMAWarning
 from sharded_ema.model.agreement import refuse_differing
 from sharded_ema.model.layout import Box
 
-# Elements of a rank that a sampled distance looks at.
-SAMPLE_NUMEL = 1 << 18
 # A sample for the question whether anything moved: a few elements of a few tensors.
 _PROBE_TENSORS = 32
 _PROBE_ELEMENTS = 64
@@ -49,27 +46,39 @@ class Health:
             self._warned.add(topic)
             warnings.warn(message, EMAWarning, stacklevel=4)
 
-    def begin(
-        self, clock: Clock, shadow: Shadow, live: Sequence[Tensor], *, loaded: bool = False
-    ) -> None:
-        """Averaging starts here, or goes on after a load."""
-        self._steps_at_start = clock.applied_steps
-        self._updates_at_start = clock.num_updates
-        self._seed_weight_at_start = dict(shadow.seed_weight)
+    def begin(self, average: Average, live: Sequence[Tensor], *, loaded: bool = False) -> None:
+        """Averaging starts here, or goes on after a load.
+
+        Args:
+            live: this rank's parts of the averaged parameters.
+        """
+        self._steps_at_start = average.clock.applied_steps
+        self._updates_at_start = average.num_updates
+        self._seed_weight_at_start = dict(average.seed_weights)
         self._live_at_start = _probe(live)
-        self._shadow_at_start = {name: _probe(views) for name, views in shadow.views.items()}
-        self.accept(clock, live)
+        views = average.shadow.views
+        self._shadow_at_start = {name: _probe(tensors) for name, tensors in views.items()}
+        self.note_weights(average, live)
         # Weights that go with a loaded average may be loaded after it.
         self._uncounted = -1 if loaded else 0
 
-    def accept(self, clock: Clock, live: Sequence[Tensor]) -> None:
+    def warn_of_seed(self, bad: Sequence[str]) -> None:
+        """Warn of parameters that hold NaN or Inf as their average starts."""
+        if bad:
+            self.warn_once(
+                "nonfinite seed",
+                f"{len(bad)} parameters hold NaN or Inf as their average starts, among them "
+                f"{list(bad[:3])}; initialise or load the weights before making the average",
+            )
+
+    def note_weights(self, average: Average, live: Sequence[Tensor]) -> None:
         """What the weights are now needs no explanation."""
-        self._seen_steps = clock.applied_steps
+        self._seen_steps = average.clock.applied_steps
         self._seen_live = _probe(live)
         self._seen_dtypes = [tensor.dtype for tensor in live]
 
     def check_counted(
-        self, clock: Clock, live: Sequence[Tensor], *, attached: bool, closing: bool = False
+        self, average: Average, live: Sequence[Tensor], *, attached: bool, closing: bool = False
     ) -> None:
         """Warn if the weights have moved and no step was counted. Waits for the device.
 
@@ -79,14 +88,15 @@ class Health:
             closing: no ``update()`` can follow.
         """
         before, dtypes = self._seen_live, self._seen_dtypes
-        counted = clock.applied_steps != self._seen_steps
-        self.accept(clock, live)
+        applied_steps = average.clock.applied_steps
+        counted = applied_steps != self._seen_steps
+        self.note_weights(average, live)
         assert before is not None and self._seen_live is not None
         if counted:
             self._uncounted = 0
         elif dtypes == self._seen_dtypes and not torch.equal(before, self._seen_live):
             self._uncounted += 1
-        never = closing and clock.applied_steps == self._steps_at_start
+        never = closing and applied_steps == self._steps_at_start
         if self._uncounted > (0 if attached or never else 1):
             remedy = (
                 "the attached optimizer is not what trains this model (it was replaced, copied or "
@@ -99,20 +109,20 @@ class Health:
             self.warn_once(
                 "uncounted",
                 f"the weights have changed and no optimizer step was counted after step "
-                f"{clock.applied_steps}, so the average stands still: {remedy} ema.update() after "
+                f"{applied_steps}, so the average stands still: {remedy} ema.update() after "
                 "each applied step. If you loaded or edited weights, make the ShardedEMA after it",
             )
 
-    def check_moving(self, clock: Clock, shadow: Shadow, live: Sequence[Tensor]) -> None:
+    def check_moving(self, average: Average, live: Sequence[Tensor]) -> None:
         """Warn if the weights have moved and an average has not. Waits for the device."""
-        if self._live_at_start is None or clock.num_updates < self._updates_at_start + 10:
+        if self._live_at_start is None or average.num_updates < self._updates_at_start + 10:
             return
         if torch.equal(_probe(live), self._live_at_start):
             return
-        for name, views in shadow.views.items():
+        for name, views in average.shadow.views.items():
             # Every decay so far was 1 if nothing was forgotten; a weight of 0 has no share to lose.
             before = self._seed_weight_at_start[name]
-            share = 1.0 - shadow.seed_weight[name] / before if before else 1.0
+            share = 1.0 - average.seed_weights[name] / before if before else 1.0
             moved = not torch.equal(_probe(views), self._shadow_at_start[name])
             if moved or 0.0 < share < _EXPECTED_MOVE:
                 continue
@@ -125,17 +135,20 @@ class Health:
             )
             self.warn_once(
                 f"still {name}",
-                f"after {clock.num_updates} updates the average {name!r} is still the initial "
+                f"after {average.num_updates} updates the average {name!r} is still the initial "
                 f"weights although the weights have moved: {reason}",
             )
 
-    def check_horizon(
-        self, profiles: Mapping[str, Schedule], total_steps: int | None, start_step: int
-    ) -> None:
-        """Warn if at the end of the planned run the initial weights would still count most."""
+    def check_horizon(self, average: Average, total_steps: int | None) -> None:
+        """Warn if at the end of the planned run the initial weights would still count most.
+
+        Args:
+            total_steps: planned optimizer steps; ``None`` if unknown.
+        """
         if total_steps is None:
             return
-        for name, schedule in profiles.items():
+        start_step = average.clock.start_step
+        for name, schedule in average.profiles.items():
             left = 1.0
             for n in range(1, total_steps - start_step + 1):
                 left *= schedule.decay(n)
@@ -151,20 +164,20 @@ class Health:
                     "Warmup or Power",
                 )
 
-    def check_forgotten(self, clock: Clock, shadow: Shadow) -> None:
+    def check_forgotten(self, average: Average) -> None:
         """Warn at the end of a run if most of an average is still its seed."""
-        for name, left in shadow.seed_weight.items():
-            if clock.num_updates and left > 0.5:
+        for name, left in average.seed_weights.items():
+            if average.num_updates and left > 0.5:
                 self.warn_once(
                     f"horizon {name}",
-                    f"after {clock.num_updates} steps {left:.0%} of the average {name!r} is still "
-                    "the weights it was seeded with; use a lower decay, HalfLifeFraction, Warmup "
-                    "or Power, or a later start_step",
+                    f"after {average.num_updates} steps {left:.0%} of the average {name!r} is "
+                    "still the weights it was seeded with; use a lower decay, HalfLifeFraction, "
+                    "Warmup or Power, or a later start_step",
                 )
 
-    def check_complete(self, left_out: Iterable[tuple[str, str]]) -> None:
-        """Warn of what the average does not know; topics and messages."""
-        for topic, message in left_out:
+    def warn_of_all(self, warned: Iterable[tuple[str, str]]) -> None:
+        """Warn of several things; topics and messages."""
+        for topic, message in warned:
             self.warn_once(topic, message)
 
     def check_equal(self, records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
@@ -189,29 +202,6 @@ class Health:
                 "average on this rank; look at the loss and the gradient norm, or pass "
                 'nonfinite="raise" to stop at once',
             )
-
-
-@torch.no_grad()
-def squared_distance(
-    views: Sequence[Tensor], live: Sequence[Tensor], *, sampled: bool
-) -> tuple[float, float]:
-    """``(sum (shadow - live)**2, sum live**2)`` over this rank's elements, in float64.
-
-    Args:
-        sampled: look at no more than about 2**18 elements, at a fixed stride.
-    """
-    total = sum(t.numel() for t in live)
-    stride = max(1, math.ceil(total / SAMPLE_NUMEL)) if sampled else 1
-    sums: dict[torch.device, list[Tensor]] = {}
-    for view, parameter in zip(views, live, strict=True):
-        if parameter.numel():
-            a = view.reshape(-1)[::stride].double()
-            b = parameter.detach().reshape(-1)[::stride].to(a.device).double()
-            pair = torch.stack([(a - b).square().sum(), b.square().sum()])
-            sums.setdefault(a.device, []).append(pair)
-    # One wait for each device, not for each tensor.
-    totals = [torch.stack(pairs).sum(0).tolist() for pairs in sums.values()]
-    return sum(apart for apart, _ in totals), sum(norm for _, norm in totals)
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ decays of the window, so that the average means the same at every N.
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import ConfigError
 
 
@@ -321,6 +324,35 @@ def as_schedule(value: float | str | Schedule) -> Schedule:
     if isinstance(value, Schedule):
         return value
     raise ConfigError(f"a schedule is a decay, a text or a Schedule, not {type(value).__name__}")
+
+
+_PROFILE_NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*")
+
+
+def as_profiles(
+    schedule: float | str | Schedule | Mapping[str, float | str | Schedule],
+) -> dict[str, Schedule]:
+    """Profiles from what the user passed; a single schedule is named ``"ema"``.
+
+    Raises:
+        ConfigError: a name may not stand in a key, or a schedule is none.
+    """
+    if not isinstance(schedule, Mapping):
+        return {DEFAULT_PROFILE: as_schedule(schedule)}
+    if not schedule:
+        raise ConfigError("at least one profile is needed, got an empty dict")
+    for name in schedule:
+        if not is_profile_name(name):
+            raise ConfigError(
+                f"profile name {name!r} must consist of letters, digits, '_' and '-' and must not "
+                "begin with '_'"
+            )
+    return {name: as_schedule(value) for name, value in schedule.items()}
+
+
+def is_profile_name(name: str) -> bool:
+    """Whether an average may be called so: its name stands in keys, before a dot."""
+    return bool(_PROFILE_NAME.fullmatch(name))
 
 
 def horizon(decay: float) -> float:

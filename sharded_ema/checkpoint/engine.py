@@ -9,40 +9,62 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from sharded_ema.config import ENGINE_DIRECTORY
 from sharded_ema.model.steps import MethodWrap
+
+
+@runtime_checkable
+class WritesCheckpoints(Protocol):
+    """What trains a model and writes checkpoints of its own, as a DeepSpeed engine."""
+
+    global_steps: int
+
+    def save_checkpoint(self, save_dir: str, tag: str | None = None) -> Any:
+        """Write ``save_dir/<tag>``."""
+        ...
+
+    def load_checkpoint(self, load_dir: str, tag: str | None = None) -> Any:
+        """Read ``load_dir/<tag>``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Traveller:
+    """What goes along in somebody else's checkpoints.
+
+    Attributes:
+        refuse: called with the name of what is about to happen; may raise to prevent it.
+        save: called with the directory to write and the trainer's step, before it saves.
+        load: called with the directory to read and the trainer's step, after it has loaded its own
+            state; with ``None`` for the directory if the user asked for weights only.
+    """
+
+    refuse: Callable[[str], None]
+    save: Callable[[Path, int], object]
+    load: Callable[[Path | None, int], None]
 
 
 class EngineCheckpoints:
     """Wraps ``save_checkpoint`` and ``load_checkpoint`` of one engine until removed.
 
     Args:
-        engine: a DeepSpeed engine.
-        refuse: called with the name of what is about to happen; may raise to prevent it.
-        save: called with the directory to write and the engine's step, before the engine saves.
-        loaded: called with the directory to read after the engine loaded its own state, or with
-            ``None`` if the user asked for weights only.
+        engine: a DeepSpeed engine; whatever else writes no checkpoints is left alone.
+        traveller: what goes along.
     """
 
-    def __init__(
-        self,
-        engine: Any,
-        *,
-        refuse: Callable[[str], None],
-        save: Callable[[Path, int], object],
-        loaded: Callable[[Path | None], None],
-    ) -> None:
+    def __init__(self, engine: Any, traveller: Traveller) -> None:
         self._engine = engine
-        self._refuse = refuse
-        self._save = save
-        self._loaded = loaded
-        self._wraps = [
-            MethodWrap(engine, "save_checkpoint", self._around_save),
-            MethodWrap(engine, "load_checkpoint", self._around_load),
-        ]
+        self._traveller = traveller
+        self._wraps: list[MethodWrap] = []
+        if isinstance(engine, WritesCheckpoints):
+            self._wraps = [
+                MethodWrap(engine, "save_checkpoint", self._around_save),
+                MethodWrap(engine, "load_checkpoint", self._around_load),
+            ]
 
     def remove(self) -> None:
         """Detach from the engine."""
@@ -51,18 +73,18 @@ class EngineCheckpoints:
         self._wraps.clear()
 
     def _around_save(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._refuse("engine.save_checkpoint()")
+        self._traveller.refuse("engine.save_checkpoint()")
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         tag = given.get("tag")
         if tag is None:  # as DeepSpeed names it
             tag = f"global_step{self._engine.global_steps}"
         if given["save_dir"]:  # else DeepSpeed refuses
             directory = Path(given["save_dir"], str(tag), ENGINE_DIRECTORY)
-            self._save(directory, self._engine.global_steps)
+            self._traveller.save(directory, self._engine.global_steps)
         return original(*args, **kwargs)
 
     def _around_load(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._refuse("engine.load_checkpoint()")
+        self._traveller.refuse("engine.load_checkpoint()")
         given = inspect.signature(original).bind(*args, **kwargs).arguments
         tag = given.get("tag")
         if tag is None:  # read before: it is the tag that DeepSpeed is about to load
@@ -72,7 +94,6 @@ class EngineCheckpoints:
         result = original(*args, **kwargs)
         if tag is not None and result[0] is not None:
             weights_only = given.get("load_module_only", False)
-            self._loaded(
-                None if weights_only else Path(given["load_dir"], str(tag), ENGINE_DIRECTORY)
-            )
+            directory = Path(given["load_dir"], str(tag), ENGINE_DIRECTORY)
+            self._traveller.load(None if weights_only else directory, self._engine.global_steps)
         return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import Schedule
-from sharded_ema.averaging.shadow import Clock, Shadow
 from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
 from sharded_ema.checkpoint.reading.opened import Catalog
 from sharded_ema.config import (
@@ -20,40 +21,30 @@ from sharded_ema.config import (
     META_KEY,
     META_VERSION,
     Settings,
-    check_schedules,
 )
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import Piece, pieces_of, whole
-from sharded_ema.model.sources import ShardSource
+from sharded_ema.model.sources.protocol import ReadsShards
 
 # Names of absent tensors that are listed in full.
 _MAX_ABSENT_NAMES = 100
 
 
-def make_meta(
-    settings: Settings, clock: Clock, shadow: Shadow, source: ShardSource
-) -> dict[str, Any]:
+# ---------------------------------------------------------------------- giving
+
+
+def make_meta(settings: Settings, average: Average, inventory: Inventory) -> dict[str, Any]:
     """What a checkpoint says of itself: schedules, counters, aliases; JSON types only."""
-    inventory = source.inventory
     absent = [named.fqn for named in inventory.excluded]
     if settings.frozen == "skip":
         absent += [named.fqn for named in inventory.frozen]
-    n = max(1, clock.num_updates)
     return {
         "version": META_VERSION,
         "kind": "ema",
-        "step": clock.applied_steps,
-        "num_updates": clock.num_updates,
-        **clock.to_dict(),
-        "profiles": {
-            name: {
-                "schedule": schedule.to_dict(),
-                "decay": schedule.decay(n),
-                "seed_weight": shadow.seed_weight[name],
-            }
-            for name, schedule in settings.profiles.items()
-        },
+        "step": average.clock.applied_steps,
+        **average.describe(),
         "aliases": {
             named.fqn: list(named.aliases)
             for named in (*inventory.averaged, *inventory.frozen)
@@ -63,32 +54,32 @@ def make_meta(
         "buffers": settings.buffers,
         "frozen": settings.frozen,
         "absent": {"count": len(absent), "names": absent[:_MAX_ABSENT_NAMES]},
-        "nonfinite_elements": shadow.collect_skipped(),
+        "nonfinite_elements": average.shadow.collect_skipped(),
     }
 
 
-def make_averages(source: ShardSource, shadow: Shadow) -> dict[str, Tensor]:
+def make_averages(reader: ReadsShards, average: Average) -> dict[str, Tensor]:
     """``<profile>.<name>``: the shadows as values that DCP can save and load in place."""
     return {
         f"{profile}.{shard.name.fqn}": value
-        for profile, views in shadow.views.items()
-        for shard, value in zip(source.shards, source.values(views), strict=True)
+        for profile, views in average.shadow.views.items()
+        for shard, value in zip(reader.shards, reader.stored(views), strict=True)
     }
 
 
-def make_state(source: ShardSource, shadow: Shadow, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+def make_state(reader: ReadsShards, average: Average, meta: Mapping[str, Any]) -> dict[str, Tensor]:
     """The averages, and what makes an export a whole model: frozen parameters and buffers."""
-    state = make_averages(source, shadow)
+    state = make_averages(reader, average)
     if meta["frozen"] == "save":
-        for named in source.inventory.frozen:
-            state[FROZEN_PREFIX + named.fqn] = source.extra_value(named)
-    for named in source.inventory.buffers:
-        state[BUFFERS_PREFIX + named.fqn] = source.extra_value(named)
-    state[META_KEY] = _meta_tensor(meta, source)
+        for named in reader.inventory.frozen:
+            state[FROZEN_PREFIX + named.fqn] = reader.stored_apart(named)
+    for named in reader.inventory.buffers:
+        state[BUFFERS_PREFIX + named.fqn] = reader.stored_apart(named)
+    state[META_KEY] = _meta_tensor(meta, reader.ranks)
     return state
 
 
-def _meta_tensor(meta: Mapping[str, Any], source: ShardSource) -> Tensor:
+def _meta_tensor(meta: Mapping[str, Any], ranks: Sequence[int]) -> Tensor:
     data = encode_meta(dict(meta))
     if len(data) > META_BYTES:
         raise ConfigError(
@@ -97,53 +88,36 @@ def _meta_tensor(meta: Mapping[str, Any], source: ShardSource) -> Tensor:
         )
     tensor = torch.zeros(META_BYTES, dtype=torch.uint8, device="cpu")
     tensor[: len(data)] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-    if not source.ranks:
+    if not ranks:
         return tensor
-    return whole(tensor, writes=source.is_first_rank)
+    return whole(tensor, writes=torch.distributed.get_rank() == ranks[0])
 
 
-def read_meta(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The description in a state dict.
-
-    Raises:
-        CheckpointMismatchError: there is none, so this is no state of an average.
-    """
-    value = state.get(META_KEY)
-    if not isinstance(value, Tensor):
-        raise CheckpointMismatchError(
-            f"the state has no {META_KEY!r}, so it is not the state of a ShardedEMA; its keys "
-            f"look like {list(state)[:3]}"
-        )
-    ((_, tensor),) = pieces_of(value)
-    return decode_meta(tensor.cpu().numpy().tobytes(), META_KEY)
+# ---------------------------------------------------------------------- taking
 
 
 @dataclass(frozen=True, slots=True)
-class LoadPlan:
-    """What to read from a checkpoint: keys below ``prefix``, and its description."""
+class Stored:
+    """An average that is there to be loaded.
 
+    Attributes:
+        where: it is, for messages.
+        prefix: of its keys.
+        meta: what it says of itself.
+        shapes: by key, without the prefix.
+    """
+
+    where: str
     prefix: str
-    keys: list[str]
     meta: dict[str, Any]
+    shapes: Mapping[str, tuple[int, ...]]
 
 
-def plan_load(
-    catalog: Catalog,
-    own: Mapping[str, Tensor],
-    profiles: Mapping[str, Schedule] | None,
-    *,
-    elsewhere: frozenset[str],
-    strict: bool,
-) -> LoadPlan:
-    """Check a checkpoint against this average before anything is overwritten.
-
-    Args:
-        own: this object's averages by key.
-        profiles: schedules that must be the stored ones; ``None`` to accept others.
-        elsewhere: names that are averaged on other ranks only.
+def stored_in_checkpoint(catalog: Catalog) -> Stored:
+    """The one average in a checkpoint.
 
     Raises:
-        CheckpointMismatchError: no average in it, or names, shapes or schedules do not fit.
+        CheckpointMismatchError: there is none, or several.
     """
     prefixes = catalog.prefixes()
     if len(prefixes) != 1:
@@ -157,64 +131,96 @@ def plan_load(
                 "ema.reseed()"
             )
         )
-    prefix = prefixes[0]
-    meta = catalog.meta(prefix)
-    if profiles is not None:
-        check_schedules(meta, profiles)
-    stored = {
+    (prefix,) = prefixes
+    shapes = {
         key.removeprefix(prefix): tensor.shape
         for key, tensor in catalog.tensors.items()
         if key.startswith(prefix)
     }
-    _check(own, stored, meta, elsewhere, strict=strict, where=str(catalog.path))
-    return LoadPlan(prefix, [key for key in own if key in stored], meta)
+    return Stored(str(catalog.path), prefix, catalog.meta(prefix), shapes)
 
 
-def check_names(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Any],
-    meta: Mapping[str, Any],
-    *,
-    elsewhere: frozenset[str],
-    strict: bool,
-) -> None:
-    """The same for a state dict in memory."""
-    shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
-    _check(own, shapes, meta, elsewhere, strict=strict, where="the state")
+def stored_in_state(state: Mapping[str, Any]) -> Stored:
+    """The average in a state dict.
 
-
-def _check(
-    own: Mapping[str, Tensor],
-    stored: Mapping[str, Sequence[int]],
-    meta: Mapping[str, Any],
-    elsewhere: frozenset[str],
-    *,
-    strict: bool,
-    where: str,
-) -> None:
-    shapes = [
-        f"{key} is {tuple(stored[key])} there and {tuple(value.shape)} here"
-        for key, value in own.items()
-        if key in stored and tuple(stored[key]) != tuple(value.shape)
-    ]
-    if shapes:
+    Raises:
+        CheckpointMismatchError: it has no description, so this is no state of an average.
+    """
+    value = state.get(META_KEY)
+    if not isinstance(value, Tensor):
         raise CheckpointMismatchError(
-            f"{where} belongs to another model: {_some(shapes)}; nothing was loaded"
+            f"the state has no {META_KEY!r}, so it is not the state of a ShardedEMA; its keys "
+            f"look like {list(state)[:3]}"
         )
-    if not own.keys() & stored.keys():
+    ((_, tensor),) = pieces_of(value)
+    meta = decode_meta(tensor.cpu().numpy().tobytes(), META_KEY)
+    shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
+    return Stored("the state", "", meta, shapes)
+
+
+def check_fits(
+    own: Mapping[str, Tensor],
+    stored: Stored,
+    profiles: Mapping[str, Schedule],
+    *,
+    elsewhere: frozenset[str],
+    strict: bool,
+) -> None:
+    """Check what is there against this average before anything is overwritten.
+
+    Args:
+        own: this object's averages by key.
+        profiles: its schedules.
+        elsewhere: names that are averaged on other ranks only.
+        strict: refuse other schedules, missing and unknown names.
+
+    Raises:
+        CheckpointMismatchError: names, shapes or schedules do not fit.
+    """
+    if strict:
+        _check_schedules(stored.meta, profiles)
+    where, shapes = stored.where, stored.shapes
+    differing = [
+        f"{key} is {tuple(shapes[key])} there and {tuple(value.shape)} here"
+        for key, value in own.items()
+        if key in shapes and tuple(shapes[key]) != tuple(value.shape)
+    ]
+    if differing:
+        raise CheckpointMismatchError(
+            f"{where} belongs to another model: {_some(differing)}; nothing was loaded"
+        )
+    if not own.keys() & shapes.keys():
         raise CheckpointMismatchError(
             f"{where} has none of the averages of this model; nothing was loaded. It holds the "
-            f"profiles {sorted(meta['profiles'])}"
+            f"profiles {sorted(stored.meta['profiles'])}"
         )
-    averages = tuple(f"{name}." for name in meta["profiles"])
+    averages = tuple(f"{name}." for name in stored.meta["profiles"])
     known = own.keys() | {start + name for start in averages for name in elsewhere}
-    missing = [key for key in own if key not in stored]
-    extra = [key for key in stored if key.startswith(averages) and key not in known]
+    missing = [key for key in own if key not in shapes]
+    extra = [key for key in shapes if key.startswith(averages) and key not in known]
     if strict and (missing or extra):
         raise CheckpointMismatchError(
             f"{where} does not fit this model: it lacks {_some(missing)} and has unknown "
             f"{_some(extra)}; nothing was loaded. If that is meant, load with strict=False"
         )
+
+
+def _check_schedules(meta: Mapping[str, Any], profiles: Mapping[str, Schedule]) -> None:
+    """Refuse to continue an average under another schedule."""
+    stored = meta["profiles"]
+    if set(stored) != set(profiles):
+        raise CheckpointMismatchError(
+            f"the checkpoint holds the profiles {sorted(stored)}, this average has "
+            f"{sorted(profiles)}; use the same names, or load with strict=False"
+        )
+    for name, schedule in profiles.items():
+        # Through JSON, as the stored one went, which has lists for tuples.
+        if stored[name]["schedule"] != json.loads(json.dumps(schedule.to_dict())):
+            raise CheckpointMismatchError(
+                f"profile {name} was saved with the schedule {stored[name]['schedule']} and is "
+                f"loaded with {schedule.to_dict()}; use the same schedule, or load with "
+                "strict=False to continue under the new one"
+            )
 
 
 def _some(items: Sequence[str]) -> str:

@@ -1,32 +1,53 @@
-"""The stored part of an average: its state, saves and loads."""
+"""Where an average goes and comes back from: state dicts, saves and loads."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from os import PathLike
 from typing import Any
 
 from torch import Tensor
 
-from sharded_ema.averaging.average import Averager
-from sharded_ema.averaging.health import squared_distance
+from sharded_ema.averaging.average import Average
+from sharded_ema.averaging.distance import partial_distances, relative_distance
+from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
 from sharded_ema.checkpoint.location import as_location
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.staging import Staging
-from sharded_ema.config import check_schedules
+from sharded_ema.config import Settings
 from sharded_ema.errors import ConfigError
 from sharded_ema.model.agreement import Ranks
+from sharded_ema.model.followed import FollowedModel
 
 
-class Checkpointing(Averager):
-    """What :class:`~sharded_ema.ShardedEMA` is without engines and metrics; see there."""
+class Store:
+    """The checkpoints of one average.
 
-    _not_copied = (*Averager._not_copied, "_background", "_staging", "_writers")
+    Args:
+        average: its values and counters.
+        model: whose shards they are averages of.
+        settings: what a checkpoint holds beside them.
+        health: told of what the ranks find out together.
+    """
+
+    # What a copy does not share: it has no save under way.
+    not_copied = ("_background", "_staging", "_writers")
+
+    def __init__(
+        self, average: Average, model: FollowedModel, settings: Settings, health: Health
+    ) -> None:
+        self._average = average
+        self._model = model
+        self._settings = settings
+        self._health = health
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self.not_copied}
 
     @cached_property
     def _background(self) -> Background:
@@ -39,116 +60,77 @@ class Checkpointing(Averager):
     @cached_property
     def _writers(self) -> Ranks:
         """The ranks again, in a group that only the thread of a save talks in."""
-        return Ranks(self._source.ranks, self._timeout)
+        return self._model.ranks.again()
+
+    @property
+    def staging_bytes(self) -> int:
+        """Host memory that asynchronous saves copy to."""
+        return self._staging.num_bytes
+
+    # ------------------------------------------------------------------ state dicts
+
+    def _meta(self) -> dict[str, Any]:
+        return snapshot.make_meta(self._settings, self._average, self._model.inventory)
+
+    def _averages(self) -> dict[str, Tensor]:
+        return snapshot.make_averages(self._model.reader, self._average)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Tensors that ``torch.distributed.checkpoint`` saves and loads in place; no collective.
+        """Averages, what makes an export of them a whole model, and a description."""
+        return snapshot.make_state(self._model.reader, self._average, self._meta())
 
-        Keys are ``<profile>.<name>``, ``_frozen.<name>``, ``_buffers.<name>`` and ``_meta`` (uint8,
-        canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
-        save but never overwritten by a load.
-        """
-        self._prepare()
-        return snapshot.make_state(
-            self._source,
-            self._shadow,
-            snapshot.make_meta(self._settings, self._clock, self._shadow, self._source),
-        )
-
-    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
-        """Take over a state: tensors loaded in place by DCP, or full tensors by the same keys.
-
-        Args:
-            strict: refuse missing or unknown names and a changed schedule.
-
-        Raises:
-            CheckpointMismatchError: names, shapes or schedules do not fit.
-        """
-        self._refuse_in_swap("load_state_dict()")
-        # Not seeded first: what lies in the shadow may have been loaded in place just before.
-        self._prepare(usable=False, seed=False)
-        own = snapshot.make_averages(self._source, self._shadow)
-        before = self._unusable
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> Mapping[str, Any]:
+        """Take over the values of a state, and return its description."""
+        own = self._averages()
+        before = self._average.broken
         if snapshot.shares_memory(own, state):
-            self._unusable = "a state that does not fit was loaded in place"
-        meta = snapshot.read_meta(state)
-        if strict:
-            check_schedules(meta, self._settings.profiles)
-        others = self._source.elsewhere
-        snapshot.check_names(own, state, meta, elsewhere=others, strict=strict)
-        self._unusable = before or "load_state_dict() failed midway"
+            self._average.broken = "a state that does not fit was loaded in place"
+        stored = snapshot.stored_in_state(state)
+        self._check_fits(own, stored, strict=strict)
+        self._average.broken = before or "load_state_dict() failed midway"
         snapshot.copy_state(own, state)
-        self._take_meta(meta)
+        return stored.meta
+
+    def _check_fits(
+        self, own: Mapping[str, Tensor], stored: snapshot.Stored, *, strict: bool
+    ) -> None:
+        profiles, elsewhere = self._average.profiles, self._model.elsewhere
+        snapshot.check_fits(own, stored, profiles, elsewhere=elsewhere, strict=strict)
+
+    # ------------------------------------------------------------------ checkpoints
 
     def save(
         self,
         path: str | PathLike[str],
         *,
         step: int,
-        asynchronous: bool = False,
-        format: str = "safetensors",
-        replace: bool = False,
-        latest: bool = True,
-        keep_last: int | None = None,
+        asynchronous: bool,
+        format: str,
+        replace: bool,
+        latest: bool,
+        keep_last: int | None,
+        ready: Callable[[], None],
     ) -> SaveHandle:
-        """Write a committed, durable checkpoint; all ranks call it. Also inside a swap.
-
-        What killed saves have left beside ``path`` is removed first.
+        """Write a checkpoint; arguments as of :meth:`sharded_ema.ShardedEMA.save`. Collective.
 
         Args:
-            path: directory that the checkpoint will be, or a URL that fsspec has a driver for
-                (``s3://bucket/run/step_1000``), where ``replace`` and ``format="dcp"`` are refused.
-            step: training step to record.
-            asynchronous: copy what is saved to host memory, return, and write it in a thread. The
-                next save, load and ``close()`` wait for it, and raise what went wrong in it.
-            format: ``"safetensors"``, or ``"dcp"`` for PyTorch's own distributed format.
-            replace: replace a checkpoint that is at ``path``.
-            latest: let the file ``latest`` beside ``path`` name this checkpoint. A file of that
-                name which something else has put there is left alone.
-            keep_last: after the commit, remove all but so many checkpoints beside ``path`` whose
-                names differ from its name in digits only. The new one always stays.
-
-        Returns:
-            A handle; its ``result()`` is the path, once committed.
-
-        Raises:
-            CheckpointExistsError: ``path`` is taken; nothing was written.
-            CheckpointWriteError: a rank could not write, now or in the asynchronous save before;
-                what could not be written was not committed.
+            ready: brings model and average into step; if it fails on one rank, all raise.
         """
         target = as_location(path)
         if not isinstance(step, int):
             raise ConfigError(f"step must be an int, got {step!r}")
         if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
             raise ConfigError(f"keep_last must be at least 1, got {keep_last!r}")
-        self._agree_once()
+        self._model.meet()
 
         def check() -> None:
             self._background.wait()
-            self._prepare()
+            ready()
             check_target(target, format=format, replace=replace)
 
-        self._ranks.agree(check, f"ema.save({target})")
-        partial, drift = {}, {}
-        if self._swapped is None:
-            partial = self._distances(sampled=True)
-            drift = self._source.drift_record() if self._ranks.size > 1 else {}
-        gathered = self._ranks.gather(
-            (self._shadow.collect_skipped(), partial, drift), "ema.save()"
-        )
-        self._health.check_equal([drift for _, _, drift in gathered])
-        meta = snapshot.make_meta(self._settings, self._clock, self._shadow, self._source)
-        meta["step"] = step
-        meta["nonfinite_elements"] = sum(skipped for skipped, _, _ in gathered)
-        distances = {
-            name: relative_distance([parts[name] for _, parts, _ in gathered]) for name in partial
-        }
-        # JSON has no NaN; a parameter that is not finite has no distance.
-        meta["sampled_distance"] = {
-            name: value if math.isfinite(value) else None for name, value in distances.items()
-        }
-        state = snapshot.make_state(self._source, self._shadow, meta)
-        ranks, wait = self._ranks, None
+        self._model.ranks.agree(check, f"ema.save({target})")
+        state = snapshot.make_state(self._model.reader, self._average, self._joint_meta(step))
+        ranks, wait = self._model.ranks, None
         if asynchronous:
             ranks, wait = self._writers, self._staging.wait
             ranks.barrier("ema.save()")  # makes the group, which no thread could
@@ -166,97 +148,73 @@ class Checkpointing(Averager):
             self._background.start(handle, write)
         else:
             self._background.run(handle, write)
-        self._check_health()
         return handle
 
-    def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
-        """Load a checkpoint of any sharding; all ranks call it.
+    def _joint_meta(self, step: int) -> dict[str, Any]:
+        """The description for a checkpoint, with what only all ranks together know."""
+        partial, drift = {}, {}
+        if self._model.standing_in is None:
+            counted = self._model.counted_here
+            partial = partial_distances(self._average, self._model.live(), counted, sampled=True)
+            drift = self._model.drift_record()
+        gathered = self._model.ranks.gather(
+            (self._average.shadow.collect_skipped(), partial, drift), "ema.save()"
+        )
+        self._health.check_equal([drift for _, _, drift in gathered])
+        distances = {
+            name: relative_distance([parts[name] for _, parts, _ in gathered]) for name in partial
+        }
+        return self._meta() | {
+            "step": step,
+            "nonfinite_elements": sum(skipped for skipped, _, _ in gathered),
+            # JSON has no NaN; a parameter that is not finite has no distance.
+            "sampled_distance": {
+                name: value if math.isfinite(value) else None for name, value in distances.items()
+            },
+        }
+
+    def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        strict: bool,
+        verify: bool,
+        ready: Callable[[], None],
+    ) -> Mapping[str, Any]:
+        """Read a checkpoint's values, and return its description. Collective.
 
         Args:
-            path: directory of a committed checkpoint, ours or one of DCP with an average in it;
-                or the file ``latest`` that names one.
-            strict: refuse missing or unknown names and a changed schedule; else keep what the
-                checkpoint lacks and go on with this object's schedule.
-            verify: check the digest of every chunk that is loaded before copying it.
-
-        Returns:
-            The step it was saved under.
-
-        Raises:
-            CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError,
-            CheckpointMismatchError: on all ranks together. If data could not be read midway the
-            average refuses use until a load succeeds.
+            ready: brings model and average into step; if it fails on one rank, all raise.
         """
-        self._refuse_in_swap("load()")
-        self._agree_once()
+        self._model.meet()
         reader = SafetensorsStorageReader(path, verify=verify)
-        profiles = self._settings.profiles if strict else None
         own: dict[str, Tensor] = {}
-        plans: list[snapshot.LoadPlan] = []
+        found: list[snapshot.Stored] = []
 
         def check() -> None:
             self._background.wait()
-            self._prepare(usable=False)
-            own.update(snapshot.make_averages(self._source, self._shadow))
-            others = self._source.elsewhere
-            plan = snapshot.plan_load(
-                reader.catalog, own, profiles, elsewhere=others, strict=strict
-            )
-            plans.append(plan)
+            ready()
+            own.update(self._averages())
+            found.append(snapshot.stored_in_checkpoint(reader.catalog))
+            self._check_fits(own, found[0], strict=strict)
 
-        self._ranks.agree(check, f"ema.load({path})")
-        (plan,) = plans
-        self._unusable = f"loading {path} failed midway"
-        load_state({plan.prefix + key: own[key] for key in plan.keys}, reader, ranks=self._ranks)
-        self._take_meta(plan.meta)
-        return int(plan.meta["step"])
+        self._model.ranks.agree(check, f"ema.load({path})")
+        (stored,) = found
+        self._average.broken = f"loading {path} failed midway"
+        state = {stored.prefix + key: own[key] for key in own if key in stored.shapes}
+        load_state(state, reader, ranks=self._model.ranks)
+        return stored.meta
 
-    def _take_meta(self, meta: Mapping[str, Any]) -> None:
-        self._clock.applied_steps = meta["applied_steps"]
-        self._clock.seed_step = meta["seed_step"]
-        self._clock.last_lerp_step = meta["last_lerp_step"]
-        stored = meta["profiles"]
-        for name in self._settings.profiles.keys() & stored.keys():
-            self._shadow.seed_weight[name] = stored[name]["seed_weight"]
-        self._unusable = None
-        fresh = sorted(self._settings.profiles.keys() - stored.keys())
-        if fresh:
-            self._shadow.seed(keep_nonfinite=False, profiles=fresh)
-            self._health.warn_once(
-                "fresh profiles",
-                f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
-                "weights as they are now; its schedule goes on with the checkpoint's counters",
-            )
-        self._health.begin(self._clock, self._shadow, self._weights(), loaded=True)
+    # ------------------------------------------------------------------ the end
 
-    def close(self) -> None:
-        """Wait for a save under way, detach, give last warnings and release the process groups.
-
-        Call it before ``torch.distributed.destroy_process_group()``; the object cannot be used
-        afterwards.
+    def wait(self) -> None:
+        """Wait for the save under way.
 
         Raises:
-            CheckpointWriteError: an asynchronous save failed and nobody was told of it yet.
+            CheckpointWriteError: it failed, and nobody was told of it yet.
         """
-        try:
-            self._background.wait()
-        finally:
-            super().close()
-            self._writers.close()
+        self._background.wait()
 
-    def _distances(self, *, sampled: bool) -> dict[str, tuple[float, float]]:
-        """This rank's part of every average's distance; what all ranks hold is counted once."""
-        live = self._source.live()
-        mine = [i for i, shard in enumerate(self._source.shards) if shard.writes]
-        return {
-            name: squared_distance(
-                [views[i] for i in mine], [live[i] for i in mine], sampled=sampled
-            )
-            for name, views in self._shadow.views.items()
-        }
-
-
-def relative_distance(parts: Sequence[tuple[float, float]]) -> float:
-    """Relative distance from the ranks' partial sums."""
-    apart, norm = sum(a for a, _ in parts), sum(n for _, n in parts)
-    return math.sqrt(apart / norm) if norm else 0.0
+    def close(self) -> None:
+        """Give back the group of the writers."""
+        self._writers.close()

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from sharded_ema.errors import AbsentRankError, BindError, EMAError, StateError, error_classes
+from sharded_ema.model.internals.pytorch import default_store
 from sharded_ema.model.layout import Box
 
 T = TypeVar("T")
@@ -37,6 +38,10 @@ class Ranks:
         self._everyone = dist.is_initialized() and len(self._ranks) == dist.get_world_size()
         self.size = max(1, len(self._ranks))
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
+
+    def again(self) -> Ranks:
+        """The same ranks, to meet in another group."""
+        return Ranks(self._ranks, self._timeout.total_seconds())
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -102,7 +107,7 @@ class Ranks:
         """
         if not dist.is_initialized():
             return  # making the group will say so
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         key = tuple(self._ranks)
         number = _MEETINGS.get(key, 0)
         room = f"sharded_ema/{'-'.join(map(str, key))}/{number}"

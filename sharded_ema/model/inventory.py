@@ -1,31 +1,34 @@
-"""What a framework must tell: which tensors exist, and which part of each this rank owns.
+"""The tensors of a model under their unwrapped names, and what happens to each of them.
 
-A source reads a model; it never computes an average and keeps no copy of anything. Adding a
-framework means one subclass of :class:`ShardSource` in a file of its own.
+Wrappers of every kind are looked through, so that a name is the one in the ``state_dict()`` of the
+bare model.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+import math
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
-import torch.distributed as dist
-import xxhash
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parameter import is_lazy
 
-from sharded_ema.errors import BindError, ConfigError
-from sharded_ema.model.agreement import refuse_differing
-from sharded_ema.model.layout import Box, FlatRange, Shape
-from sharded_ema.model.pieces import whole
-from sharded_ema.model.usable import refuse_lazy, refuse_unusable, warn_of_complex
-
-#: Tensors that a swap overwrites, each with a copy of what it held.
-Backup = list[tuple[Tensor, Tensor]]
+from sharded_ema.errors import BindError, ConfigError, EMAWarning
+from sharded_ema.model.internals.fsdp1 import is_flattened
+from sharded_ema.model.internals.pytorch import (
+    MODULE,
+    is_persistent,
+    keeps_elements_elsewhere,
+    own_buffers,
+    own_children,
+    own_parameters,
+)
+from sharded_ema.model.layout import Shape
 
 # Attributes through which wrappers hold the module they wrap. They are no part of the name that
 # the bare model's state_dict() gives a parameter.
@@ -53,32 +56,27 @@ class Named:
     shape: Shape
     aliases: tuple[str, ...] = ()
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Shard:
-    """What this rank owns of one averaged tensor: a flat range inside a box.
-
-    Attributes:
-        name: the tensor and its name.
-        shape: global shape.
-        box: this rank's block of the global tensor.
-        range: elements of the box that this rank averages, or ``None`` for all of them.
-        order: dimensions from the outermost to the innermost in memory, if ``range`` counts in
-            that order; ``None`` for C order.
-        writes: whether this rank writes the piece into checkpoints; of equal copies one does.
-    """
-
-    name: Named
-    shape: Shape
-    box: Box
-    range: FlatRange | None = None
-    order: tuple[int, ...] | None = None
-    writes: bool = True
-
     @property
-    def numel(self) -> int:
-        """Elements of the shadow on this rank."""
-        return self.box.numel if self.range is None else self.range.numel
+    def is_parameter(self) -> bool:
+        """Whether it is a parameter, and no buffer."""
+        return isinstance(self.tensor, nn.Parameter)
+
+    def read(self) -> Tensor:
+        """The tensor now: a parameter is held, a buffer looked up, as modules replace them freely.
+
+        Raises:
+            BindError: the buffer is gone.
+        """
+        if self.is_parameter:
+            return self.tensor
+        buffer = own_buffers(self.owner).get(self.attribute)
+        if buffer is None:
+            raise BindError(f"buffer {self.fqn} has been removed from the model")
+        return buffer.detach()
+
+    def registered(self) -> Tensor | None:
+        """What its module has under the name of a parameter now."""
+        return own_parameters(self.owner).get(self.attribute)
 
 
 @dataclass(slots=True)
@@ -92,6 +90,10 @@ class Inventory:
         excluded: trainable parameters that the patterns leave out.
         buffers: persistent buffers.
         adapters: names of the PEFT adapters in it.
+        ignores_buffers: whether buffers are left out on purpose.
+        is_settled: whether what is trained was settled when the model was wrapped, whatever
+            ``requires_grad`` says later (DeepSpeed).
+        registered: what the model has in the place of a parameter now.
     """
 
     model: nn.Module
@@ -100,11 +102,75 @@ class Inventory:
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
+    ignores_buffers: bool = False
+    is_settled: bool = False
+    registered: Callable[[Named], Tensor | None] = Named.registered
+    _held: list[Tensor] | None = None
+
+    def averaged_now(self) -> list[Tensor]:
+        """The averaged tensors. Parameter objects stay; only buffers are looked up every time."""
+        if self._held is None:
+            if not all(named.is_parameter for named in self.averaged):
+                return [named.read() for named in self.averaged]
+            self._held = [named.tensor for named in self.averaged]
+        return self._held
 
     @property
     def parameters(self) -> list[Named]:
         """What of the averaged and the frozen tensors is a parameter, and no buffer."""
-        return [n for n in (*self.averaged, *self.frozen) if isinstance(n.tensor, nn.Parameter)]
+        return [n for n in (*self.averaged, *self.frozen) if n.is_parameter]
+
+    def check_current(self) -> None:
+        """Refuse a model of which a tensor in the inventory is no longer a part.
+
+        Raises:
+            BindError: see above.
+        """
+        names = {(id(module), prefix) for prefix, module in walk(self.model)}
+        for named in (*self.averaged, *self.frozen, *self.buffers):
+            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
+            if there and (not named.is_parameter or self.registered(named) is named.tensor):
+                continue
+            raise BindError(
+                f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} was replaced after "
+                "the average was made (load_state_dict(assign=True), resizing, another submodule, "
+                "adapters around it); make the ShardedEMA after such changes"
+            )
+
+    def not_known(self) -> Iterator[tuple[str, str]]:
+        """What the model has by now that the inventory lacks: topics and messages of warnings."""
+        known = {id(n.tensor) for n in (*self.averaged, *self.frozen, *self.excluded)}
+        places = {(id(n.owner), n.attribute) for n in (*self.averaged, *self.buffers)}
+        new = []
+        for prefix, module in walk(self.model):
+            for name, tensor in own_parameters(module).items():
+                if tensor is not None and id(tensor) not in known and not is_flattened(tensor):
+                    new.append(prefix + name)
+            for name, buffer in own_buffers(module).items() if not self.ignores_buffers else ():
+                stored = buffer is not None and is_persistent(module, name)
+                if stored and (id(module), name) not in places:
+                    new.append(prefix + name)
+        if new:
+            yield (
+                "new tensors",
+                f"{len(new)} parameters or buffers were added to the model after its average was "
+                f"made, among them {new[:3]}; they are neither averaged nor stored, so that "
+                f"exports lack them. {_REMEDY}",
+            )
+        thawed = [n.fqn for n in self.frozen if n.tensor.requires_grad and not self.is_settled]
+        if thawed:
+            yield (
+                "thawed parameters",
+                f"{len(thawed)} parameters that were frozen when the average was made have "
+                f"requires_grad=True by now, among them {thawed[:3]}; they are stored as they are "
+                f"and not averaged. {_REMEDY}",
+            )
+
+
+_REMEDY = (
+    "Make a new ShardedEMA after such a change and load the last save with strict=False, which "
+    "keeps what is averaged already"
+)
 
 
 def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -114,9 +180,10 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     """
     yield prefix, module
     is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
-    for name, child in module._modules.items():
+    children = own_children(module)
+    for name, child in children.items():
         # Lightning Fabric holds a module twice: wrapped, and as it was.
-        again = name == "_original_module" and "_forward_module" in module._modules
+        again = name == "_original_module" and "_forward_module" in children
         if child is not None and not again:
             wrapped = name in _WRAPPED or (is_parallel and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
@@ -131,44 +198,85 @@ def adapters_of(model: nn.Module) -> list[str]:
 
 #: A parameter of a module: its name there, what is the same wherever the parameter is met again
 #: (tied weights), the tensor and the global shape.
-Registered = tuple[str, Hashable, Tensor, Shape]
+Found = tuple[str, Hashable, Tensor, Shape]
 
 
-def registered_parameters(module: nn.Module) -> Iterator[Registered]:
+def parameters_of(module: nn.Module) -> Iterator[Found]:
     """The parameters of a module itself, without its children's."""
-    for attribute, parameter in module._parameters.items():
+    for attribute, parameter in own_parameters(module).items():
         if parameter is not None:
             # ZeRO-3 leaves a partitioned parameter with no elements.
             shape = getattr(parameter, "ds_shape", parameter.shape)
             yield attribute, id(parameter), parameter, tuple(shape)
 
 
-def take_inventory(
-    model: nn.Module,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    buffers: str = "copy",
-    registered: Callable[[nn.Module], Iterable[Registered]] = registered_parameters,
-) -> Inventory:
-    """List and sort the tensors of ``model``.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """Which tensors are averaged, as the user asked for.
 
-    Args:
+    Attributes:
         include: shell-style patterns over names, of which a tensor must match one to be averaged.
             ``None``: all. A tied weight goes by any of its names.
         exclude: patterns of which it must match none.
         buffers: ``"average"`` treats floating-point buffers like parameters, ``"copy"`` lists
             all buffers apart, ``"ignore"`` leaves them out.
-        registered: the parameters of one module.
+    """
+
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = ()
+    buffers: str = "copy"
+
+    def takes(self, named: Named) -> bool:
+        """Whether the patterns select a tensor by any of its names."""
+        return (self.include is None or _fits(named, self.include)) and not _fits(
+            named, self.exclude
+        )
+
+    def check(self, names: Sequence[str]) -> None:
+        """Refuse a pattern that matches nothing that can be averaged.
+
+        Raises:
+            ConfigError: see above.
+        """
+        for pattern in (*(self.include or ()), *self.exclude):
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise ConfigError(
+                    f"pattern {pattern!r} matches no parameter; names look like {list(names[:3])}"
+                )
+
+
+def _fits(named: Named, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
+
+
+def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """Name patterns as a tuple; one string is one pattern."""
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def take_inventory(
+    model: nn.Module,
+    selection: Selection,
+    found_on: Callable[[nn.Module], Iterable[Found]] = parameters_of,
+) -> Inventory:
+    """List and sort the tensors of ``model``.
+
+    Args:
+        found_on: the parameters of one module itself.
 
     Raises:
         BindError: a parameter is on the meta device or has no elements, or none is left.
         ConfigError: a pattern matches nothing that can be averaged.
     """
-    found = Inventory(model, adapters=adapters_of(model))
+    MODULE.check(model)
+    mode = selection.buffers
+    found = Inventory(model, adapters=adapters_of(model), ignores_buffers=mode == "ignore")
     parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
-        refuse_lazy(prefix, module)
-        for attribute, identity, parameter, shape in registered(module):
+        _refuse_lazy(prefix, module)
+        for attribute, identity, parameter, shape in found_on(module):
             fqn = prefix + attribute
             known = parameters.get(identity)
             parameters[identity] = (
@@ -176,217 +284,91 @@ def take_inventory(
                 if known
                 else Named(fqn, module, attribute, parameter, shape)
             )
-        for attribute, buffer in module._buffers.items():
-            kept = buffers != "ignore" and attribute not in module._non_persistent_buffers_set
+        for attribute, buffer in own_buffers(module).items():
+            kept = not found.ignores_buffers and is_persistent(module, attribute)
             if buffer is not None and kept:
                 shape = tuple(buffer.shape)
                 found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
     for named in parameters.values():
         if not named.tensor.requires_grad:
             found.frozen.append(named)
-        elif _selected(named, include, exclude):
+        elif selection.takes(named):
             found.averaged.append(named)
         else:
             found.excluded.append(named)
     for named in (*found.averaged, *found.frozen):
-        refuse_unusable(named.fqn, named.tensor, named.shape)
-    smooth = [b for b in found.buffers if buffers == "average" and b.tensor.is_floating_point()]
-    every = [name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)]
-    for pattern in (*(include or ()), *(exclude or ())):
-        if not any(fnmatchcase(fqn, pattern) for fqn in every):
-            raise ConfigError(
-                f"pattern {pattern!r} matches no parameter; names look like {every[:3]}"
-            )
-    chosen = [b for b in smooth if _selected(b, include, exclude)]
+        _refuse_unusable(named)
+    smooth = [b for b in found.buffers if mode == "average" and b.tensor.is_floating_point()]
+    selection.check([name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)])
+    chosen = [b for b in smooth if selection.takes(b)]
     found.buffers = [b for b in found.buffers if b not in chosen]
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "
             f"{len(parameters)} parameters, {len(found.frozen)} of them frozen "
-            f"(requires_grad=False) and {len(found.excluded)} left out by include={include} "
-            f"exclude={exclude}"
+            f"(requires_grad=False) and {len(found.excluded)} left out by "
+            f"include={selection.include} exclude={selection.exclude}"
         )
     found.averaged += chosen
-    warn_of_complex((named.fqn, named.tensor) for named in found.buffers)
+    _warn_of_complex(found.buffers)
     return found
 
 
-def _selected(named: Named, include: Sequence[str] | None, exclude: Sequence[str] | None) -> bool:
-    """Whether the patterns select a tensor by any of its names."""
-
-    def matches(patterns: Sequence[str]) -> bool:
-        return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
-
-    return (include is None or matches(include)) and not matches(exclude or ())
+# ---------------------------------------------------------------------- what cannot be averaged
 
 
-class ShardSource(ABC):
-    """A model whose shards can be read, stored and, for a swap, overwritten.
-
-    Attributes:
-        kind: name of the layout, for messages.
-        ranks: global ranks that share the model, in order; empty without a process group.
-        inventory: the tensors of the model.
-        shards: what this rank owns, one entry per averaged tensor on every rank.
-    """
-
-    kind: str
-    ranks: list[int]
-    inventory: Inventory
-    shards: list[Shard]
-
-    #: Names that are averaged on other ranks only, as those of other pipeline stages.
-    elsewhere: frozenset[str] = frozenset()
-
-    @property
-    def is_first_rank(self) -> bool:
-        """Whether this rank writes what all ranks hold alike."""
-        return not self.ranks or dist.get_rank() == self.ranks[0]
-
-    def writes_whole(self, fqn: str) -> bool:
-        """Whether of those that hold the tensor ``fqn`` whole this rank is the one to write it."""
-        return self.is_first_rank
-
-    @abstractmethod
-    def live(self) -> list[Tensor]:
-        """This rank's part of every averaged tensor, without copies, in the order of shards.
-
-        Called at every update: parameters come as they are, because detaching a thousand of them
-        takes longer than averaging them. Read them under ``no_grad``.
-        """
-
-    @abstractmethod
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """``tensors`` (shadows, in the order of shards) as what the checkpoint planner takes."""
-
-    def extra_value(self, named: Named) -> Tensor:
-        """A frozen parameter or a buffer as a value that is saved, but not loaded into."""
-        writes = self.writes_whole(named.fqn)
-        return whole(read(named).detach(), writes=writes, reads=False)
-
-    #: Whether entering a swap needs every rank, so that an absent one must be named.
-    swap_is_collective: bool = False
-    #: Whether leaving it does, too.
-    restore_is_collective: bool = False
-    #: The DeepSpeed engine that trains the model, if there is one.
-    engine: Any = None
-
-    @abstractmethod
-    def swap_targets(self) -> list[Tensor]:
-        """The local tensors that a swap overwrites and that nothing else could restore."""
-
-    @abstractmethod
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the model with the average, of which this rank holds ``tensors``."""
-
-    def keep(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite the model for good: with what it trains from, where that is another copy."""
-        self.swap_in(tensors)
-
-    def back_up(self) -> Backup:
-        """Copies of what :meth:`restore` cannot make from anything else; never communicates."""
-        return [(target, target.detach().clone()) for target in self.swap_targets()]
-
-    def restore(self, backup: Backup) -> None:
-        """Undo :meth:`swap_in`, exactly."""
-        self.settle()
-        copy_into([target for target, _ in backup], [original for _, original in backup])
-        # Also what the body of a swap moved or replaced, if it still has its shape.
-        for now, (before, original) in zip(self.swap_targets(), backup, strict=True):
-            if now.data_ptr() != before.data_ptr():
-                copy_into([now], [original])
-
-    def overwritten(self) -> None:
-        """See to it that what comes reads the parameters as they are now."""
-        torch.clear_autocast_cache()  # the casts of a region that is around a swap
-        # FSDP may gather on another stream than the one that copied.
-        for device in {named.tensor.device for named in self.inventory.averaged}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-
-    def settle(self) -> None:  # noqa: B027 - most frameworks have nothing to do
-        """Bring the registered parameters into their sharded form, if the framework has one."""
-
-    def registered(self, named: Named) -> Tensor | None:
-        """What the model has in the place of a parameter now."""
-        return named.owner._parameters.get(named.attribute)
-
-    def check_current(self) -> None:
-        """Raise :class:`BindError` if what is being averaged is no longer a part of the model."""
-        found = self.inventory
-        names = {(id(module), prefix) for prefix, module in walk(found.model)}
-        for named in (*found.averaged, *found.frozen, *found.buffers):
-            held = isinstance(named.tensor, nn.Parameter)
-            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
-            if not there or (held and self.registered(named) is not named.tensor):
-                raise BindError(
-                    f"{'parameter' if held else 'buffer'} {named.fqn} was replaced after the "
-                    "average was made (load_state_dict(assign=True), resizing, another submodule, "
-                    "adapters around it); make the ShardedEMA after such changes"
-                )
-
-    def self_check(self) -> None:  # noqa: B027 - most frameworks hold a parameter only once
-        """Check what this rank holds twice against each other; never communicates.
-
-        Raises:
-            BindError: the two contradict each other; the parameter is named.
-        """
-
-    def loose(self) -> dict[str, tuple[Box, Tensor]]:
-        """Blocks that several ranks hold alike if the user's program keeps them so, by name."""
-        return {}
-
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        """Blocks that must be equal wherever they lie, by parameter name, with their digests.
-
-        The names are the same on all ranks; empty if nothing can differ.
-        """
-        return {name: (box, digest(tensor)) for name, (box, tensor) in self.loose().items()}
-
-    def drift_record(self) -> dict[str, tuple[Box, str]]:
-        """The same of a few elements of what is loose, to be looked at again in training."""
-        return {
-            name: (box, digest(tensor.detach().reshape(-1)[:: tensor.numel() // 64 + 1]))
-            for name, (box, tensor) in self.loose().items()
-        }
-
-    def compare(self, records: Sequence[dict[str, tuple[Box, str]]]) -> None:
-        """Compare the records of all ranks.
-
-        Raises:
-            BindError: they differ; the parameter and the rank are named.
-        """
-        refuse_differing(records)
+def _refuse_lazy(prefix: str, module: nn.Module) -> None:
+    """Refuse parameters and buffers whose shape is not known yet."""
+    for name, tensor in (*own_parameters(module).items(), *own_buffers(module).items()):
+        if tensor is not None and is_lazy(tensor):
+            raise BindError(
+                f"{prefix}{name} of a {type(module).__name__} is not initialised yet; run a "
+                "forward before making the average"
+            )
 
 
-def read_buffer(named: Named) -> Tensor:
-    """The buffer as registered now: modules replace their buffers freely."""
-    buffer = named.owner._buffers.get(named.attribute)
-    if buffer is None:
-        raise BindError(f"buffer {named.fqn} has been removed from the model")
-    return buffer.detach()
+def _warn_of_complex(buffers: Iterable[Named]) -> None:
+    """Warn of buffers that no save can hold, before the first save fails because of them."""
+    found = [named.fqn for named in buffers if named.tensor.is_complex()]
+    if found:
+        warnings.warn(
+            f"the buffers {found[:3]} are complex, which checkpoints cannot hold: save() refuses "
+            'them. Register them with persistent=False, or pass buffers="ignore"',
+            EMAWarning,
+            stacklevel=6,
+        )
 
 
-def read(named: Named) -> Tensor:
-    """The tensor now: a parameter is held (and returned as it is), a buffer looked up."""
-    return named.tensor if isinstance(named.tensor, nn.Parameter) else read_buffer(named)
-
-
-@torch.no_grad()
-def copy_into(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy tensor by tensor, converting dtype and device."""
-    for target, source in zip(targets, sources, strict=True):
-        target.copy_(source)
-
-
-@torch.no_grad()
-def is_rounded(weights: Tensor, master: Tensor) -> bool:
-    """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
-    rounded = master.to(weights.device, weights.dtype)
-    return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
-
-
-def digest(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's elements in C order, as hex digits. Copies GPU tensors to the host."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)
+def _refuse_unusable(named: Named) -> None:
+    """Refuse a parameter that cannot be averaged, or stored if it is frozen."""
+    fqn, tensor = named.fqn, named.tensor
+    if tensor.is_complex() and tensor.requires_grad:
+        raise BindError(f"parameter {fqn} is complex; only real parameters can be averaged")
+    if tensor.layout != torch.strided:
+        raise BindError(f"parameter {fqn} has the layout {tensor.layout}; make it dense")
+    overlaps = zip(tensor.shape, tensor.stride(), strict=True)
+    if any(size > 1 and stride == 0 for size, stride in overlaps):
+        raise BindError(
+            f"parameter {fqn} is an expanded view, whose elements share memory; make it contiguous"
+        )
+    if tensor.requires_grad and tensor.dtype == torch.float4_e2m1fn_x2:
+        raise BindError(
+            f"parameter {fqn} packs two elements into a byte; average the parameters before "
+            "they are quantised"
+        )
+    wrapped = keeps_elements_elsewhere(tensor) and not isinstance(tensor, DTensor)
+    if tensor.requires_grad and wrapped:
+        raise BindError(
+            f"parameter {fqn} is a {type(tensor).__name__}, which keeps its elements in other "
+            "tensors; only plain tensors can be averaged. Convert the model after making its "
+            "average, or exclude it"
+        )
+    if tensor.is_meta:
+        raise BindError(
+            f"parameter {fqn} is on the meta device; materialise the model (to_empty and "
+            "initialise, or load a checkpoint) before making its average"
+        )
+    if not math.prod(named.shape):
+        raise BindError(
+            f"parameter {fqn} has shape {named.shape}, that is 0 elements; remove it from the model"
+        )

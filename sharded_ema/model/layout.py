@@ -147,22 +147,9 @@ def c_strides(shape: Sequence[int]) -> Shape:
     return tuple(reversed(strides))
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
-    """The part of one replicated tensor that one replica keeps.
-
-    Attributes:
-        index: position of the tensor in the list that was divided.
-        range: elements in C order.
-    """
-
-    index: int
-    range: FlatRange
-
-
 def divide(
     sizes: Sequence[int], num_parts: int, *, indivisible: Sequence[bool] | None = None
-) -> list[list[Slice]]:
+) -> list[dict[int, FlatRange]]:
     """Divide tensors of ``sizes`` elements evenly over ``num_parts`` replicas.
 
     Tensors marked ``indivisible`` (their C order is not their storage order) go whole to the
@@ -170,15 +157,17 @@ def divide(
     shares differ by at most one element as long as no indivisible tensor exceeds a share.
 
     Returns:
-        For every part its slices, in the order of ``sizes``. Zero-size slices are left out.
+        For every part its range of each tensor that it keeps something of, in C order, by the
+        position of the tensor in ``sizes``, ascending.
     """
     whole = indivisible or [False] * len(sizes)
     loads = [0] * num_parts
-    parts: list[list[Slice]] = [[] for _ in range(num_parts)]
+    parts: list[dict[int, FlatRange]] = [{} for _ in range(num_parts)]
     for index in sorted((i for i, w in enumerate(whole) if w), key=lambda i: (-sizes[i], i)):
         part = loads.index(min(loads))
         loads[part] += sizes[index]
-        parts[part].append(Slice(index, FlatRange(0, sizes[index])))
+        if sizes[index]:
+            parts[part][index] = FlatRange(0, sizes[index])
     room = _room(loads, sum(n for n, w in zip(sizes, whole, strict=True) if not w))
     part = 0
     for index, size in enumerate(sizes):
@@ -187,10 +176,10 @@ def divide(
             while not room[part]:
                 part += 1
             stop = min(size, start + room[part])
-            parts[part].append(Slice(index, FlatRange(start, stop)))
+            parts[part][index] = FlatRange(start, stop)
             room[part] -= stop - start
             start = stop
-    return [sorted(slices, key=lambda s: s.index) for slices in parts]
+    return [dict(sorted(ranges.items())) for ranges in parts]
 
 
 def _room(loads: Sequence[int], total: int) -> list[int]:

@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import EMAWarning
+from sharded_ema.model.internals.pytorch import box_of, local_tensor, wrapper_tensor
 from sharded_ema.model.layout import Box, FlatRange
 
 Piece = tuple[Box, Tensor]
@@ -53,9 +54,7 @@ class FlatShard(Tensor):
         writes: bool = True,
         reads: bool = True,
     ) -> FlatShard:
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, torch.Size(shape), dtype=dtype, device=device, requires_grad=False
-        )
+        self: FlatShard = wrapper_tensor(cls, torch.Size(shape), dtype, device)
         self._pieces = list(pieces)
         self._writes = writes
         self._reads = reads
@@ -191,8 +190,7 @@ def pieces_of(value: Tensor) -> list[Piece]:
     if isinstance(value, FlatShard):
         return value.pieces
     if isinstance(value, DTensor):
-        (chunk,) = value.__create_chunk_list__()
-        return [(Box(tuple(chunk.offsets), tuple(chunk.sizes)), value._local_tensor)]
+        return [(box_of(value), local_tensor(value))]
     return [(Box.whole(value.shape), value)]
 
 

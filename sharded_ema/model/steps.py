@@ -3,78 +3,88 @@
 ``torch.optim`` runs post-step hooks after the parameters changed, with three catches that are
 handled here: a subclass whose ``step()`` calls its parent's runs them twice; a fused optimizer
 under ``GradScaler`` runs them although the step was skipped; and an accelerate wrapper has no hooks
-of its own.
-
-A DeepSpeed engine has no hooks. Its ``step()`` is wrapped on the one engine, and the engine asked
-afterwards whether the step was applied.
+of its own. What has no hooks at all, such as a DeepSpeed engine, is followed by wrapping a method
+of the one object (:class:`MethodWrap`).
 """
 
 from __future__ import annotations
 
 import functools
-import sys
 import warnings
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch.optim import Optimizer
 
 from sharded_ema.errors import EMAWarning, OptimizerError
+from sharded_ema.model.internals.pytorch import is_nested_step, runs_own_hooks
 
 # Where wrappers come from whose step() is that of the optimizer inside, or nothing.
 _TRANSPARENT = ("accelerate.", "lightning.", "lightning_fabric.", "pytorch_lightning.")
 
 
-class StepHooks(ABC):
-    """Calls back once for every applied optimizer step, until removed.
+@dataclass(frozen=True, slots=True)
+class StepListener:
+    """Who is told of steps.
 
     Attributes:
+        before: called before parameters change; may raise to prevent it.
+        applied: called once for every applied step.
+        removed: called when the steps are no longer followed.
+    """
+
+    before: Callable[[], None]
+    applied: Callable[[], None]
+    removed: Callable[[], None]
+
+
+class AppliedSteps(Protocol):
+    """Tells a listener of every applied optimizer step, until removed.
+
+    Attributes:
+        trainer: what applies the steps; it may write checkpoints of its own.
         skipped_steps: steps seen that changed nothing, for example because gradients overflowed.
     """
 
-    skipped_steps: int = 0
+    trainer: Any
+    skipped_steps: int
 
-    @abstractmethod
     def flush(self) -> None:
-        """Call back now if some optimizer has applied a step since the last callback."""
+        """Tell now if some optimizer has applied a step that was not told of yet."""
+        ...
 
-    @abstractmethod
     def remove(self) -> None:
-        """Detach, once; a pending step is counted first."""
+        """Detach, once; a pending step is told of first."""
+        ...
 
 
-class OptimizerHooks(StepHooks):
-    """Calls back once when every attached optimizer has applied a step.
+class OptimizerSteps:
+    """Tells once when every attached optimizer has applied a step.
 
-    With several optimizers the callback comes after the last of them; if one is about to step
-    again before the others have, the pending callback comes first.
+    With several optimizers that is after the last of them; if one is about to step again before
+    the others have, the pending step is told of first.
 
     Args:
         optimizers: torch optimizers, or wrappers that hold one as ``.optimizer``.
         parameters: ids of the averaged parameters, with their names.
-        before_step: called before an optimizer changes parameters; may raise to prevent it.
-        applied: called once per applied step.
-        removed: called when the hooks have been removed.
+        listener: who is told.
+
+    Raises:
+        OptimizerError: no optimizer, one without hooks, or one that owns no averaged parameter.
     """
 
     def __init__(
-        self,
-        optimizers: Sequence[Any],
-        parameters: dict[int, str],
-        *,
-        before_step: Callable[[], None],
-        applied: Callable[[], None],
-        removed: Callable[[], None],
+        self, optimizers: Sequence[Any], parameters: dict[int, str], listener: StepListener
     ) -> None:
         if not optimizers:
             raise OptimizerError("attach() needs the optimizer (or all of them) of the model")
         self._optimizers = [_unwrap(optimizer) for optimizer in optimizers]
         _check_ownership(self._optimizers, parameters)
-        self._before_step = before_step
-        self._applied = applied
-        self._removed = removed
+        self.trainer = self._optimizers
+        self.skipped_steps = 0
+        self._listener = listener
         self._depth = dict.fromkeys(map(id, self._optimizers), 0)
         self._turns: list[int] = []
         self._leader: int | None = None
@@ -89,10 +99,10 @@ class OptimizerHooks(StepHooks):
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         key = id(optimizer)
-        if self._depth[key] and not _is_nested(optimizer):
+        if self._depth[key] and not is_nested_step(optimizer):
             self._depth[key] = 0  # the last step() raised and its post hook never ran
         if not self._depth[key]:
-            self._before_step()
+            self._listener.before()
             # A new round begins: with this optimizer's second turn, or with the one that began
             # the last round, when another was left out (an unfused GradScaler skip is not seen).
             if key in self._turns or key == self._leader:
@@ -120,7 +130,7 @@ class OptimizerHooks(StepHooks):
         self._turns.clear()
         if self._pending:
             self._pending = False
-            self._applied()
+            self._listener.applied()
 
     def remove(self) -> None:
         if not self._handles:
@@ -129,13 +139,13 @@ class OptimizerHooks(StepHooks):
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self._removed()
+        self._listener.removed()
 
 
 def _unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as accelerate's."""
     inner = optimizer
-    while not _has_hooks(inner) and hasattr(inner, "optimizer"):
+    while not runs_own_hooks(inner) and hasattr(inner, "optimizer"):
         if hasattr(inner, "step") and not type(inner).__module__.startswith(_TRANSPARENT):
             raise OptimizerError(
                 f"{type(inner).__name__} wraps an optimizer and has no step hooks of its own; its "
@@ -143,19 +153,12 @@ def _unwrap(optimizer: Any) -> Optimizer:
                 "not, attach its .optimizer; else call ema.update() after each applied step"
             )
         inner = inner.optimizer
-    if not isinstance(inner, Optimizer) or not _has_hooks(inner):
+    if not isinstance(inner, Optimizer) or not runs_own_hooks(inner):
         raise OptimizerError(
             f"{type(optimizer).__name__} is no torch.optim.Optimizer with step hooks and holds "
             "none; call ema.update() after each applied step instead of attaching"
         )
     return inner
-
-
-def _has_hooks(optimizer: Any) -> bool:
-    """Whether hooks registered here run with it, and not with an optimizer that it wraps."""
-    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
-    inner = getattr(optimizer, "optimizer", None)
-    return hooks is not None and hooks is not getattr(inner, "_optimizer_step_post_hooks", None)
 
 
 def _check_ownership(optimizers: Sequence[Optimizer], parameters: dict[int, str]) -> None:
@@ -178,19 +181,6 @@ def _check_ownership(optimizers: Sequence[Optimizer], parameters: dict[int, str]
             EMAWarning,
             stacklevel=4,
         )
-
-
-def _is_nested(optimizer: Optimizer) -> bool:
-    """Whether a ``step()`` of this optimizer is running inside another one of its own."""
-    code = getattr(type(optimizer).step, "__code__", None)
-    running = 0
-    frame = sys._getframe()
-    while frame is not None:
-        # All of torch's step() wrappers share this code object and unpack `self` the same way.
-        if frame.f_code is code and frame.f_locals.get("self") is optimizer:
-            running += 1
-        frame = frame.f_back  # type: ignore[assignment]
-    return running > 1
 
 
 class MethodWrap:
@@ -228,72 +218,3 @@ class MethodWrap:
             del self._owner.__dict__[self._name]
         else:
             self._owner.__dict__[self._name] = self._before
-
-
-class EngineHooks(StepHooks):
-    """Calls back once for every step that a DeepSpeed engine has applied.
-
-    Neither sign alone is enough. ``engine.was_step_applied()`` is false between accumulation
-    boundaries and on overflow, but true when a ``GradScaler`` (``torch_autocast`` in fp16) skipped
-    the step. The hooks of the optimizer inside tell the two apart, but run once per parameter
-    group and before the model has its new weights.
-
-    Args:
-        engine: a DeepSpeed engine; of a pipeline engine ``train_batch`` is followed.
-        before_step: called before the engine steps; may raise to prevent it.
-        applied: called once per applied step.
-        removed: called when the hooks have been removed.
-    """
-
-    def __init__(
-        self,
-        engine: Any,
-        *,
-        before_step: Callable[[], None],
-        applied: Callable[[], None],
-        removed: Callable[[], None],
-    ) -> None:
-        self._engine = engine
-        self._before_step = before_step
-        self._applied = applied
-        self._removed = removed
-        self._stepped = False
-        wrapper = engine.optimizer
-        # The optimizer itself, the one inside ZeRO's, and that of a partial offload.
-        inner = (wrapper, *(getattr(wrapper, n, None) for n in ("optimizer", "backup_optimizer")))
-        self._handles = [
-            optimizer.register_step_post_hook(self._post)
-            for optimizer in inner
-            if isinstance(optimizer, Optimizer)
-        ]
-        # The step() of a pipeline engine only raises.
-        name = "train_batch" if hasattr(engine, "is_pipe_parallel") else "step"
-        self._wrap: MethodWrap | None = MethodWrap(engine, name, self._around_step)
-
-    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        self._stepped = True
-
-    def _around_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._before_step()
-        self._stepped = False
-        skipped = self._engine.skipped_steps
-        result = original(*args, **kwargs)
-        applied = self._engine.was_step_applied()
-        if applied and (self._stepped or not self._handles):
-            self._applied()
-        elif applied or self._engine.skipped_steps > skipped:
-            self.skipped_steps += 1
-        return result
-
-    def flush(self) -> None:
-        pass  # nothing is ever pending: an engine steps all its parameters at once
-
-    def remove(self) -> None:
-        if self._wrap is None:
-            return
-        self._wrap.remove()
-        self._wrap = None
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._removed()

@@ -68,5 +68,5 @@ def test_links_lead_to_files() -> None:
 def test_the_tables_are_those_of_the_tests() -> None:
     listed = [mode for row in support.ROWS for mode in row.modes]
     assert sorted(listed) == sorted(support.worlds()), "every mode belongs to one row"
-    assert support.table() in README, "bring it up to date: python -m tests.support"
-    assert support.shares() in README, "bring it up to date: python -m tests.support"
+    assert support.table() in README, "bring it up to date: python -m tests.helpers.support"
+    assert support.shares() in README, "bring it up to date: python -m tests.helpers.support"

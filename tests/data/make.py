@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema import SafetensorsStorageWriter, ShardedEMA
-from tests.dist.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 
 FOLDER = Path(__file__).parent
 #: By name of the archive.

@@ -20,7 +20,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.tools.consolidate import consolidate
-from tests.dist.pool import WorkerPool
+from tests.helpers.pool import WorkerPool
 from tests.unit._make import flip
 
 Worlds = dict[int, WorkerPool]

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sharded_ema import consolidate, snapshot
-from tests.dist.pool import WorkerPool
-from tests.dist.ragged import Ragged, assert_equal
-from tests.dist.test_checkpoint import consolidated_run
+from tests.checkpoint.test_store import consolidated_run
+from tests.helpers.layouts import Ragged, assert_equal
+from tests.helpers.pool import WorkerPool
 
 Worlds = dict[int, WorkerPool]
 
@@ -70,7 +70,7 @@ def write_raw(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor
 
 def consolidated_run_of_shadow(mode: str, path: str, right: object) -> tuple[dict, dict]:
     from sharded_ema import ShardedEMA
-    from tests.dist.ragged import as_float, build, reference_step
+    from tests.helpers.layouts import as_float, build, reference_step
 
     run = build(mode)
     ema = ShardedEMA(run.target, 0.9)

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from sharded_ema import ShardedEMA, consolidate, synthesize
-from tests.dist.pool import WorkerPool
-from tests.dist.ragged import build
 from tests.dist.test_consolidated import read
+from tests.helpers.layouts import build
+from tests.helpers.pool import WorkerPool
 
 PROFILES = {"a": "power:0.05", "b": "power:0.10", "direct": "power:0.07"}
 EVERY, SAVES = 2, 8

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from sharded_ema import ShardedEMA
 from sharded_ema.errors import NonFiniteError
 from sharded_ema.model.pieces import FlatShard
-from tests.dist.ragged import Ragged, as_float, assert_equal, reference_step
+from tests.helpers.layouts import Ragged, as_float, assert_equal, reference_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -284,7 +284,7 @@ def test_asynchronous_save_is_the_state_of_the_call(
             run.step(index)
         handle.staged()
         handle.result()
-        assert ema._staging._buffer is not None and ema._staging._buffer.is_pinned()
+        assert ema._store._staging._buffer is not None and ema._store._staging._buffer.is_pinned()
         assert ema.load(tmp_path / f"step_{number}", verify=True) == number
         assert_equal(averages(ema), saved)
     ema.close()

@@ -62,7 +62,7 @@ def content(store: Any, path: str) -> dict[str, bytes]:
 def test_round_trip(store: Any, ema: ShardedEMA, asynchronous: bool, tmp_path: Path) -> None:
     url = "memory://run/step_1/"
     with torch.no_grad():
-        ema._source.live()[0].fill_(2.0)
+        ema._model.live()[0].fill_(2.0)
     ema.update()
     handle = ema.save(url, step=1, asynchronous=asynchronous)
     assert handle.result() == "memory://run/step_1"

@@ -1,36 +1,27 @@
 """``shadow <- lerp(shadow, parameter, 1 - decay)``, for all profiles in one pass.
 
 A plan is made once for a set of tensors and run at every update. ``impl`` chooses the code:
-``"foreach"`` (the default) or ``"reference"`` (a plain loop, to compare with); the environment
-variable ``SHARDED_EMA_IMPL`` does the same where no argument is given.
+``"foreach"`` (the default) or ``"reference"`` (a plain loop, to compare with).
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from sharded_ema.averaging.kernels.batches import Batch, make_batches
-from sharded_ema.averaging.kernels.foreach import is_finite, lerp_batch, lerp_batch_guarded
+from sharded_ema.averaging.kernels.batches import (
+    Batch,
+    is_finite,
+    lerp_batch,
+    lerp_batch_guarded,
+    make_batches,
+)
 from sharded_ema.averaging.kernels.reference import lerp_reference
 from sharded_ema.errors import ConfigError
 
 IMPLS = ("foreach", "reference")
-
-
-def choose_impl(impl: str | None) -> str:
-    """The implementation to run: the argument, else ``SHARDED_EMA_IMPL``, else ``"foreach"``.
-
-    Raises:
-        ConfigError: the name is unknown.
-    """
-    name = impl or os.environ.get("SHARDED_EMA_IMPL") or "foreach"
-    if name not in IMPLS:
-        raise ConfigError(f"impl {name!r} is unknown; registered: {', '.join(IMPLS)}")
-    return name
 
 
 class LerpPlan:
@@ -40,7 +31,10 @@ class LerpPlan:
         shadows: for each profile one tensor per parameter, shaped like ``live``.
         live: the parameters; the plan keeps these tensors (not copies) and reads them at each run.
         guard: skip and count elements whose parameter is not finite.
-        impl: see :func:`choose_impl`.
+        impl: one of :data:`IMPLS`; ``None`` for the first.
+
+    Raises:
+        ConfigError: there is no such implementation.
     """
 
     def __init__(
@@ -49,8 +43,10 @@ class LerpPlan:
         live: Sequence[Tensor],
         *,
         guard: bool,
-        impl: str = "foreach",
+        impl: str | None = None,
     ) -> None:
+        if impl is not None and impl not in IMPLS:
+            raise ConfigError(f"impl {impl!r} is unknown; registered: {', '.join(IMPLS)}")
         self.shadows = shadows
         self.live = live
         self.guard = guard

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sharded_ema.model.internals.pytorch import foreach_copy_
 from sharded_ema.model.pieces import FlatShard, Piece, pieces_of
 
 # Every piece begins where the widest element may.
@@ -54,7 +55,7 @@ class Staging:
                 reads=False,
             )
         if copies:
-            torch._foreach_copy_(copies, tensors, non_blocking=True)
+            foreach_copy_(copies, tensors, non_blocking=True)
         self._copied = []
         for device in {t.device for t in tensors if t.is_cuda}:
             event = torch.cuda.Event()

@@ -15,7 +15,7 @@ end. What this relies on, checked on PyTorch 2.8 to 2.13:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,17 +23,37 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.fsdp._common_utils import HandleTrainingState, _is_fsdp_flattened
-from torch.distributed.fsdp._runtime_utils import _reshard
-from torch.distributed.tensor import DTensor
 
-from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError
-from sharded_ema.model.inventory import Named, Registered, registered_parameters
+from sharded_ema.errors import StateError, UnsupportedLayoutError
+from sharded_ema.model.internals.members import Members, imported
 from sharded_ema.model.layout import FlatRange, Shape, c_strides
-from sharded_ema.model.sources.replicas import Groups
 
-_HYBRID = (ShardingStrategy.HYBRID_SHARD, ShardingStrategy._HYBRID_SHARD_ZERO2)
+SEEN = "PyTorch 2.8 to 2.13"
+
+MODULE = Members("an FSDP1 module", SEEN, ("_handle",))
+HANDLE = Members(
+    "the handle of an FSDP1 module",
+    SEEN,
+    ("flat_param", "_training_state", "uses_sharded_strategy"),
+)
+FLAT = Members(
+    "the flat parameter of an FSDP1 module",
+    SEEN,
+    (
+        "_param_infos", "_shared_param_infos", "_shard_param_infos", "_param_extensions",
+        "_fqns", "_shapes", "_strides", "_params",
+    ),
+)  # fmt: skip
+
+# The names of strategies that shard within groups of ranks and replicate across them.
+_HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
 _NO_SHARD = ShardingStrategy.NO_SHARD
+_COMMON = "torch.distributed.fsdp._common_utils"
+
+
+def is_flattened(parameter: Tensor) -> bool:
+    """Whether FSDP1 has taken a parameter into a flat one, or it is one."""
+    return bool(imported(_COMMON, "_is_fsdp_flattened", SEEN)(parameter))
 
 
 class Unit:
@@ -44,7 +64,10 @@ class Unit:
     """
 
     def __init__(self, module: Any) -> None:
+        HANDLE.check(module._handle)
+        FLAT.check(module._handle.flat_param)
         self._module = module
+        self._states: Any = imported(_COMMON, "HandleTrainingState", SEEN)
         self.flat: Any = module._handle.flat_param
         #: Process groups over which this rank's shard is replicated.
         self.replicas = _groups(module, shards=module.sharding_strategy == _NO_SHARD)
@@ -57,7 +80,7 @@ class Unit:
     @property
     def is_idle(self) -> bool:
         """Whether neither a forward or backward nor ``summon_full_params`` is under way."""
-        return self._module._handle._training_state == HandleTrainingState.IDLE
+        return self._module._handle._training_state == self._states.IDLE
 
     @torch.no_grad()  # with gradients a unit in the middle of a forward may stay gathered
     def reshard(self) -> None:
@@ -67,7 +90,7 @@ class Unit:
             StateError: ``summon_full_params`` is under way.
         """
         handle = self._module._handle
-        if handle._training_state == HandleTrainingState.SUMMON_FULL_PARAMS:
+        if handle._training_state == self._states.SUMMON_FULL_PARAMS:
             raise StateError(
                 f"the parameters of an FSDP unit, among them {self.flat._fqns[0]}, are gathered by "
                 "summon_full_params; leave it before using the average"
@@ -76,7 +99,8 @@ class Unit:
         copies = [getattr(self.flat, name) for name in names if hasattr(self.flat, name)]
         # A forward that an exception ended has left its unit in the middle of it.
         if not self.is_idle or any(copy.untyped_storage().size() for copy in copies):
-            _reshard(self._module, handle, handle.uses_sharded_strategy)
+            reshard = imported("torch.distributed.fsdp._runtime_utils", "_reshard", SEEN)
+            reshard(self._module, handle, handle.uses_sharded_strategy)
         for copy in copies:
             # With FSDP_USE_FULL_PREC_IN_EVAL there are two, of which FSDP1 frees one.
             copy.untyped_storage().resize_(0)
@@ -125,15 +149,21 @@ class FlatParameters:
     Args:
         model: the target.
 
+    Attributes:
+        ranks: global ranks that share them.
+        groups: process groups that together lead to all of these.
+
     Raises:
         UnsupportedLayoutError: the units lie on different ranks, hold DTensors, or something else
             of their layout is not supported.
+        FrameworkVersionError: this version of PyTorch keeps them otherwise.
     """
 
     def __init__(self, model: nn.Module) -> None:
         modules = [m for m in model.modules() if isinstance(m, FullyShardedDataParallel)]
+        for module in modules:
+            MODULE.check(module)
         self.ranks = _ranks(modules)
-        #: Process groups that together lead to all of them.
         self.groups = _groups(modules[0], shards=True) if modules else ()
         self.units = [Unit(m) for m in modules if m._handle is not None]
         # By module and the name there, because no parameter need be left to go by.
@@ -166,36 +196,15 @@ class FlatParameters:
             first = self._flattened[id(tied.prim_module)][tied.prim_param_name]
             self._flattened.setdefault(id(tied.module), {})[tied.param_name] = first
 
-    def find(self, named: Named) -> Flattened | None:
-        """A parameter where it lies; ``None`` for a buffer and for what FSDP1 ignores."""
-        return self._flattened.get(id(named.owner), {}).get(named.attribute)
-
-    def registered(self, module: nn.Module) -> Iterator[Registered]:
-        """The parameters of one module itself, whether they are flattened or not."""
-        mine = self._flattened.get(id(module), {})
-        for attribute, found in mine.items():
-            yield attribute, found, found.tensor, found.shape
-        flat = {id(unit.flat) for unit in self.units}
-        for attribute, identity, tensor, shape in registered_parameters(module):
-            if attribute in mine or identity in flat:
-                continue
-            if _is_fsdp_flattened(tensor):
-                raise BindError(
-                    f"parameter {attribute} of {type(module).__name__} belongs to a "
-                    "FullyShardedDataParallel module outside the target; pass the outermost one"
-                )
-            if isinstance(tensor, DTensor):
-                raise UnsupportedLayoutError(
-                    f"parameter {attribute} of {type(module).__name__} is a DTensor beside "
-                    "FullyShardedDataParallel (FSDP1); use fully_shard for all of the model"
-                )
-            yield attribute, identity, tensor, shape
+    def of(self, module: nn.Module) -> dict[str, Flattened]:
+        """The flattened parameters of one module itself, by their names there."""
+        return self._flattened.get(id(module), {})
 
 
 def has_flattened(model: nn.Module) -> bool:
     """Whether FSDP1 has taken over parameters of ``model``, or a module above has."""
     return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
-        map(_is_fsdp_flattened, model.parameters())
+        map(is_flattened, model.parameters())
     )
 
 
@@ -212,12 +221,16 @@ def _memory_order(name: str, shape: Shape, strides: Sequence[int]) -> tuple[int,
     return order
 
 
-def _groups(module: Any, *, shards: bool) -> Groups:
+def _groups(module: Any, *, shards: bool) -> tuple[dist.ProcessGroup, ...]:
     """Process groups that lead to a unit's replicas, and with ``shards`` to its shards."""
-    groups = [module._inter_node_pg] if module.sharding_strategy in _HYBRID else []
+    groups = [module._inter_node_pg] if _is_hybrid(module) else []
     if shards:
         groups.append(module.process_group)
     return tuple(group for group in groups if dist.get_world_size(group) > 1)
+
+
+def _is_hybrid(module: Any) -> bool:
+    return module.sharding_strategy.name in _HYBRID
 
 
 def _ranks(modules: Sequence[Any]) -> list[int]:
@@ -239,7 +252,7 @@ def _ranks_of(module: Any) -> list[int]:
     across = vars(module).get("_inter_node_pg")
     if across is None:
         return sorted(own)
-    if module.sharding_strategy not in _HYBRID:
+    if not _is_hybrid(module):
         raise UnsupportedLayoutError(
             "HYBRID_SHARD over shard groups of one rank: FullyShardedDataParallel makes NO_SHARD "
             "of it and averages no gradients over the replicas; use NO_SHARD over all ranks"

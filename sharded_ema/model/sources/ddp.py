@@ -2,55 +2,87 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import UnsupportedLayoutError
-from sharded_ema.model.inventory import Inventory
+from sharded_ema.model.internals.pytorch import ignored_by_ddp, is_taken_from_a_dtensor
+from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box
-from sharded_ema.model.sources.replicas import ReplicatedSource, whole_copy
+from sharded_ema.model.pieces import whole
+from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace, Source
+from sharded_ema.model.sources.replicas import Shares, leads, whole_copy
 
 
-class DDPSource(ReplicatedSource):
+class DDPShards:
     """Each replica averages a slice of the parameters.
 
     Args:
         ddp: the DistributedDataParallel module inside the target.
         inventory: the tensors of the target.
-        shard_replicas: see :class:`ReplicatedSource`.
+        shard_replicas: see :class:`Shares`.
 
     Raises:
         UnsupportedLayoutError: the module had DTensors before it was wrapped.
     """
 
     kind = "ddp"
+    holds_all_names = True
 
     def __init__(
         self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
         for named in inventory.parameters:
-            # What DDP on a mesh leaves where it took a DTensor's local tensor out.
-            if hasattr(named.tensor, "_st_info"):
+            if is_taken_from_a_dtensor(named.tensor):
                 raise UnsupportedLayoutError(
                     f"parameter {named.fqn} is the local tensor of a DTensor, in which "
                     "DistributedDataParallel hides tensor parallelism; replicate the model with "
                     "fully_shard on a mesh of two axes instead"
                 )
-        super().__init__(
+        groups = (ddp.process_group,)
+        self.ranks = dist.get_process_group_ranks(ddp.process_group)
+        self.inventory = inventory
+        self.shares = Shares(
             inventory,
-            dist.get_process_group_ranks(ddp.process_group),
-            [whole_copy(named, (ddp.process_group,)) for named in inventory.averaged],
+            [whole_copy(named, groups) for named in inventory.averaged],
+            inventory.averaged_now(),
             shard_replicas=shard_replicas,
         )
+        self.shards = self.shares.shards
+        self._writes = leads(groups)
         self._ddp = ddp
 
-    def loose(self) -> dict[str, tuple[Box, Tensor]]:
+    def live(self) -> list[Tensor]:
+        return self.shares.cut(self.inventory.averaged_now())
+
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.shares.stored(tensors)
+
+    def stored_apart(self, named: Named) -> Tensor:
+        return whole(named.read().detach(), writes=self._writes, reads=False)
+
+    def copies(self) -> Mapping[str, Copy]:
         """Parameters that are not DDP's to keep equal: outside it, or ignored by it."""
-        ignored: set[str] = getattr(self._ddp, "parameters_to_ignore", set())
+        ignored = ignored_by_ddp(self._ddp)
         kept = {id(p) for n, p in self._ddp.module.named_parameters() if n not in ignored}
         return {
-            n.fqn: (Box.whole(n.shape), n.tensor)
+            n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=False)
             for n in self.inventory.parameters
             if id(n.tensor) not in kept
         }
+
+    def self_check(self) -> None:
+        pass  # a parameter is held once
+
+
+def make_ddp_source(
+    ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
+) -> Source:
+    """The source of a target that DistributedDataParallel has wrapped, or a part of which."""
+    shards = DDPShards(ddp, inventory, shard_replicas=shard_replicas)
+    shares = shards.shares
+    stand_in = InPlace(inventory.averaged_now, shares.fill, together=shares.together)
+    return Source(shards, stand_in, FollowsOptimizers(inventory))

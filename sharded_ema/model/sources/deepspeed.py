@@ -1,351 +1,500 @@
-"""DeepSpeed ZeRO 1, 2 and 3: each rank averages its partition of the fp32 master weights.
+"""DeepSpeed engines: ZeRO 1, 2 and 3, and replicas without ZeRO; pipelines included.
 
-DeepSpeed flattens parameters into buffers and gives each rank a piece of those, its *master
-partition*, cut without regard to where parameters end. The 16-bit weights of the model are the
-masters, rounded. What this relies on, and where it is checked:
-
-- The order of parameters in a buffer comes from the optimizer's own lists. The public getters
-  assume another one under ``round_robin_gradients`` and return wrong data (DeepSpeed 0.19.8).
-- :meth:`PartitionedSource.self_check` compares every slice of the masters with the parameter it
-  is said to belong to, so that a changed layout is refused and never averaged.
-- Padding lies between and behind the parameters, uninitialised in stage 3. No shard covers it.
+With ZeRO each rank averages its partition of the fp32 master weights. Without it, in 16-bit, the
+optimizer keeps an fp32 master of each parameter on every rank, and the replicas share the work; in
+fp32 it trains the parameters themselves.
 """
 
 from __future__ import annotations
 
-import functools
-from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharded_ema.errors import BindError, StateError
-from sharded_ema.model.inventory import (
-    Backup,
-    Inventory,
-    Named,
-    Shard,
-    copy_into,
-    is_rounded,
-    read,
+from sharded_ema.errors import (
+    BindError,
+    EMAWarning,
+    OptimizerError,
+    StateError,
+    UnsupportedLayoutError,
 )
-from sharded_ema.model.layout import Box, FlatRange
+from sharded_ema.model.internals.deepspeed import (
+    PARTITIONED,
+    Partition,
+    Partitions,
+    ReplicatedMasters,
+    Stage,
+    check_engine,
+    inner_optimizers,
+    is_expert,
+    is_in_pieces,
+    is_of_an_engine,
+    module_of,
+    partitions_of,
+    piece_of,
+    piece_weights,
+    trained_parameters,
+)
+from sharded_ema.model.inventory import Inventory, Named, Selection, take_inventory
+from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import FlatShard, range_pieces, whole
-from sharded_ema.model.sources.zero_pipeline import EngineSource
+from sharded_ema.model.sources.protocol import (
+    Backup,
+    Copy,
+    Shard,
+    Source,
+    back_up,
+    copy_into,
+    put_back,
+)
+from sharded_ema.model.sources.replicas import Shares, stored_shard, whole_copy
+from sharded_ema.model.steps import AppliedSteps, MethodWrap, StepListener
+
+# How far weight decay may have moved a master; weights that were loaded behind it are further off.
+_DECAYED = 2.0**-6
 
 
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """Where this rank's piece of one parameter lies.
+def make_engine_source(engine: Any, selection: Selection, *, shard_replicas: bool) -> Source:
+    """The source for an engine, by the class of its optimizer.
 
-    Attributes:
-        buffer: which of the optimizer's master partitions.
-        offset: first element there.
-        range: elements of the parameter in C order; empty if other ranks hold it all.
+    Raises:
+        UnsupportedLayoutError: DeepSpeed's version, its optimizer, or something else of the engine
+            is not supported; the message names it.
+        BindError: a parameter cannot be averaged.
+    """
+    check_engine(engine)
+    inventory = take_inventory(module_of(engine), selection)
+    inventory.is_settled = True
+    _refuse_experts(inventory)
+    _set_aside_untrained(inventory, trained_parameters(engine.optimizer))
+    steps = FollowsEngine(engine)
+    if type(engine.optimizer).__name__ in PARTITIONED:
+        shards = PartitionedShards(engine, partitions_of(engine), inventory)
+        return Source(shards, PartitionedStandIn(shards), steps)
+    masters = MasterShards(engine, inventory, shard_replicas=shard_replicas)
+    return Source(masters, MasterStandIn(masters), steps)
+
+
+def refuse_partitioned(inventory: Inventory) -> None:
+    """Refuse the module inside a DeepSpeed engine: only the engine leads to the masters.
+
+    Raises:
+        BindError: see above.
+    """
+    for named in (*inventory.averaged, *inventory.frozen, *inventory.excluded):
+        if is_of_an_engine(named.tensor):
+            raise BindError(
+                f"parameter {named.fqn} belongs to DeepSpeed; pass the engine that "
+                "deepspeed.initialize returned, not the module inside it"
+            )
+
+
+def _refuse_experts(inventory: Inventory) -> None:
+    for named in (*inventory.averaged, *inventory.frozen, *inventory.excluded):
+        if is_expert(named.tensor):
+            raise UnsupportedLayoutError(
+                f"parameter {named.fqn} is an expert of DeepSpeed's MoE, which is not supported"
+            )
+
+
+def _set_aside_untrained(inventory: Inventory, trained: set[int]) -> None:
+    """Treat as frozen what no parameter group holds, because it never moves."""
+    idle = [n for n in inventory.averaged if n.is_parameter and id(n.tensor) not in trained]
+    if not idle:
+        return
+    inventory.averaged = [n for n in inventory.averaged if n not in idle]
+    inventory.frozen += idle
+    names = [n.fqn for n in idle]
+    if not any(named.is_parameter for named in inventory.averaged):
+        raise BindError(
+            f"the engine's optimizer holds none of the {len(names)} trainable parameters, among "
+            f"them {names[:3]}; pass model_parameters to deepspeed.initialize"
+        )
+    warnings.warn(
+        f"{len(names)} trainable parameters are in no parameter group of the engine, among them "
+        f"{names[:3]}; they never move and are stored as frozen ones are",
+        EMAWarning,
+        stacklevel=5,
+    )
+
+
+@torch.no_grad()
+def _is_rounded(weights: Tensor, master: Tensor) -> bool:
+    """Whether ``weights`` are ``master`` in their own dtype; NaN counts as equal to NaN."""
+    rounded = master.to(weights.device, weights.dtype)
+    return bool(((weights == rounded) | (weights.isnan() & rounded.isnan())).all())
+
+
+# ---------------------------------------------------------------------- ZeRO 1, 2 and 3
+
+
+class PartitionedShards:
+    """Each rank averages its partition of the master weights.
+
+    :meth:`self_check` compares every slice of the masters with the parameter that it is said to
+    belong to, so that a changed layout is refused and never averaged. No shard covers padding.
+
+    Args:
+        engine: a DeepSpeed engine.
+        partitions: its optimizer's.
+        inventory: the tensors of its module.
     """
 
-    buffer: int
-    offset: int
-    range: FlatRange
-
-
-class PartitionedSource(EngineSource):
-    """Each rank averages its partition of the master weights; see :class:`EngineSource`."""
-
-    swap_is_collective = True
-    restore_is_collective = True
-
-    def __init__(self, engine: Any, inventory: Inventory) -> None:
-        super().__init__(engine, inventory)
-        layout = self.layout()
-        self.shards = []
-        self._partitions: list[Partition | None] = []
-        for named in inventory.averaged:
-            shape = named.shape
-            partition = layout[id(named.tensor)] if is_parameter(named) else None
-            self._partitions.append(partition)
-            if partition is None:
-                writes = self.writes_whole(named.fqn)
-                shard = Shard(named, shape, Box.whole(shape), writes=writes)
-            else:
-                writes = not self.is_borrowed(named.fqn)
-                shard = Shard(named, shape, Box.whole(shape), partition.range, writes=writes)
-            self.shards.append(shard)
+    def __init__(self, engine: Any, partitions: Partitions, inventory: Inventory) -> None:
+        self._optimizer = type(engine.optimizer).__name__
+        self.kind = partitions.kind
+        self.partitions = partitions
+        self.inventory = inventory
+        self._stage = Stage(engine)
+        self.ranks = self._stage.ranks
+        self.holds_all_names = not self._stage.is_pipeline
+        layout = partitions.layout()
+        self.places = [
+            layout[id(named.tensor)] if named.is_parameter else None for named in inventory.averaged
+        ]
+        self.shards = [
+            self._shard(named, place)
+            for named, place in zip(inventory.averaged, self.places, strict=True)
+        ]
         self._pointers: list[int] = []
         self._views: list[Tensor] = []
 
-    @property
-    def optimizer(self) -> Any:
-        """DeepSpeed's optimizer; its lists are read anew at each use."""
-        return self.engine.optimizer
-
-    @abstractmethod
-    def layout(self) -> dict[int, Partition]:
-        """Where every parameter of the optimizer lies, by ``id``."""
-
-    @abstractmethod
-    def masters(self) -> Sequence[Tensor]:
-        """This rank's master partitions: 1-D, fp32 unless the user chose bf16 masters."""
-
-    @abstractmethod
-    def weight_slice(self, index: int, partition: Partition) -> Tensor:
-        """The memory that a swap overwrites for the parameter at ``index`` (1-D)."""
-
-    @abstractmethod
-    def seen_slice(self, named: Named, partition: Partition) -> Tensor:
-        """What the model itself says those elements are (1-D)."""
+    def _shard(self, named: Named, place: Partition | None) -> Shard:
+        box = Box.whole(named.shape)
+        if place is None:
+            return Shard(named, box, writes=self._stage.writes_whole(named.fqn))
+        return Shard(named, box, place.range, writes=not self._stage.is_borrowed(named.fqn))
 
     def live(self) -> list[Tensor]:
-        masters = self.masters()
+        masters = self.partitions.masters()
         pointers = [master.data_ptr() for master in masters]
         if pointers != self._pointers:
             self._views = [self._view(i, masters) for i in range(len(self.shards))]
             self._pointers = pointers
-        if all(self._partitions):
+        if all(self.places):
             return self._views
         # Only averaged buffers must be looked up every time.
         return [
-            view if partition else read(shard.name)
-            for shard, partition, view in zip(
-                self.shards, self._partitions, self._views, strict=True
-            )
+            view if place else shard.name.read()
+            for shard, place, view in zip(self.shards, self.places, self._views, strict=True)
         ]
 
     def _view(self, index: int, masters: Sequence[Tensor]) -> Tensor:
-        partition = self._partitions[index]
-        if partition is None:
-            return read(self.shards[index].name)
-        master, span = masters[partition.buffer].detach(), partition.range
+        place, named = self.places[index], self.shards[index].name
+        if place is None:
+            return named.read()
+        master, span = masters[place.buffer].detach(), place.range
         if not span.numel:
             return master.new_empty(0)
-        if master.numel() < partition.offset + span.numel:
+        if master.numel() < place.offset + span.numel:
             raise StateError(
-                f"the master weights of parameter {self.shards[index].name.fqn} are not in memory; "
-                "call engine.reload_states() before the next step or use of the average"
+                f"the master weights of parameter {named.fqn} are not in memory; call "
+                "engine.reload_states() before the next step or use of the average"
             )
-        return master.narrow(0, partition.offset, span.numel)
+        return master.narrow(0, place.offset, span.numel)
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
             whole(tensor, writes=shard.writes)
             if shard.range is None
-            else FlatShard(
-                shard.shape,
-                range_pieces(shard.box, shard.range, tensor),
-                dtype=tensor.dtype,
-                device=tensor.device,
-                writes=shard.writes,
-            )
+            else stored_shard(shard, tensor)
             for shard, tensor in zip(self.shards, tensors, strict=True)
         ]
 
-    def slices(self) -> Iterator[tuple[int, Partition]]:
-        """Position and place of every averaged parameter of which this rank holds something."""
-        for index, partition in enumerate(self._partitions):
-            if partition is not None and partition.range.numel:
-                yield index, partition
-
-    @torch.no_grad()
-    def self_check(self) -> None:
-        live = self.live()
-        for index, partition in self.slices():
-            named = self.shards[index].name
-            seen = self.seen_slice(named, partition)
-            if not is_rounded(seen, live[index]):
-                raise BindError(
-                    f"the weights of parameter {named.fqn} are not the {live[index].dtype} masters "
-                    f"of {type(self.optimizer).__name__} in {seen.dtype}: either the weights were "
-                    "changed behind DeepSpeed's back (load them before deepspeed.initialize, or "
-                    "with engine.load_checkpoint), or this version of DeepSpeed lays out its "
-                    "partitions in a way that is not known here"
-                )
-
-    def swap_targets(self) -> list[Tensor]:
-        return [read(s.name) for s, p in zip(self.shards, self._partitions, strict=True) if not p]
-
-    def back_up(self) -> Backup:
-        # What is restored are the masters, rounded; so that must be what is there now.
-        self.self_check()
-        return super().back_up()
-
-    @torch.no_grad()
-    def write_weights(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite this rank's piece of the model's weights, and averaged buffers."""
-        for index, partition in self.slices():
-            self.weight_slice(index, partition).copy_(tensors[index])
-        buffers = [t for t, p in zip(tensors, self._partitions, strict=True) if p is None]
-        copy_into(self.swap_targets()[: len(buffers)], buffers)
-
-    @abstractmethod
-    def refresh(self) -> None:
-        """Make the weights of the model from the masters again. Collective."""
-
-    def restore(self, backup: Backup) -> None:
-        super().restore(backup)
-        self.refresh()
-
-    def keep(self, tensors: Sequence[Tensor]) -> None:
-        copy_into(self.live(), tensors)
-        self.refresh()
-
-
-class Zero12Source(PartitionedSource):
-    """Stages 1 and 2, and ``BF16_Optimizer``: one flat buffer for each parameter group."""
-
-    kind = "zero-1/2"
-
-    @functools.cached_property
-    def _names(self) -> tuple[str, str, str]:
-        """Attributes of the optimizer: groups, partitions of the weights, masters."""
-        if hasattr(self.optimizer, "bf16_groups"):
-            return "bf16_groups", "bf16_partitioned_groups", "fp32_groups_flat_partition"
-        return (
-            "bit16_groups",
-            "parallel_partitioned_bit16_groups",
-            "single_partition_of_fp32_groups",
-        )
-
-    def layout(self) -> dict[int, Partition]:
-        optimizer = self.optimizer
-        found = {}
-        for buffer, group in enumerate(getattr(optimizer, self._names[0])):
-            # The order in the buffer, which is not that of the group under round_robin_gradients.
-            orders = getattr(optimizer, "round_robin_bit16_groups", None)
-            order = group if orders is None else orders[buffer]
-            offsets = getattr(optimizer, "round_robin_bit16_offsets", None)
-            starts = _running_sums(order) if offsets is None else offsets[buffer]
-            size = self.masters()[buffer].numel()
-            low = self._rank_in(buffer) * size
-            for parameter, start in zip(order, starts, strict=True):
-                first = min(max(low - start, 0), parameter.numel())
-                last = min(max(low + size - start, first), parameter.numel())
-                span = FlatRange(first, last)
-                found[id(parameter)] = Partition(buffer, max(start - low, 0), span)
-        return found
-
-    def _rank_in(self, buffer: int) -> int:
-        return dist.get_rank(self.optimizer.real_dp_process_group[buffer])
-
-    def masters(self) -> Sequence[Tensor]:
-        return getattr(self.optimizer, self._names[2])
-
-    def _weight_partitions(self) -> list[Tensor]:
-        """This rank's piece of every group's flat weights."""
-        groups = getattr(self.optimizer, self._names[1])
-        return [group[self._rank_in(buffer)] for buffer, group in enumerate(groups)]
-
-    def weight_slice(self, index: int, partition: Partition) -> Tensor:
-        weights = self._weight_partitions()[partition.buffer]
-        return weights.narrow(0, partition.offset, partition.range.numel)
-
-    def seen_slice(self, named: Named, partition: Partition) -> Tensor:
-        span = partition.range
-        return named.tensor.detach().reshape(-1)[span.start : span.stop]
-
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        self.write_weights(tensors)
-        # DeepSpeed's own refresh copies each master over the weights of this rank and gathers
-        # them. With the weights in the masters' place only the gathering is left.
-        masters = self.masters()
-        setattr(self.optimizer, self._names[2], self._weight_partitions())
-        try:
-            self.optimizer.update_lp_params()
-        finally:
-            setattr(self.optimizer, self._names[2], masters)
-
-    def refresh(self) -> None:
-        self.optimizer.update_lp_params()
-
-
-class Zero3Source(PartitionedSource):
-    """Stage 3: every parameter is cut into equal 1-D pieces, the last ones padded."""
-
-    kind = "zero-3"
-
-    def layout(self) -> dict[int, Partition]:
-        found = {}
-        for buffer, group in enumerate(self.optimizer.fp16_groups):  # one for each sub-group
-            offset = 0
-            for parameter in group:
-                found[id(parameter)] = Partition(buffer, offset, _piece(parameter))
-                offset += parameter.partition_numel()
-        return found
-
-    def masters(self) -> Sequence[Tensor]:
-        return self.optimizer.fp32_partitioned_groups_flat
-
-    def seen_slice(self, named: Named, partition: Partition) -> Tensor:
-        return _weights(named.tensor)
-
-    def weight_slice(self, index: int, partition: Partition) -> Tensor:
-        return _weights(self.shards[index].name.tensor)
-
-    def _aliased(self) -> list[Tensor]:
-        """Masters that are the weights themselves, as plain fp32 training may have them."""
-        live = self.live()
-        return [
-            live[i]
-            for i, partition in self.slices()
-            if live[i].data_ptr() == self.weight_slice(i, partition).data_ptr()
-        ]
-
-    def swap_targets(self) -> list[Tensor]:
-        return [*super().swap_targets(), *self._aliased()]
-
-    # What is gathered here stays for training, even if it is an evaluation that swaps.
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        # Gathered copies are dropped before, and made anew after the pieces have changed.
-        self.optimizer.checkpoint_event_prologue()
-        self.write_weights(tensors)
-        self.optimizer.checkpoint_event_epilogue()
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def refresh(self) -> None:
-        self.optimizer.checkpoint_event_prologue()
-        live = self.live()
-        for index, partition in self.slices():
-            self.weight_slice(index, partition).copy_(live[index])
-        self.optimizer.checkpoint_event_epilogue()
-
-    def extra_value(self, named: Named) -> Tensor:
-        if not hasattr(named.tensor, "ds_tensor"):
-            return super().extra_value(named)
-        shape, piece = named.shape, _weights(named.tensor)
+    def stored_apart(self, named: Named) -> Tensor:
+        if not is_in_pieces(named.tensor):
+            writes = self._stage.writes_whole(named.fqn)
+            return whole(named.read().detach(), writes=writes, reads=False)
+        shape, piece = named.shape, piece_weights(named.tensor)
         return FlatShard(
             shape,
-            range_pieces(Box.whole(shape), _piece(named.tensor), piece),
+            range_pieces(Box.whole(shape), piece_of(named.tensor), piece),
             dtype=piece.dtype,
             device=piece.device,
             reads=False,
         )
 
+    def copies(self) -> Mapping[str, Copy]:
+        return {}  # DeepSpeed keeps equal what it replicates
 
-def is_parameter(named: Named) -> bool:
-    """Whether it is a parameter, and no averaged buffer."""
-    return isinstance(named.tensor, nn.Parameter)
+    def pieces(self) -> Iterator[tuple[int, Tensor, Partition]]:
+        """Position, parameter and place of everything of which this rank holds elements."""
+        for index, (shard, place) in enumerate(zip(self.shards, self.places, strict=True)):
+            if place is not None and place.range.numel:
+                yield index, shard.name.tensor, place
+
+    @torch.no_grad()
+    def self_check(self) -> None:
+        live = self.live()
+        for index, parameter, place in self.pieces():
+            seen = self.partitions.seen(parameter, place)
+            if not _is_rounded(seen, live[index]):
+                raise BindError(
+                    f"the weights of parameter {self.shards[index].name.fqn} are not the "
+                    f"{live[index].dtype} masters of {self._optimizer} in {seen.dtype}: either the "
+                    "weights were changed behind DeepSpeed's back (load them before "
+                    "deepspeed.initialize, or with engine.load_checkpoint), or this version of "
+                    "DeepSpeed lays out its partitions in a way that is not known here"
+                )
 
 
-def _piece(parameter: Any) -> FlatRange:
-    """Which elements of a stage-3 parameter this rank holds; the rest of its piece is padding."""
-    size = parameter.partition_numel()
-    first = min(size * dist.get_rank(parameter.ds_process_group), parameter.ds_numel)
-    return FlatRange(first, min(first + size, parameter.ds_numel))
+class PartitionedStandIn:
+    """Overwrites this rank's piece of the weights and lets DeepSpeed gather.
+
+    Masters stay as they are, and the weights come back from them. So there is no backup but of
+    averaged buffers, and of masters that are the weights themselves.
+    """
+
+    enters_together = True
+    leaves_together = True
+
+    def __init__(self, shards: PartitionedShards) -> None:
+        self._shards = shards
+        self._partitions = shards.partitions
+
+    def settle(self) -> None:
+        pass  # gathered copies are dropped when pieces change
+
+    def _buffers(self) -> list[Tensor]:
+        pairs = zip(self._shards.shards, self._shards.places, strict=True)
+        return [shard.name.read() for shard, place in pairs if place is None]
+
+    def _targets(self) -> list[Tensor]:
+        """What a swap overwrites and no master could bring back."""
+        live = self._shards.live()
+        # Plain fp32 training may have masters that are the weights.
+        aliased = [
+            live[index]
+            for index, parameter, place in self._shards.pieces()
+            if live[index].data_ptr() == self._partitions.weights(parameter, place).data_ptr()
+        ]
+        return [*self._buffers(), *aliased]
+
+    def back_up(self) -> Backup:
+        # What is restored are the masters, rounded; so that must be what is there now.
+        self._shards.self_check()
+        return back_up(self._targets())
+
+    @torch.no_grad()
+    def swap_in(self, tensors: Sequence[Tensor]) -> None:
+        def write() -> None:
+            self._write(tensors)
+            pairs = zip(tensors, self._shards.places, strict=True)
+            copy_into(self._buffers(), [t for t, place in pairs if place is None])
+
+        self._partitions.rewrite(write)
+
+    def _write(self, tensors: Sequence[Tensor]) -> None:
+        for index, parameter, place in self._shards.pieces():
+            self._partitions.weights(parameter, place).copy_(tensors[index])
+
+    def restore(self, backup: Backup) -> None:
+        put_back(backup, self._targets)
+        self._refresh()
+
+    def overwrite(self, tensors: Sequence[Tensor]) -> None:
+        copy_into(self._shards.live(), tensors)
+        self._refresh()
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        self._partitions.refresh(lambda: self._write(self._shards.live()))
 
 
-def _weights(parameter: Any) -> Tensor:
-    """This rank's elements of a stage-3 parameter, without padding (1-D)."""
-    return parameter.ds_tensor.detach().view(-1)[: _piece(parameter).numel]
+# ---------------------------------------------------------------------- without ZeRO
 
 
-def _running_sums(parameters: Sequence[Tensor]) -> list[int]:
-    sums = [0]
-    for parameter in parameters:
-        sums.append(sums[-1] + parameter.numel())
-    return sums[:-1]
+class MasterShards:
+    """Each replica averages a slice of the masters, or of the parameters where they are one.
+
+    Args:
+        engine: a DeepSpeed engine.
+        inventory: the tensors of its module.
+        shard_replicas: see :class:`Shares`.
+    """
+
+    kind = "zero-0"
+
+    def __init__(self, engine: Any, inventory: Inventory, *, shard_replicas: bool) -> None:
+        self._optimizer = type(engine.optimizer).__name__
+        self._masters = ReplicatedMasters(engine)
+        self._stage = Stage(engine)
+        self.ranks = self._stage.ranks
+        self.holds_all_names = not self._stage.is_pipeline
+        self.inventory = inventory
+        groups = (self._stage.replicas,)
+        self.shares = Shares(
+            inventory,
+            [whole_copy(named, groups) for named in inventory.averaged],
+            inventory.averaged_now(),
+            shard_replicas=shard_replicas,
+        )
+        self.shards = [
+            Shard(s.name, s.box, s.range, s.order, s.writes and not self._borrowed(s.name))
+            for s in self.shares.shards
+        ]
+
+    def _borrowed(self, named: Named) -> bool:
+        return self._stage.is_borrowed(named.fqn)
+
+    def master(self, index: int) -> Tensor:
+        """What the optimizer trains for the parameter at ``index``, whole."""
+        named = self.inventory.averaged[index]
+        found = self._masters.of(named.tensor)
+        return named.read() if found is None else found
+
+    def masters(self) -> list[Tensor]:
+        """What the optimizer trains, whole."""
+        return [self.master(index) for index in range(len(self.shards))]
+
+    def is_copy(self, index: int) -> bool:
+        """Whether the weights are the masters, rounded, and can be made from them again."""
+        tensor = self.inventory.averaged[index].tensor
+        master = self._masters.of(tensor)
+        return master is not None and _is_rounded(tensor, master)
+
+    def live(self) -> list[Tensor]:
+        return self.shares.cut(self.masters())
+
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return [stored_shard(s, t) for s, t in zip(self.shards, tensors, strict=True)]
+
+    def stored_apart(self, named: Named) -> Tensor:
+        writes = self._stage.writes_whole(named.fqn)
+        return whole(named.read().detach(), writes=writes, reads=False)
+
+    def copies(self) -> Mapping[str, Copy]:
+        return {}  # DeepSpeed keeps equal what it replicates
+
+    @torch.no_grad()
+    def self_check(self) -> None:
+        for index, named in enumerate(self.inventory.averaged):
+            # Not equal at the very start: to make its state the optimizer takes one step without
+            # gradients, whose weight decay reaches the masters and not yet the weights (0.19.8).
+            seen, master = named.read().float(), self.master(index).float()
+            if not torch.allclose(seen, master, rtol=_DECAYED, atol=_DECAYED, equal_nan=True):
+                raise BindError(
+                    f"the weights of parameter {named.fqn} are not the masters of "
+                    f"{self._optimizer} in {named.tensor.dtype}: load weights before "
+                    "deepspeed.initialize, or with engine.load_checkpoint"
+                )
+
+
+class MasterStandIn:
+    """Overwrites the weights; those that are masters, rounded, come back from these."""
+
+    leaves_together = False
+
+    def __init__(self, shards: MasterShards) -> None:
+        self._shards = shards
+        self._copies: set[int] = set()
+        self.enters_together = shards.shares.together
+
+    def settle(self) -> None:
+        pass  # nothing is ever gathered
+
+    def _weights(self) -> list[Tensor]:
+        return self._shards.inventory.averaged_now()
+
+    def _targets(self) -> list[Tensor]:
+        return [t for i, t in enumerate(self._weights()) if i not in self._copies]
+
+    def back_up(self) -> Backup:
+        self._copies = {i for i in range(len(self._shards.shards)) if self._shards.is_copy(i)}
+        return back_up(self._targets())
+
+    def swap_in(self, tensors: Sequence[Tensor]) -> None:
+        self._shards.shares.fill(self._weights(), tensors)
+
+    def restore(self, backup: Backup) -> None:
+        put_back(backup, self._targets)
+        self._refresh(self._copies)
+
+    def overwrite(self, tensors: Sequence[Tensor]) -> None:
+        self._shards.shares.fill(self._shards.masters(), tensors)
+        self._refresh(range(len(self._shards.shards)))
+
+    @torch.no_grad()
+    def _refresh(self, indices: Iterable[int]) -> None:
+        """Make weights from their masters again."""
+        weights = self._weights()
+        for index in indices:
+            weights[index].copy_(self._shards.master(index))
+
+
+# ---------------------------------------------------------------------- steps
+
+
+class FollowsEngine:
+    """The steps of a model that an engine trains.
+
+    Args:
+        engine: a DeepSpeed engine.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> AppliedSteps:
+        if optimizers:
+            raise OptimizerError(
+                "a DeepSpeed engine knows its own optimizer: call attach() without arguments"
+            )
+        return EngineSteps(self._engine, listener)
+
+
+class EngineSteps:
+    """Tells once of every step that a DeepSpeed engine has applied.
+
+    Neither sign alone is enough. ``engine.was_step_applied()`` is false between accumulation
+    boundaries and on overflow, but true when a ``GradScaler`` (``torch_autocast`` in fp16) skipped
+    the step. The hooks of the optimizer inside tell the two apart, but run once per parameter
+    group and before the model has its new weights.
+
+    Args:
+        engine: a DeepSpeed engine; of a pipeline engine ``train_batch`` is followed.
+        listener: who is told.
+    """
+
+    def __init__(self, engine: Any, listener: StepListener) -> None:
+        self.trainer = engine
+        self.skipped_steps = 0
+        self._listener = listener
+        self._stepped = False
+        self._handles = [
+            optimizer.register_step_post_hook(self._post) for optimizer in inner_optimizers(engine)
+        ]
+        # The step() of a pipeline engine only raises.
+        name = "train_batch" if hasattr(engine, "is_pipe_parallel") else "step"
+        self._wrap: MethodWrap | None = MethodWrap(engine, name, self._around_step)
+
+    def _post(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        self._stepped = True
+
+    def _around_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._listener.before()
+        self._stepped = False
+        skipped = self.trainer.skipped_steps
+        result = original(*args, **kwargs)
+        applied = self.trainer.was_step_applied()
+        if applied and (self._stepped or not self._handles):
+            self._listener.applied()
+        elif applied or self.trainer.skipped_steps > skipped:
+            self.skipped_steps += 1
+        return result
+
+    def flush(self) -> None:
+        pass  # nothing is ever pending: an engine steps all its parameters at once
+
+    def remove(self) -> None:
+        if self._wrap is None:
+            return
+        self._wrap.remove()
+        self._wrap = None
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._listener.removed()

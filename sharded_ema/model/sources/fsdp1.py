@@ -6,71 +6,134 @@ replicated (``NO_SHARD``) or both (``HYBRID_SHARD``), even within one model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from sharded_ema.errors import StateError, UnsupportedLayoutError
-from sharded_ema.model.internals.fsdp1 import FlatParameters
+from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError
+from sharded_ema.model.internals.fsdp1 import FlatParameters, Flattened, is_flattened
 from sharded_ema.model.inventory import (
+    Found,
     Inventory,
     Named,
-    digest,
-    read,
+    Selection,
+    parameters_of,
     take_inventory,
 )
 from sharded_ema.model.layout import Box
-from sharded_ema.model.pieces import FlatShard, range_pieces
-from sharded_ema.model.sources.replicas import Place, ReplicatedSource, leads, whole_copy
+from sharded_ema.model.pieces import FlatShard, range_pieces, whole
+from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace, Source
+from sharded_ema.model.sources.replicas import Place, Shares, leads, whole_copy
 
 
-class FSDP1Source(ReplicatedSource):
+class Names:
+    """The parameters of a model by name, whether they are flattened or not.
+
+    Args:
+        flat: the flat parameters of the model.
+    """
+
+    def __init__(self, flat: FlatParameters) -> None:
+        self._flat = flat
+
+    def find(self, named: Named) -> Flattened | None:
+        """A parameter where it lies; ``None`` for a buffer and for what FSDP1 ignores."""
+        return self._flat.of(named.owner).get(named.attribute)
+
+    def registered(self, named: Named) -> Tensor | None:
+        """What the model has in the place of a parameter now."""
+        found = self.find(named)
+        # The modules of a unit that shows the flat parameter have none that could be compared.
+        return found.tensor if found and found.is_flat else named.registered()
+
+    def found_on(self, module: nn.Module) -> Iterator[Found]:
+        """The parameters of one module itself.
+
+        Raises:
+            BindError: one belongs to a unit outside the target.
+            UnsupportedLayoutError: one is a DTensor.
+        """
+        mine = self._flat.of(module)
+        for attribute, found in mine.items():
+            yield attribute, found, found.tensor, found.shape
+        flat = {id(unit.flat) for unit in self._flat.units}
+        for attribute, identity, tensor, shape in parameters_of(module):
+            if attribute in mine or identity in flat:
+                continue
+            if is_flattened(tensor):
+                raise BindError(
+                    f"parameter {attribute} of {type(module).__name__} belongs to a "
+                    "FullyShardedDataParallel module outside the target; pass the outermost one"
+                )
+            if isinstance(tensor, DTensor):
+                raise UnsupportedLayoutError(
+                    f"parameter {attribute} of {type(module).__name__} is a DTensor beside "
+                    "FullyShardedDataParallel (FSDP1); use fully_shard for all of the model"
+                )
+            yield attribute, identity, tensor, shape
+
+
+class FSDP1Shards:
     """Each rank averages its elements of the flat parameters, or slices of what is replicated.
 
     Args:
         flat: the flat parameters of the model.
+        names: the same by name.
         inventory: the tensors of the model.
-        shard_replicas: see :class:`ReplicatedSource`.
+        shard_replicas: see :class:`Shares`.
     """
 
     kind = "fsdp1"
+    holds_all_names = True
 
-    def __init__(self, flat: FlatParameters, inventory: Inventory, *, shard_replicas: bool) -> None:
+    def __init__(
+        self, flat: FlatParameters, names: Names, inventory: Inventory, *, shard_replicas: bool
+    ) -> None:
         self._flat = flat
-        self._flattened = [flat.find(named) for named in inventory.averaged]
-        super().__init__(
+        self._names = names
+        self.ranks = flat.ranks
+        self.inventory = inventory
+        self._flattened = [names.find(named) for named in inventory.averaged]
+        self.shares = Shares(
             inventory,
-            flat.ranks,
             [self._place(named) for named in inventory.averaged],
+            self.blocks(),
             shard_replicas=shard_replicas,
         )
-        self._parameters = [
-            n.tensor for n in inventory.averaged if isinstance(n.tensor, nn.Parameter)
-        ]
-        self._buffers = [n for n in inventory.averaged if not isinstance(n.tensor, nn.Parameter)]
+        self.shards = self.shares.shards
+        self._parameters = [named.tensor for named in inventory.averaged if named.is_parameter]
+        self._buffers = [named for named in inventory.averaged if not named.is_parameter]
         self._seen: list[int] = []
         self._held: list[Tensor] = []
 
     def _place(self, named: Named) -> Place:
-        found = self._flat.find(named)
+        found = self._names.find(named)
         if found is None:
             return whole_copy(named, self._flat.groups)
         groups = found.unit.replicas
         return Place(Box.whole(named.shape), groups, leads(groups), found.range, found.order)
 
-    def target_tensor(self, index: int) -> Tensor:
-        found = self._flattened[index]
-        return read(self.inventory.averaged[index]) if found is None else found.local()
+    def settle(self) -> None:
+        """Free gathered parameters."""
+        for unit in self._flat.units:
+            unit.reshard()
+
+    def blocks(self) -> list[Tensor]:
+        """This rank's elements of every averaged tensor."""
+        pairs = zip(self.inventory.averaged, self._flattened, strict=True)
+        return [named.read() if found is None else found.local() for named, found in pairs]
 
     def live(self) -> list[Tensor]:
         pointers = [unit.shard.data_ptr() for unit in self._flat.units]
         pointers += map(Tensor.data_ptr, self._parameters)
-        pointers += [read(named).data_ptr() for named in self._buffers]
+        pointers += [named.read().data_ptr() for named in self._buffers]
         if pointers != self._seen:
             self._refuse_detached()
-            self._held, self._seen = super().live(), pointers
+            self._held, self._seen = self.shares.cut(self.blocks()), pointers
         return self._held
 
     def _refuse_detached(self) -> None:
@@ -83,10 +146,14 @@ class FSDP1Source(ReplicatedSource):
                     "parameters in place, and move the model before it is first used"
                 )
 
-    def extra_value(self, named: Named) -> Tensor:
-        found = self._flat.find(named)
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return self.shares.stored(tensors)
+
+    def stored_apart(self, named: Named) -> Tensor:
+        found = self._names.find(named)
         if found is None:
-            return super().extra_value(named)
+            writes = dist.get_rank() == self.ranks[0]
+            return whole(named.read().detach(), writes=writes, reads=False)
         local = found.local()
         return FlatShard(
             named.shape,
@@ -97,38 +164,23 @@ class FSDP1Source(ReplicatedSource):
             reads=False,
         )
 
-    def settle(self) -> None:
-        for unit in self._flat.units:
-            unit.reshard()
-
-    def registered(self, named: Named) -> Tensor | None:
-        found = self._flat.find(named)
-        # The modules of a unit that shows the flat parameter have none that could be compared.
-        return found.tensor if found and found.is_flat else super().registered(named)
-
-    def loose(self) -> dict[str, tuple[Box, Tensor]]:
-        plain = (n for n in self.inventory.parameters if self._flat.find(n) is None)
-        return {n.fqn: (Box.whole(n.shape), n.tensor) for n in plain}
-
-    def agreement_record(self) -> dict[str, tuple[Box, str]]:
-        """Digests of plain parameters, and of what FSDP1 keeps equal but does not make so."""
-        record = super().agreement_record()
+    def copies(self) -> Mapping[str, Copy]:
+        """Plain parameters, and what FSDP1 keeps equal but does not make so."""
+        copies = {}
         for named in self.inventory.parameters:
-            found = self._flat.find(named)
-            if found is not None and found.unit.replicas:
+            found = self._names.find(named)
+            if found is None:
+                copies[named.fqn] = Copy(Box.whole(named.shape), named.tensor, synchronised=False)
+            elif found.unit.replicas:
                 elements = Box((found.range.start,), (found.range.numel,))
-                record[named.fqn] = (elements, digest(found.local()))
-        return record
+                copies[named.fqn] = Copy(elements, found.local(), synchronised=True)
+        return copies
+
+    def self_check(self) -> None:
+        pass  # a parameter is held once
 
 
-def make_fsdp1_source(
-    model: nn.Module,
-    *,
-    include: Sequence[str] | None,
-    exclude: Sequence[str] | None,
-    buffers: str,
-    shard_replicas: bool,
-) -> FSDP1Source:
+def make_fsdp1_source(model: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
     """The source for a model in which FSDP1 has flattened parameters.
 
     Raises:
@@ -143,5 +195,10 @@ def make_fsdp1_source(
                 "HYBRID_SHARD shards within groups of ranks and replicates across them"
             )
     flat = FlatParameters(model)
-    inventory = take_inventory(model, include, exclude, buffers, flat.registered)
-    return FSDP1Source(flat, inventory, shard_replicas=shard_replicas)
+    names = Names(flat)
+    inventory = take_inventory(model, selection, names.found_on)
+    inventory.registered = names.registered
+    shards = FSDP1Shards(flat, names, inventory, shard_replicas=shard_replicas)
+    shares = shards.shares
+    stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
+    return Source(shards, stand_in, FollowsOptimizers(inventory))

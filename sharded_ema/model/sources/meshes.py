@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator
 from itertools import combinations
-from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import device_mesh
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import UnsupportedLayoutError
+from sharded_ema.model.internals.pytorch import root_mesh
 from sharded_ema.model.sources.replicas import Groups
 
 Ranks = frozenset[int]
@@ -81,7 +80,7 @@ class Meshes:
         if own == self._all:
             return ()
         # Slices of one mesh know it as their root, even if no parameter lies on all of it.
-        roots = map(_root, self._meshes)
+        roots = map(root_mesh, self._meshes)
         for whole in dict.fromkeys((*self._meshes, *roots)):
             for axes in _subsets(whole):
                 if _along(whole, axes) == self._all:
@@ -93,13 +92,6 @@ class Meshes:
             f"{len(self._all)} ranks of the model, and it is no slice of a mesh over all of them; "
             'slice both from one mesh: init_device_mesh(..., mesh_dim_names=("dp", "tp"))["dp"]'
         )
-
-
-def _root(mesh: DeviceMesh) -> DeviceMesh:
-    if hasattr(mesh, "_get_root_mesh"):
-        return mesh._get_root_mesh()
-    resources: Any = device_mesh._mesh_resources  # which knows it in PyTorch 2.8
-    return resources.get_root_mesh(mesh)
 
 
 def _subsets(mesh: DeviceMesh) -> Iterator[tuple[int, ...]]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from sharded_ema.model.inventory import (
-    Inventory,
-    Shard,
-    ShardSource,
-    copy_into,
-    read,
-)
+from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import whole
+from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace, Shard, Source
 
 
-class PlainSource(ShardSource):
+class PlainShards:
     """Every rank averages the whole model; rank 0 writes it.
 
     Where a process group exists its ranks must hold the same parameters, which is checked when
@@ -26,33 +21,39 @@ class PlainSource(ShardSource):
     """
 
     kind = "plain"
+    holds_all_names = True
 
-    def __init__(self, model: nn.Module, inventory: Inventory) -> None:
+    def __init__(self, inventory: Inventory) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.ranks = list(range(dist.get_world_size())) if distributed else []
+        self._writes = not distributed or dist.get_rank() == 0
         self.inventory = inventory
         self.shards = [
-            Shard(n, tuple(n.tensor.shape), Box.whole(n.tensor.shape), writes=self.is_first_rank)
-            for n in inventory.averaged
+            Shard(n, Box.whole(n.shape), writes=self._writes) for n in inventory.averaged
         ]
 
-        self._tensors = [named.tensor for named in inventory.averaged]
-        self._fixed = all(isinstance(tensor, nn.Parameter) for tensor in self._tensors)
-
     def live(self) -> list[Tensor]:
-        # Parameter objects stay; only averaged buffers must be looked up every time.
-        return self._tensors if self._fixed else [read(s.name) for s in self.shards]
+        return self.inventory.averaged_now()
 
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if not self.ranks:
             return list(tensors)
-        return [whole(tensor, writes=self.is_first_rank) for tensor in tensors]
+        return [whole(tensor, writes=self._writes) for tensor in tensors]
 
-    def swap_targets(self) -> list[Tensor]:
-        return self.live()
+    def stored_apart(self, named: Named) -> Tensor:
+        return whole(named.read().detach(), writes=self._writes, reads=False)
 
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        copy_into(self.swap_targets(), tensors)
+    def copies(self) -> Mapping[str, Copy]:
+        return {
+            n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=False)
+            for n in self.inventory.parameters
+        }
 
-    def loose(self) -> dict[str, tuple[Box, Tensor]]:
-        return {n.fqn: (Box.whole(n.shape), n.tensor) for n in self.inventory.parameters}
+    def self_check(self) -> None:
+        pass  # a parameter is held once
+
+
+def make_plain_source(inventory: Inventory) -> Source:
+    """The source of a module that nothing has sharded."""
+    shards = PlainShards(inventory)
+    return Source(shards, InPlace(shards.live), FollowsOptimizers(inventory))

@@ -13,17 +13,21 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from sharded_ema.errors import StateError, UnsupportedLayoutError
-from sharded_ema.model.inventory import Inventory, Named, Shard, ShardSource, read
-from sharded_ema.model.layout import Box, FlatRange, Slice, divide
+from sharded_ema.model.internals.pytorch import reached_devices
+from sharded_ema.model.inventory import Inventory, Named
+from sharded_ema.model.layout import Box, FlatRange, divide
 from sharded_ema.model.pieces import FlatShard, range_pieces
+from sharded_ema.model.sources.protocol import Shard
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
 GATHER_NUMEL = 1 << 24
 
 Groups = tuple[dist.ProcessGroup, ...]
+#: Position of a tensor, and the elements of it that one replica keeps.
+Slice = tuple[int, FlatRange]
 
 
 class Replicas:
@@ -47,15 +51,14 @@ class Replicas:
         for group in groups:  # coordinates along the groups, as digits of one number
             rank = rank * dist.get_world_size(group) + dist.get_rank(group)
         # Where C order is not memory order a slice would not be a view.
-        self._parts: list[list[Slice]] = divide(
+        self._parts = divide(
             [t.numel() for t in tensors],
             self.size,
             indivisible=[not t.is_contiguous() for t in tensors],
         )
         self._rank = rank
-        mine = {part.index: part.range for part in self._parts[rank]}
         #: This rank's elements of every tensor, in C order.
-        self.spans = [mine.get(i, FlatRange(0, 0)) for i in range(len(tensors))]
+        self.spans = [self._parts[rank].get(i, FlatRange(0, 0)) for i in range(len(tensors))]
 
     @torch.no_grad()
     def gather(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
@@ -74,7 +77,7 @@ class Replicas:
             size = dist.get_world_size(group)
             first = self._rank // (known * size) * (known * size)
             blocks = [
-                [s for part in self._parts[start : start + known] for s in part]
+                [s for part in self._parts[start : start + known] for s in part.items()]
                 for start in range(first, first + known * size, known)
             ]
             _broadcast_strided(group, blocks, targets)
@@ -85,7 +88,7 @@ class Replicas:
 
 
 def _refuse_unreachable(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
-    reached = {device.type for device in group._device_types}
+    reached = reached_devices(group)
     for kind in {tensor.device.type for tensor in tensors} - reached:
         raise UnsupportedLayoutError(
             f"there are replicas on {kind}, as with CPU offload, and their process group reaches "
@@ -99,8 +102,8 @@ def _broadcast_strided(
 ) -> None:
     """Hand out the tensors that one replica keeps whole because they cannot be sliced."""
     for owner, slices in enumerate(blocks):
-        for part in slices:
-            target = targets[part.index]
+        for index, _ in slices:
+            target = targets[index]
             if not target.is_contiguous():
                 whole = target.contiguous()
                 dist.broadcast(whole, group=group, group_src=owner)
@@ -110,10 +113,10 @@ def _broadcast_strided(
 def _views(
     slices: Sequence[Slice], targets: Sequence[Tensor], device: torch.device, dtype: torch.dtype
 ) -> Iterator[Tensor]:
-    for part in slices:
-        target = targets[part.index]
+    for index, span in slices:
+        target = targets[index]
         if target.is_contiguous() and target.device == device and target.dtype == dtype:
-            yield target.view(-1)[part.range.start : part.range.stop]
+            yield target.view(-1)[span.start : span.stop]
 
 
 def _all_gather(group: dist.ProcessGroup, streams: Sequence[Sequence[Tensor]]) -> None:
@@ -172,27 +175,30 @@ class Place:
         return FlatRange(self.range.start + span.start, self.range.start + span.stop)
 
 
-class ReplicatedSource(ShardSource):
-    """Each rank averages its block of every tensor, or of a replicated one a slice of the block.
+class Shares:
+    """This rank's part of every averaged tensor: its block, or a slice of a replicated block.
 
     Args:
-        inventory: the tensors of the target.
-        ranks: global ranks that share the model.
+        inventory: the tensors of the model.
         places: where each averaged tensor lies.
+        targets: this rank's blocks, which a swap overwrites.
         shard_replicas: ``False`` keeps the whole block on every replica, so that a swap needs
             no communication.
+
+    Attributes:
+        shards: what this rank averages.
+        places: as given, without groups if replicas do not share.
+        together: whether filling whole tensors communicates.
     """
 
     def __init__(
         self,
         inventory: Inventory,
-        ranks: list[int],
         places: Sequence[Place],
+        targets: Sequence[Tensor],
         *,
         shard_replicas: bool,
     ) -> None:
-        self.inventory = inventory
-        self.ranks = ranks
         self.places = list(places) if shard_replicas else [replace(p, groups=()) for p in places]
         # Tensors with the same replicas are divided together, so that the shares come out even.
         alike: dict[tuple[str, ...], list[int]] = {}
@@ -202,76 +208,56 @@ class ReplicatedSource(ShardSource):
         self._spans: dict[int, FlatRange] = {}
         found: dict[int, Shard] = {}
         for members in alike.values():
-            replicas = Replicas(
-                self.places[members[0]].groups, [self.target_tensor(i) for i in members]
-            )
+            replicas = Replicas(self.places[members[0]].groups, [targets[i] for i in members])
             self._replicas.append((members, replicas))
             for i, span in zip(members, replicas.spans, strict=True):
-                named, place = inventory.averaged[i], self.places[i]
+                place = self.places[i]
                 self._spans[i] = span
                 found[i] = Shard(
-                    named,
-                    named.shape,
+                    inventory.averaged[i],
                     place.box,
                     place.part(span),
                     place.order,
                     writes=place.writes or replicas.size > 1,
                 )
         self.shards = [found[i] for i in range(len(places))]
-        self.swap_is_collective = any(replicas.size > 1 for _, replicas in self._replicas)
+        self.together = any(replicas.size > 1 for _, replicas in self._replicas)
         self._sliced = any(shard.range is not None for shard in self.shards)
         self._pointers: list[int] = []
-        self._live: list[Tensor] = []
+        self._parts: list[Tensor] = []
 
-    def target_tensor(self, index: int) -> Tensor:
-        """This rank's tensor of the parameter at ``index``, which a swap overwrites."""
-        return read(self.inventory.averaged[index])
-
-    def averaged_tensor(self, index: int) -> Tensor:
-        """What is averaged for it: itself, or a more precise copy."""
-        return self.target_tensor(index)
-
-    def averaged_tensors(self) -> list[Tensor]:
-        """What is averaged for every parameter, whole."""
-        return [self.averaged_tensor(i) for i in range(len(self.shards))]
-
-    def live(self) -> list[Tensor]:
-        tensors = self.averaged_tensors()
+    def cut(self, tensors: list[Tensor]) -> list[Tensor]:
+        """This rank's parts of its blocks, as views; they are made again only when one moved."""
         if not self._sliced:
             return tensors
-        # Views are made again only when a tensor moved.
         pointers = list(map(Tensor.data_ptr, tensors))
         if pointers != self._pointers:
-            self._live = [
+            self._parts = [
                 tensor if shard.range is None else _cut(shard, self._spans[i], tensor)
                 for i, (shard, tensor) in enumerate(zip(self.shards, tensors, strict=True))
             ]
             self._pointers = pointers
-        return self._live
-
-    def values(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [self.piece(s, t) for s, t in zip(self.shards, tensors, strict=True)]
-
-    def piece(self, shard: Shard, tensor: Tensor) -> FlatShard:
-        """A shadow as a value of the global shape."""
-        if shard.range is not None:
-            pieces = range_pieces(shard.box, shard.range, tensor, shard.order)
-        else:
-            pieces = [(shard.box, tensor)] if shard.box.numel else []
-        return FlatShard(
-            shard.shape, pieces, dtype=tensor.dtype, device=tensor.device, writes=shard.writes
-        )
-
-    def swap_targets(self) -> list[Tensor]:
-        return [self.target_tensor(i) for i in range(len(self.shards))]
-
-    def swap_in(self, tensors: Sequence[Tensor]) -> None:
-        self.fill(self.swap_targets(), tensors)
+        return self._parts
 
     def fill(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
         for members, replicas in self._replicas:
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
+
+    def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Shadows of this rank's parts as values of the global shapes."""
+        return [stored_shard(s, t) for s, t in zip(self.shards, tensors, strict=True)]
+
+
+def stored_shard(shard: Shard, tensor: Tensor) -> FlatShard:
+    """A shadow as a value of the global shape."""
+    if shard.range is not None:
+        pieces = range_pieces(shard.box, shard.range, tensor, shard.order)
+    else:
+        pieces = [(shard.box, tensor)] if shard.box.numel else []
+    return FlatShard(
+        shard.shape, pieces, dtype=tensor.dtype, device=tensor.device, writes=shard.writes
+    )
 
 
 def _cut(shard: Shard, span: FlatRange, tensor: Tensor) -> Tensor:
@@ -297,5 +283,5 @@ def whole_copy(named: Named, groups: Groups) -> Place:
     A buffer has no replicas: its values may differ (batch statistics), so nobody can keep
     another's slice of it.
     """
-    shared = groups if isinstance(named.tensor, nn.Parameter) else ()
+    shared = groups if named.is_parameter else ()
     return Place(Box.whole(named.tensor.shape), shared, writes=leads(groups))

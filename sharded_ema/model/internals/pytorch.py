@@ -1,0 +1,166 @@
+"""PyTorch's own: modules, tensors, process groups, optimizers. Seen in PyTorch 2.8 to 2.13.
+
+What is read in every training step is handed out as the framework's own attribute getters, since a
+Python call for each of a thousand parameters would be felt.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sharded_ema.model.internals.members import Members, imported
+from sharded_ema.model.layout import Box
+
+SEEN = "PyTorch 2.8 to 2.13"
+
+# ---------------------------------------------------------------------- modules
+
+MODULE = Members(
+    "a module", SEEN, ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+)
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """The parameters registered on a module itself, by their names there."""
+    return module._parameters
+
+
+def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
+    """The buffers registered on a module itself."""
+    return module._buffers
+
+
+def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules registered on a module itself."""
+    return module._modules
+
+
+def is_persistent(module: nn.Module, name: str) -> bool:
+    """Whether a buffer of the module is in its ``state_dict()``."""
+    return name not in module._non_persistent_buffers_set
+
+
+# ---------------------------------------------------------------------- tensors
+
+DTENSOR = Members("a DTensor", SEEN, ("_local_tensor", "__create_chunk_list__"))
+WRAPPED = Members("the class of tensors", SEEN, ("_make_wrapper_subclass",))
+
+#: This rank's tensor. ``to_local()`` would cost a dispatch and a view.
+local_tensor: Any = attrgetter("_local_tensor")
+
+
+def box_of(tensor: DTensor) -> Box:
+    """This rank's block of a DTensor."""
+    (chunk,) = tensor.__create_chunk_list__()
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))
+
+
+def strided_shard() -> type:
+    """The placement of a dimension that two axes of a mesh cut, the inner one first."""
+    found: type = imported(
+        "torch.distributed.tensor.placement_types", "_StridedShard", "PyTorch 2.8 to 2.13"
+    )
+    return found
+
+
+def root_mesh(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh that a mesh is a slice of, or itself."""
+    if hasattr(mesh, "_get_root_mesh"):
+        return mesh._get_root_mesh()
+    resources: Any = imported(device_mesh.__name__, "_mesh_resources", "PyTorch 2.8")
+    return resources.get_root_mesh(mesh)
+
+
+def wrapper_tensor(
+    cls: type[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device
+) -> Any:
+    """A tensor of a subclass that has a shape and no elements of its own."""
+    WRAPPED.check(Tensor)
+    return Tensor._make_wrapper_subclass(
+        cls, shape, dtype=dtype, device=device, requires_grad=False
+    )
+
+
+def keeps_elements_elsewhere(tensor: Tensor) -> bool:
+    """Whether a tensor is of a subclass whose elements lie in other tensors."""
+    seen = imported("torch.utils._python_dispatch", "is_traceable_wrapper_subclass", SEEN)
+    return bool(seen(tensor))
+
+
+# ---------------------------------------------------------------------- many tensors at once
+
+#: Copy, interpolate and take the norm of lists of tensors, in few kernels.
+foreach_copy_ = torch._foreach_copy_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_norm = torch._foreach_norm
+
+# ---------------------------------------------------------------------- replicas
+
+GROUP = Members("a process group", SEEN, ("_device_types",))
+
+
+def default_store() -> dist.Store:
+    """The store through which the default process group was made."""
+    store: dist.Store = imported("torch.distributed.distributed_c10d", "_get_default_store", SEEN)()
+    return store
+
+
+def reached_devices(group: dist.ProcessGroup) -> set[str]:
+    """Types of devices between which a process group can communicate."""
+    GROUP.check(group)
+    return {device.type for device in group._device_types}
+
+
+def is_taken_from_a_dtensor(parameter: Tensor) -> bool:
+    """Whether DistributedDataParallel on a mesh has put a DTensor's local tensor in its place."""
+    return hasattr(parameter, "_st_info")
+
+
+def ignored_by_ddp(ddp: DistributedDataParallel) -> set[str]:
+    """Names of the parameters that DDP leaves alone."""
+    ignored: set[str] = getattr(ddp, "parameters_to_ignore", set())
+    return ignored
+
+
+def is_composable_replica(module: nn.Module) -> bool:
+    """Whether the older composable ``replicate()`` has wrapped a module."""
+    return any(
+        cls.__module__ == "torch.distributed._composable.replicate" for cls in type(module).__mro__
+    )
+
+
+# ---------------------------------------------------------------------- optimizers
+
+
+def runs_own_hooks(optimizer: Any) -> bool:
+    """Whether step hooks registered here run with it, and not with an optimizer that it wraps."""
+    hooks = getattr(optimizer, "_optimizer_step_post_hooks", None)
+    inner = getattr(optimizer, "optimizer", None)
+    return hooks is not None and hooks is not getattr(inner, "_optimizer_step_post_hooks", None)
+
+
+def is_nested_step(optimizer: Optimizer) -> bool:
+    """Whether a ``step()`` of this optimizer is running inside another one of its own."""
+    return sum(1 for _ in _running_steps(optimizer)) > 1
+
+
+def _running_steps(optimizer: Optimizer) -> Iterator[None]:
+    code = getattr(type(optimizer).step, "__code__", None)
+    frame = sys._getframe()
+    while frame is not None:
+        # All of torch's step() wrappers share this code object and unpack `self` the same way.
+        if frame.f_code is code and frame.f_locals.get("self") is optimizer:
+            yield
+        frame = frame.f_back  # type: ignore[assignment]
