@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from sharded_ema.errors import BindError, ConfigError, EMAWarning
+from sharded_ema.model.internals.deepspeed import is_of_an_engine
 from sharded_ema.model.internals.fsdp1 import is_flattened
 from sharded_ema.model.internals.pytorch import (
     MODULE,
@@ -324,6 +325,20 @@ def _refuse_lazy(prefix: str, module: nn.Module) -> None:
             raise BindError(
                 f"{prefix}{name} of a {type(module).__name__} is not initialised yet; run a "
                 "forward before making the average"
+            )
+
+
+def refuse_partitioned(inventory: Inventory) -> None:
+    """Refuse the module inside a DeepSpeed engine: only the engine leads to the masters.
+
+    Raises:
+        BindError: see above.
+    """
+    for named in (*inventory.averaged, *inventory.frozen, *inventory.excluded):
+        if is_of_an_engine(named.tensor):
+            raise BindError(
+                f"parameter {named.fqn} belongs to DeepSpeed; pass the engine that "
+                "deepspeed.initialize returned, not the module inside it"
             )
 
 

@@ -70,6 +70,11 @@ class FlatShard(Tensor):
         """Whether a save writes them from this rank."""
         return self._writes
 
+    @property
+    def reads(self) -> bool:
+        """Whether a load fills them."""
+        return self._reads
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         if sum(box.numel for box, _ in self._pieces) < self.numel():
             warnings.warn(
@@ -125,15 +130,15 @@ class FlatShard(Tensor):
 def _map(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> FlatShard:
     """Apply an operation that yields a tensor like its input to every piece."""
     source = args[0]
-    pieces = [(box, func(piece, *args[1:], **kwargs)) for box, piece in source._pieces]
+    pieces = [(box, func(piece, *args[1:], **kwargs)) for box, piece in source.pieces]
     example = func(torch.empty(0, dtype=source.dtype, device=source.device), *args[1:], **kwargs)
     return FlatShard(
         source.shape,
         pieces,
         dtype=example.dtype,
         device=example.device,
-        writes=source._writes,
-        reads=source._reads,
+        writes=source.writes,
+        reads=source.reads,
     )
 
 
@@ -152,7 +157,7 @@ def _copy(func: Callable[..., Tensor], args: tuple[Any, ...], kwargs: dict[str, 
             "the dcp.async_save of this PyTorch cannot stage the 0-d tensors of an average; use "
             "its own save(asynchronous=True)"
         )
-    for (_, into), (_, piece) in zip(target._pieces, source._pieces, strict=True):
+    for (_, into), (_, piece) in zip(target.pieces, source.pieces, strict=True):
         into.copy_(piece, *args[2:], **kwargs)
     return target
 

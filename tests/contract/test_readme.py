@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import support
+from tests.helpers import support
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sharded_ema import consolidate, snapshot
+from sharded_ema import consolidate
+from sharded_ema.checkpoint import snapshot
 from tests.checkpoint.test_store import consolidated_run
 from tests.helpers.layouts import Ragged, assert_equal
 from tests.helpers.pool import WorkerPool

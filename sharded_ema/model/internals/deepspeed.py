@@ -87,7 +87,6 @@ def check_engine(engine: Any) -> None:
             f"DeepSpeed {version} is not supported: the oldest version that this library was "
             f"tested with is {'.'.join(map(str, OLDEST))}"
         )
-    ENGINE.check(engine)
     optimizer, stage = engine.optimizer, engine.zero_optimization_stage()
     name = type(optimizer).__name__
     known = (*PARTITIONED, *REPLICATED)
@@ -96,6 +95,7 @@ def check_engine(engine: Any) -> None:
             f"the engine's optimizer is a {name} (ZeRO stage {stage}); supported are "
             f"{', '.join(known)} and a torch optimizer without ZeRO"
         )
+    ENGINE.check(engine)
     if getattr(optimizer, "swap_optimizer", False) or getattr(
         optimizer, "params_in_nvme_and_cpu", False
     ):

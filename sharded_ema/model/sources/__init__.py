@@ -1,28 +1,42 @@
-"""Finds out how a target is sharded and makes the source that reads it."""
+"""Finds out how a target is sharded and makes the source that reads it.
+
+Every framework is a module beside this one, with a function that recognises its targets and one
+that makes their source. The first of :data:`FRAMEWORKS` that recognises a target is taken.
+"""
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import BindError, UnsupportedLayoutError
-from sharded_ema.model.internals.deepspeed import is_engine
-from sharded_ema.model.internals.fsdp1 import has_flattened
-from sharded_ema.model.internals.fsdp2 import reshard
 from sharded_ema.model.internals.pytorch import is_composable_replica
-from sharded_ema.model.inventory import Selection, take_inventory
-from sharded_ema.model.sources.ddp import make_ddp_source
-from sharded_ema.model.sources.deepspeed import make_engine_source, refuse_partitioned
-from sharded_ema.model.sources.fsdp1 import make_fsdp1_source
-from sharded_ema.model.sources.fsdp2 import make_fsdp2_source
-from sharded_ema.model.sources.plain import make_plain_source
+from sharded_ema.model.inventory import Selection
+from sharded_ema.model.sources import ddp, deepspeed, fsdp1, fsdp2, plain
 from sharded_ema.model.sources.protocol import Source
 
 
+class Framework(Protocol):
+    """What a module of a framework offers."""
+
+    def recognises(self, target: object) -> bool:
+        """Whether this framework has laid out the target."""
+        ...
+
+    def make_source(
+        self, target: nn.Module, selection: Selection, *, shard_replicas: bool
+    ) -> Source:
+        """The source of a target that is recognised."""
+        ...
+
+
+#: More special ones come first; the last takes every module.
+FRAMEWORKS: list[Framework] = [deepspeed, fsdp1, fsdp2, ddp, plain]
+
+
 def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
-    """Detect the layout of ``target``; more special ones come first.
+    """The source of a target.
 
     Args:
         selection: which of its tensors are averaged.
@@ -33,25 +47,12 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
         UnsupportedLayoutError: its layout is not supported; the message names it.
         FrameworkVersionError: a framework lacks something that reading it takes.
     """
-    if is_engine(target):
-        return make_engine_source(target, selection, shard_replicas=shard_replicas)
-    if not isinstance(target, nn.Module):
+    framework = next((f for f in FRAMEWORKS if f.recognises(target)), None)
+    if framework is None:
         raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
-    modules = list(target.modules())
-    for module in modules:
+    for module in target.modules():
         _refuse_composable(module)
-    if has_flattened(target):
-        return make_fsdp1_source(target, selection, shard_replicas=shard_replicas)
-    if any(isinstance(m, FSDPModule) for m in modules):
-        reshard(target)
-    inventory = take_inventory(target, selection)
-    refuse_partitioned(inventory)
-    if any(isinstance(n.tensor, DTensor) for n in (*inventory.averaged, *inventory.frozen)):
-        return make_fsdp2_source(target, inventory, shard_replicas=shard_replicas)
-    for module in modules:
-        if isinstance(module, DistributedDataParallel):
-            return make_ddp_source(module, inventory, shard_replicas=shard_replicas)
-    return make_plain_source(inventory)
+    return framework.make_source(target, selection, shard_replicas=shard_replicas)
 
 
 def _refuse_composable(module: nn.Module) -> None:

@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.model.internals.pytorch import ignored_by_ddp, is_taken_from_a_dtensor
-from sharded_ema.model.inventory import Inventory, Named
+from sharded_ema.model.inventory import (
+    Inventory,
+    Named,
+    Selection,
+    refuse_partitioned,
+    take_inventory,
+)
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import whole
 from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace, Source
@@ -78,11 +84,22 @@ class DDPShards:
         pass  # a parameter is held once
 
 
-def make_ddp_source(
-    ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
-) -> Source:
-    """The source of a target that DistributedDataParallel has wrapped, or a part of which."""
+def recognises(target: object) -> bool:
+    """Whether DistributedDataParallel has wrapped a module, or a part of it."""
+    return isinstance(target, nn.Module) and any(map(_is_ddp, target.modules()))
+
+
+def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
+    """The source of such a module."""
+    inventory = take_inventory(target, selection)
+    refuse_partitioned(inventory)
+    ddp = next(filter(_is_ddp, target.modules()))
+    assert isinstance(ddp, DistributedDataParallel)
     shards = DDPShards(ddp, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(inventory.averaged_now, shares.fill, together=shares.together)
     return Source(shards, stand_in, FollowsOptimizers(inventory))
+
+
+def _is_ddp(module: nn.Module) -> bool:
+    return isinstance(module, DistributedDataParallel)

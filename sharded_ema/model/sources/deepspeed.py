@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_ema.errors import (
     BindError,
@@ -29,9 +29,9 @@ from sharded_ema.model.internals.deepspeed import (
     Stage,
     check_engine,
     inner_optimizers,
+    is_engine,
     is_expert,
     is_in_pieces,
-    is_of_an_engine,
     module_of,
     partitions_of,
     piece_of,
@@ -57,14 +57,20 @@ from sharded_ema.model.steps import AppliedSteps, MethodWrap, StepListener
 _DECAYED = 2.0**-6
 
 
-def make_engine_source(engine: Any, selection: Selection, *, shard_replicas: bool) -> Source:
-    """The source for an engine, by the class of its optimizer.
+def recognises(target: object) -> bool:
+    """Whether something is what ``deepspeed.initialize`` returns."""
+    return is_engine(target)
+
+
+def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
+    """The source of an engine, by the class of its optimizer.
 
     Raises:
         UnsupportedLayoutError: DeepSpeed's version, its optimizer, or something else of the engine
             is not supported; the message names it.
         BindError: a parameter cannot be averaged.
     """
+    engine: Any = target
     check_engine(engine)
     inventory = take_inventory(module_of(engine), selection)
     inventory.is_settled = True
@@ -76,20 +82,6 @@ def make_engine_source(engine: Any, selection: Selection, *, shard_replicas: boo
         return Source(shards, PartitionedStandIn(shards), steps)
     masters = MasterShards(engine, inventory, shard_replicas=shard_replicas)
     return Source(masters, MasterStandIn(masters), steps)
-
-
-def refuse_partitioned(inventory: Inventory) -> None:
-    """Refuse the module inside a DeepSpeed engine: only the engine leads to the masters.
-
-    Raises:
-        BindError: see above.
-    """
-    for named in (*inventory.averaged, *inventory.frozen, *inventory.excluded):
-        if is_of_an_engine(named.tensor):
-            raise BindError(
-                f"parameter {named.fqn} belongs to DeepSpeed; pass the engine that "
-                "deepspeed.initialize returned, not the module inside it"
-            )
 
 
 def _refuse_experts(inventory: Inventory) -> None:

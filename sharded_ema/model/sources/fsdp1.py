@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError
-from sharded_ema.model.internals.fsdp1 import FlatParameters, Flattened, is_flattened
+from sharded_ema.model.internals.fsdp1 import FlatParameters, Flattened, has_flattened, is_flattened
 from sharded_ema.model.inventory import (
     Found,
     Inventory,
@@ -180,23 +180,28 @@ class FSDP1Shards:
         pass  # a parameter is held once
 
 
-def make_fsdp1_source(model: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
-    """The source for a model in which FSDP1 has flattened parameters.
+def recognises(target: object) -> bool:
+    """Whether FSDP1 has taken over parameters of a module."""
+    return isinstance(target, nn.Module) and has_flattened(target)
+
+
+def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
+    """The source of such a module.
 
     Raises:
         UnsupportedLayoutError: something of its layout is not supported; the message names it.
         BindError: a parameter cannot be averaged.
     """
-    for module in model.modules():
+    for module in target.modules():
         if isinstance(module, (DistributedDataParallel, FSDPModule)):
             other = "fully_shard" if isinstance(module, FSDPModule) else "DistributedDataParallel"
             raise UnsupportedLayoutError(
                 f"FullyShardedDataParallel (FSDP1) and {other} in one model are not supported; "
                 "HYBRID_SHARD shards within groups of ranks and replicates across them"
             )
-    flat = FlatParameters(model)
+    flat = FlatParameters(target)
     names = Names(flat)
-    inventory = take_inventory(model, selection, names.found_on)
+    inventory = take_inventory(target, selection, names.found_on)
     inventory.registered = names.registered
     shards = FSDP1Shards(flat, names, inventory, shard_replicas=shard_replicas)
     shares = shards.shares

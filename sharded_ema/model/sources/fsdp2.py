@@ -17,7 +17,13 @@ from torch.utils.dlpack import from_dlpack
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.model.internals import fsdp2
 from sharded_ema.model.internals.pytorch import DTENSOR, box_of, local_tensor, strided_shard
-from sharded_ema.model.inventory import Inventory, Named
+from sharded_ema.model.inventory import (
+    Inventory,
+    Named,
+    Selection,
+    refuse_partitioned,
+    take_inventory,
+)
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import FlatShard, whole
 from sharded_ema.model.sources.meshes import Meshes
@@ -128,9 +134,19 @@ class FSDP2Shards:
                 )
 
 
-def make_fsdp2_source(model: nn.Module, inventory: Inventory, *, shard_replicas: bool) -> Source:
-    """The source of a model with DTensors among its parameters."""
-    shards = FSDP2Shards(model, inventory, shard_replicas=shard_replicas)
+def recognises(target: object) -> bool:
+    """Whether a module has DTensors among its parameters; what is gathered of it is freed first."""
+    if not isinstance(target, nn.Module):
+        return False
+    fsdp2.reshard(target)
+    return any(isinstance(parameter, DTensor) for parameter in target.parameters())
+
+
+def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
+    """The source of a module with DTensors among its parameters."""
+    inventory = take_inventory(target, selection)
+    refuse_partitioned(inventory)
+    shards = FSDP2Shards(target, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
     return Source(shards, stand_in, FollowsOptimizers(inventory))

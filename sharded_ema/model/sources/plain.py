@@ -5,9 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from sharded_ema.model.inventory import Inventory, Named
+from sharded_ema.model.inventory import (
+    Inventory,
+    Named,
+    Selection,
+    refuse_partitioned,
+    take_inventory,
+)
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import whole
 from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace, Shard, Source
@@ -53,7 +59,14 @@ class PlainShards:
         pass  # a parameter is held once
 
 
-def make_plain_source(inventory: Inventory) -> Source:
+def recognises(target: object) -> bool:
+    """Whether the target is a module."""
+    return isinstance(target, nn.Module)
+
+
+def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
     """The source of a module that nothing has sharded."""
+    inventory = take_inventory(target, selection)
+    refuse_partitioned(inventory)
     shards = PlainShards(inventory)
     return Source(shards, InPlace(shards.live), FollowsOptimizers(inventory))

@@ -45,6 +45,11 @@ class Shard:
         """Global shape."""
         return self.name.shape
 
+    @property
+    def numel(self) -> int:
+        """Elements of the shadow on this rank."""
+        return self.box.numel if self.range is None else self.range.numel
+
 
 class Copy(NamedTuple):
     """A block that several ranks hold alike.

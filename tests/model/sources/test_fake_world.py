@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 # Rank, its mesh (data-parallel replicas, shards, tensor-parallel ranks).
 LAYOUTS = {
     "FSDP2, rank 1000 of 1024": (1000, (1, 1024, 1)),
