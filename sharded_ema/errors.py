@@ -54,6 +54,10 @@ class AbsentRankError(EMAError):
     """A rank did not take part in a collective call within the timeout."""
 
 
+class RanksDifferError(EMAError):
+    """Ranks that must count, call or be set alike do not."""
+
+
 class CheckpointError(EMAError):
     """Base of everything that goes wrong with a checkpoint on disk."""
 

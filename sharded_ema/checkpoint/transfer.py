@@ -83,6 +83,7 @@ def save_state(
         # DCP wraps what happens on a rank; what gets here is a collective that broke (or, with
         # ValueError, whose group was destroyed).
         writer.abandon()
+        ranks.give_up()
         raise CheckpointWriteError(
             f"the ranks lost contact while writing {path}, because one died or the process group "
             f"was destroyed before close(); it is there whole or not at all: {error}"
@@ -106,6 +107,7 @@ def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ra
     except CheckpointException as error:
         _raise_failures(error, CheckpointCorruptError)
     except RuntimeError as error:
+        ranks.give_up()
         raise CheckpointError(f"the ranks lost contact while reading: {error}") from error
 
 

@@ -6,24 +6,33 @@ group: a background save and a training collective that met there would wait for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from sharded_ema.errors import AbsentRankError, BindError, EMAError, StateError, error_classes
-from sharded_ema.model.internals.pytorch import default_store
+from sharded_ema.errors import (
+    AbsentRankError,
+    BindError,
+    EMAError,
+    RanksDifferError,
+    StateError,
+    error_classes,
+)
+from sharded_ema.model.internals.pytorch import new_gloo_group
 from sharded_ema.model.layout import Box
+from sharded_ema.model.meeting import Room, absence, restart_hint
 
 T = TypeVar("T")
 
-# Groups made so far, by their ranks: all ranks count alike, so the number names a meeting.
-_MEETINGS: dict[tuple[int, ...], int] = {}
-
 
 class Ranks:
-    """A gloo group over the ranks of a source, made when it is first needed.
+    """A gloo group over the ranks of a model, made when it is first needed.
+
+    A group that a rank was lost in is given up; the ranks make another when they next meet, so
+    that a call which came too early spoils no later one.
 
     Args:
         ranks: global ranks in order; none or one means that there is nobody to agree with.
@@ -32,96 +41,74 @@ class Ranks:
 
     def __init__(self, ranks: Sequence[int], timeout: float) -> None:
         self._ranks = list(ranks)
-        self._timeout = timedelta(seconds=timeout)
+        self._timeout = timeout
         self._group: dist.ProcessGroup | None = None
-        self._lost: str | None = None
-        self._everyone = dist.is_initialized() and len(self._ranks) == dist.get_world_size()
         self.size = max(1, len(self._ranks))
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
+        self._room = Room(self._ranks, timeout)
 
     def again(self) -> Ranks:
         """The same ranks, to meet in another group."""
-        return Ranks(self._ranks, self._timeout.total_seconds())
+        return Ranks(self._ranks, self._timeout)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The gloo group, or ``None`` for a single process.
+        """The gloo group, or ``None`` for a single process."""
+        return self._group
+
+    def barrier(self, purpose: str) -> None:
+        """Wait for all ranks, and make their group if there is none.
 
         Raises:
-            StateError: the default process group is gone, so no new one can be made.
-            AbsentRankError: a rank died while it was made.
+            AbsentRankError: a rank did not come within the timeout; the message names it.
+            StateError: the default process group is gone.
         """
-        if self.size > 1 and not dist.is_initialized():
+        if self.size == 1:
+            return
+        if not dist.is_initialized():
             raise StateError(
                 "the process group has been destroyed; call close() and all saves before "
                 "torch.distributed.destroy_process_group()"
             )
-        if self.size > 1 and self._group is None:
-            try:
-                self._group = dist.new_group(
-                    self._ranks,
-                    backend="gloo",
-                    timeout=self._timeout,
-                    use_local_synchronization=not self._everyone,
-                )
-            except RuntimeError as error:
-                self._lost = "making their group"
-                raise AbsentRankError(f"a rank was lost in making a group: {error}") from error
-        return self._group
-
-    def barrier(self, purpose: str) -> None:
-        """Wait for all ranks.
-
-        Raises:
-            AbsentRankError: a rank did not come within the timeout; on the coordinator the
-                message names it.
-        """
-        if self.size == 1:
-            return
-        if self._lost is not None:
-            raise AbsentRankError(
-                f"the ranks lost each other in {self._lost} and cannot come to {purpose}; make a "
-                "new ShardedEMA on all ranks, or restart from a checkpoint"
-            )
+        if self._group is not None and self._room.is_broken():
+            self._group = None
         if self._group is None:
-            self._check_in(purpose)
-        group = self.group
-        try:
-            dist.monitored_barrier(group, timeout=self._timeout, wait_all_ranks=True)
-        except RuntimeError as error:
-            self._lost = purpose
-            raise AbsentRankError(self._absence(purpose, str(error).strip())) from error
+            self._make_group(purpose)
+        with self._room.arriving(purpose), self._unless_lost(purpose, came=False):
+            limit = timedelta(seconds=self._timeout)
+            dist.monitored_barrier(self._group, timeout=limit, wait_all_ranks=True)
 
-    def _absence(self, purpose: str, who: str) -> str:
-        return (
-            f"not every rank came to {purpose} within {self._timeout.total_seconds():g} s "
-            f"(this is rank {dist.get_rank()}). All ranks must call it: do not guard it with "
-            f"'if rank == 0'. {who}"
-        )
+    def _make_group(self, purpose: str) -> None:
+        word = self._room.gather(purpose)
+        limit = timedelta(seconds=self._timeout)
+        with self._unless_lost("making their group"):
+            self._group = new_gloo_group(self._ranks, word, limit)
 
-    def _check_in(self, purpose: str) -> None:
-        """Meet in the store before the first group is made.
+    @contextmanager
+    def _unless_lost(self, purpose: str, *, came: bool = True) -> Iterator[None]:
+        """Turn what a broken collective raises into an error that says so.
 
-        A process group that only some ranks begin to make breaks the making of all later ones in
-        the whole job, so nobody begins before all are here.
+        Args:
+            came: whether all ranks were known to be there before.
         """
-        if not dist.is_initialized():
-            return  # making the group will say so
-        store = default_store()
-        key = tuple(self._ranks)
-        number = _MEETINGS.get(key, 0)
-        room = f"sharded_ema/{'-'.join(map(str, key))}/{number}"
-        mine = f"{room}/{dist.get_rank()}"
-        store.set(mine, "here")
         try:
-            store.wait([f"{room}/{rank}" for rank in self._ranks], self._timeout)
+            yield
         except RuntimeError as error:
-            missing = [rank for rank in self._ranks if not store.check([f"{room}/{rank}"])]
-            store.delete_key(mine)  # whoever comes later must not think that this rank waits
-            raise AbsentRankError(
-                self._absence(purpose, f"Ranks {missing} are missing.")
-            ) from error
-        _MEETINGS[key] = number + 1
+            missing = [] if came else self._late()
+            self.give_up()
+            said = str(error).strip()
+            text = (
+                f"a rank was lost in {purpose}: {said}"
+                if came
+                else f"{absence(purpose, self._timeout, missing)} {said}"
+            )
+            raise AbsentRankError(f"{text}{restart_hint()}") from error
+
+    def _late(self) -> list[int]:
+        try:
+            return self._room.late()
+        except RuntimeError:  # no store any more
+            return []
 
     def gather(self, value: T, purpose: str) -> list[T]:
         """The values of all ranks, on all ranks, in rank order.
@@ -133,45 +120,89 @@ class Ranks:
             return [value]
         self.barrier(purpose)
         values: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(values, value, group=self.group)
-        except RuntimeError as error:  # all were here a moment ago
-            self._lost = purpose
-            raise AbsentRankError(f"a rank was lost in {purpose}: {error}") from error
+        with self._unless_lost(purpose):
+            dist.all_gather_object(values, value, group=self._group)
         return values
 
-    def agree(self, check: Callable[[], T], purpose: str) -> list[T]:
+    def agree(
+        self, check: Callable[[], T], purpose: str, alike: Mapping[str, Any] | None = None
+    ) -> list[T]:
         """Run ``check`` on every rank and return all results, or raise on every rank.
+
+        Args:
+            alike: what must be the same on all ranks, by what to call it.
 
         Raises:
             EMAError: of the class that the first failing rank met, with all ranks' messages.
+            RanksDifferError: something is not alike; the ranks are named.
+            BaseException: what is no failure, such as an interruption from the keyboard, is raised
+                where it came; the other ranks are told by an error.
         """
         if self.size == 1:
             return [check()]
-        failure: Exception | None = None
+        failure: BaseException | None = None
         result: Any = None
         try:
             result = check()
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except BaseException as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
         verdict = None
         if isinstance(failure, EMAError):
             verdict = (type(failure).__name__, str(failure))
         elif failure is not None:
             verdict = (EMAError.__name__, f"{type(failure).__name__}: {failure}")
-        answers = self.gather((verdict, result), purpose)
-        raise_joint_failure({r: v for r, (v, _) in enumerate(answers) if v}, cause=failure)
-        return [value for _, value in answers]
+        interrupted = failure is not None and not isinstance(failure, Exception)
+        try:
+            answers = self.gather((verdict, dict(alike or {}), result), purpose)
+        except EMAError:
+            if not interrupted:
+                raise
+        if failure is not None and interrupted:
+            raise failure
+        raise_joint_failure({r: v for r, (v, _, _) in enumerate(answers) if v}, cause=failure)
+        refuse_differing_settings([settings for _, settings, _ in answers], purpose)
+        return [value for _, _, value in answers]
+
+    def give_up(self) -> None:
+        """The group is of no more use, since a collective in it broke; the ranks make another."""
+        self._group = None
+        self._room.break_up()
 
     def close(self) -> None:
-        """Give the group back; harmless when the process group is already gone.
-
-        A group of some of the ranks lives on until the default one is destroyed: PyTorch names
-        such groups by their members, and a second one would meet the first one's addresses.
-        """
-        if self._group is not None and self._everyone and dist.is_initialized():
+        """Give the group back; harmless when the process group is already gone."""
+        if self._group is not None and dist.is_initialized():
             dist.destroy_process_group(self._group)
         self._group = None
+
+
+def refuse_differing_settings(settings: Sequence[Mapping[str, Any]], purpose: str) -> None:
+    """Refuse what should be the same on all ranks and is not.
+
+    Args:
+        settings: of every rank, by what to call them.
+
+    Raises:
+        RanksDifferError: see above.
+    """
+    lines = []
+    for name, value in settings[0].items():
+        ranks: dict[str, list[int]] = {}
+        for rank, of_rank in enumerate(settings):
+            ranks.setdefault(repr(of_rank.get(name, value)), []).append(rank)
+        if len(ranks) > 1:
+            lines.append(
+                f"{name} is " + " and ".join(f"{v} on ranks {_some(r)}" for v, r in ranks.items())
+            )
+    if lines:
+        raise RanksDifferError(
+            f"the ranks differ in {purpose}: {'; '.join(lines)}. Every rank must do the same: look "
+            "for a branch that only some take, and for names made of a clock or a rank"
+        )
+
+
+def _some(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:5]))
+    return f"{shown}{f' and {len(ranks) - 5} more' if len(ranks) > 5 else ''}"
 
 
 def raise_joint_failure(
@@ -190,7 +221,9 @@ def raise_joint_failure(
     failures = {rank: text for rank, (_, text) in verdicts.items()}
     others = f" (and ranks {sorted(failures)[1:]})" if len(failures) > 1 else ""
     cls = error_classes().get(name, EMAError)
-    raise cls(f"rank {first}{others}: {message}", failures) from cause
+    joint = cls(f"rank {first}{others}: {message}", failures)
+    # With the frames of what happened here, and not with its text, which would be printed twice.
+    raise joint.with_traceback(cause.__traceback__ if cause else None) from None
 
 
 def refuse_differing(records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from datetime import timedelta
 from operator import attrgetter
 from typing import Any
 
@@ -109,12 +110,44 @@ foreach_norm = torch._foreach_norm
 # ---------------------------------------------------------------------- replicas
 
 GROUP = Members("a process group", SEEN, ("_device_types",))
+WORLD = Members("the world of process groups", SEEN, ("pg_map", "pg_group_ranks"))
+_DISTRIBUTED = "torch.distributed.distributed_c10d"
 
 
 def default_store() -> dist.Store:
     """The store through which the default process group was made."""
-    store: dist.Store = imported("torch.distributed.distributed_c10d", "_get_default_store", SEEN)()
+    store: dist.Store = imported(_DISTRIBUTED, "_get_default_store", SEEN)()
     return store
+
+
+def new_gloo_group(ranks: list[int], word: str, timeout: timedelta) -> dist.ProcessGroup:
+    """A gloo group of some ranks, all of which make it now.
+
+    Its addresses lie in the store under a word of their own: a store that outlives the ranks holds
+    those of an earlier life, which gloo would take for current ones.
+
+    Args:
+        word: the same on all of these ranks, and never used before.
+    """
+    world: Any = imported(_DISTRIBUTED, "_world", SEEN)
+    WORLD.check(world)
+    default = dist.group.WORLD
+    backend, store = world.pg_map[default]
+    own = dist.PrefixStore(f"sharded_ema/{word}", store)
+    if len(ranks) < dist.get_world_size():
+        # new_group() would name it by what other groups this rank is in, which ranks may differ in.
+        make = imported(_DISTRIBUTED, "_new_process_group_helper", SEEN)
+        rank = ranks.index(dist.get_rank())
+        group: dist.ProcessGroup
+        group, _ = make(len(ranks), rank, ranks, "gloo", own, word, timeout=timeout)
+        world.pg_group_ranks[group] = {each: position for position, each in enumerate(ranks)}
+        return group
+    world.pg_map[default] = (backend, own)
+    try:
+        group = dist.new_group(ranks, backend="gloo", timeout=timeout)
+    finally:
+        world.pg_map[default] = (backend, store)
+    return group
 
 
 def reached_devices(group: dist.ProcessGroup) -> set[str]:
