@@ -1,33 +1,114 @@
-"""The average of the run: built from the flags, described, and evaluated."""
+"""What a run tells its user on the terminal: first lines, progress, and where everything lies."""
 
 from __future__ import annotations
 
+import os
+import shlex
 from collections.abc import Iterator
+from pathlib import Path
 
-from torch import nn
+import torch
+from tqdm import tqdm
 
-from options import Options
-from ranks import Ranks
-from sharded_ema import ShardedEMA
-from sharded_ema.averaging.schedules import Schedule, horizon
+from sharded_ema import Schedule
+from sharded_ema.averaging.schedules import horizon
+from training.run import Run
+
+CHECK = Path(__file__).resolve().parents[1] / "check_export.py"
 
 
-def build_average(model: nn.Module, options: Options) -> ShardedEMA | None:
-    """The average that the flags ask for, seeded with the model's present weights."""
-    if not options.ema:
-        return None
-    return ShardedEMA(
-        model,
-        options.profiles,
-        update_every=options.ema_update_every,
-        start_step=options.ema_start_step,
-        total_steps=options.steps,
+class Progress:
+    """A progress bar, and lines above it; on the first rank alone."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._bar = tqdm(
+            total=run.options.steps,
+            initial=run.step,
+            unit="step",
+            disable=not run.ranks.first,
+            mininterval=1.0,
+        )
+
+    def advance(self) -> None:
+        """One more step."""
+        self._bar.update()
+
+    def show_loss(self, loss: float) -> None:
+        """Beside the bar: that of the last training steps."""
+        self._bar.set_postfix(loss=f"{loss:.3f}")
+
+    def show_results(self, results: dict[str, float]) -> None:
+        """In a line: the losses of an evaluation."""
+        report = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+        _say(self._run, f"step {self._run.step:>6}  {report}")
+
+    def close(self) -> None:
+        """Leave the bar as it is."""
+        self._bar.close()
+
+
+def introduce(run: Run) -> None:
+    """Say what is trained, how, on what, and what is averaged; all ranks take part."""
+    for line in _introduction(run):
+        _say(run, line)
+
+
+def conclude(run: Run, picture: Path, average: Path | None, seconds: float) -> None:
+    """Say where the results lie, and how to export and check the average."""
+    _say(run, f"done       {run.step} steps in {seconds:.0f} s")
+    _say(run, f"curves     {picture}")
+    _say(run, f"checkpoint {run.saved}")
+    if average is not None:
+        export = run.out / "export"
+        command = ["sharded-ema", "consolidate", average, export, "--like", run.out / "hf"]
+        if "ema" not in run.options.profiles:
+            command += ["--profile", next(iter(run.options.profiles))]
+        _say(run, f"export     {shlex.join(map(str, command))}")
+        command = ["python", os.path.relpath(CHECK), export, run.out]
+        _say(run, f"check      {shlex.join(map(str, command))}")
+
+
+def _say(run: Run, text: str) -> None:
+    """Print a line once, without tearing the progress bar."""
+    if run.ranks.first:
+        tqdm.write(text)
+
+
+def _introduction(run: Run) -> Iterator[str]:
+    options, ranks, corpus = run.options, run.ranks, run.corpus
+    stored = "bfloat16" if options.pure_bf16 else "float32"
+    yield f"model      {run.config.model_type}, {run.num_parameters:,} parameters in {stored}"
+    yield (
+        f"parallel   {run.engine.layout}, world size {ranks.size}, on {ranks.device.type} "
+        f"({torch.get_num_threads()} threads each), computing in {options.dtype}"
     )
+    yield (
+        f"text       {corpus.source}: {corpus.files} files, {len(corpus.train):,} bytes to train "
+        f"on, {len(corpus.held_out):,} held out"
+    )
+    yield (
+        f"steps      {options.steps} of {options.batch_size} x {options.context} bytes, "
+        f"writing to {run.out}"
+    )
+    yield from _average_lines(run)
+    if run.source is None:
+        if options.resume == "auto":
+            yield f"resume     no complete checkpoint in {run.out}: starting from scratch"
+        return
+    yield f"resume     from {run.source.path} at step {run.source.step}"
+    for change in run.changes:
+        yield f"  changed  {change}"
+    if run.ema is not None and not run.source.has_average:
+        yield "warning    the checkpoint has no average: a new one starts from its weights"
+    if run.ema is None and run.source.has_average:
+        yield "resume     the checkpoint's average is left aside, as --ema is not given"
 
 
-def describe(ema: ShardedEMA | None, options: Options, ranks: Ranks) -> Iterator[str]:
-    """Lines that tell what is averaged, how far back, and what that costs each rank."""
-    shadows = ranks.gather(ema.memory["shadow"] if ema else 0)
+def _average_lines(run: Run) -> Iterator[str]:
+    """What is averaged, how far back, and what that costs each rank."""
+    options, ema = run.options, run.ema
+    shadows = run.ranks.gather(ema.memory["shadow"] if ema else 0)
     if ema is None:
         yield "average    none (--ema keeps one)"
         return

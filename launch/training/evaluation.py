@@ -1,24 +1,17 @@
-"""Loss on the held-out text, the same number on any number of ranks."""
+"""What is measured of a model: its loss on the held-out text, and the text that it writes."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from ranks import Ranks
-
-
-def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
-    """Cross-entropy in nats of each next byte: ``(sequences, context)`` in float32."""
-    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
-    flat = functional.cross_entropy(
-        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
-    )
-    return flat.view(windows.shape[0], -1)
+from training.model import token_losses
+from training.ranks import Ranks
 
 
 @torch.no_grad()
@@ -50,3 +43,61 @@ def held_out_loss(
     finally:
         model.train(was_training)
     return float(ranks.sum(total)) / (len(windows) * (windows.shape[1] - 1))
+
+
+def loss_of_export(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Mean loss per byte of a whole model in this one process, on the CPU."""
+    alone = Ranks(0, 1, torch.device("cpu"))
+    return held_out_loss(model, windows, alone, batch_size=16, precision=nullcontext())
+
+
+def half_precision_model(
+    config: PreTrainedConfig, weights: Mapping[str, torch.Tensor]
+) -> PreTrainedModel:
+    """A model with these weights rounded to bfloat16, in which it also computes.
+
+    It is built in bfloat16, as ``from_pretrained`` builds it: ``model.to(torch.bfloat16)`` would
+    round the frequencies of rotary embeddings too.
+    """
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.load_state_dict({name: value.to(torch.bfloat16) for name, value in weights.items()})
+    return model
+
+
+def greedy(model: PreTrainedModel, prompt: str, length: int) -> list[int]:
+    """The ``length`` most likely bytes after the prompt, each in turn, or as many as there is room.
+
+    Computed on one thread: sums in another order can make another byte the most likely one.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return _generate(model, prompt, length, do_sample=False, min_new_tokens=length)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def sample(model: PreTrainedModel, prompt: str, length: int, seed: int) -> list[int]:
+    """A continuation of the prompt, drawn at random."""
+    torch.manual_seed(seed)
+    return _generate(model, prompt, length, do_sample=True, temperature=0.7)
+
+
+def readable(tokens: list[int]) -> str:
+    """Bytes as text, indented; what is no UTF-8 shows as such."""
+    # A model with a larger vocabulary was never shown the ids that are no byte.
+    text = bytes(token for token in tokens if token < 256)
+    return text.decode(errors="replace").replace("\n", "\n           ")
+
+
+@torch.no_grad()
+def _generate(model: PreTrainedModel, prompt: str, length: int, **how: Any) -> list[int]:
+    start = torch.tensor([list(prompt.encode())])
+    room = model.config.max_position_embeddings - start.shape[1]
+    how["max_new_tokens"] = max(1, min(length, room))
+    if "min_new_tokens" in how:
+        how["min_new_tokens"] = how["max_new_tokens"]
+    generate: Any = model.generate  # typed as a submodule by nn.Module
+    model.eval()
+    output = generate(start, attention_mask=torch.ones_like(start), pad_token_id=0, **how)
+    return output[0, start.shape[1] :].tolist()
