@@ -48,15 +48,15 @@ def place(options: Options) -> tuple[Path, Checkpoint | None]:
     found = None
     if options.resume not in (None, "auto"):
         path = Path(options.resume)
-        found = find_checkpoint(path)
+        found = _find_checkpoint(path)
         if found is None:
             raise RunError(f"--resume {path}: no complete checkpoint there")
         home = _run_directory(found.path)
         out = options.out or home
-        taken = out.resolve() != home.resolve() and find_checkpoint(out) is not None
+        taken = out.resolve() != home.resolve() and _find_checkpoint(out) is not None
     else:
         out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
-        found = find_checkpoint(out)
+        found = _find_checkpoint(out)
         taken = found is not None and options.resume is None
     if taken:
         raise RunError(
@@ -67,7 +67,7 @@ def place(options: Options) -> tuple[Path, Checkpoint | None]:
     return out, found
 
 
-def find_checkpoint(path: Path) -> Checkpoint | None:
+def _find_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint that ``path`` means: a step directory, or the last one of a run.
 
     Returns:

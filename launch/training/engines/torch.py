@@ -46,60 +46,6 @@ from training.ranks import Ranks, RunError
 _STYLES: dict[str, type[ParallelStyle]] = {"colwise": ColwiseParallel, "rowwise": RowwiseParallel}
 
 
-class TorchEngine:
-    """A model wrapped as ``--parallel`` says; its training state is a stock DCP checkpoint."""
-
-    saves_average = False
-
-    def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
-        self._options = options
-        self._ranks = ranks
-        self.layout = describe_layout(options, ranks)
-        # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices;
-        # fully_shard makes new ones of the same shapes.
-        groups = parameter_groups(bare, options)
-        self.model = ranks.everywhere(lambda: parallelize(bare, options, ranks))
-        if isinstance(self.model, FSDPModule):
-            groups = parameter_groups(self.model, options)
-        self.optimizer = build_optimizer(groups, options)
-
-    def precision(self) -> AbstractContextManager[Any]:
-        """Autocast where nothing else lowers the precision."""
-        options = self._options
-        sharded = options.parallel not in ("ddp", "none")
-        if options.dtype == "bfloat16" and not options.pure_bf16 and not sharded:
-            return torch.autocast(self._ranks.device.type, torch.bfloat16)
-        return nullcontext()
-
-    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
-        return accumulating(self.model, last)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
-
-    def step(self, rate: float) -> torch.Tensor | float | None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        norm = None
-        if self._options.clip_norm:
-            norm = clip_gradients(self.model, self._options.clip_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
-    def attach(self, ema: ShardedEMA) -> None:
-        ema.attach(self.optimizer)
-
-    def gather(self) -> dict[str, torch.Tensor]:
-        return gather_weights(self.model, self._ranks)
-
-    def save(self, path: Path) -> None:
-        save_state(path, self.model, self.optimizer)
-
-    def load(self, path: Path) -> None:
-        load_state(path, self.model, self.optimizer)
-
-
 def group_sizes(flags: Mapping[str, Any], ranks: int, machine: int) -> dict[str, int]:
     """``shard_size`` and ``tp_size`` with their defaults; 1 where the way has no such groups.
 
@@ -138,7 +84,61 @@ def group_sizes(flags: Mapping[str, Any], ranks: int, machine: int) -> dict[str,
     return {"shard_size": shard or 1, "tp_size": tensor or 1}
 
 
-def parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
+class TorchEngine:
+    """A model wrapped as ``--parallel`` says; its training state is a stock DCP checkpoint."""
+
+    saves_average = False
+
+    def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
+        self._options = options
+        self._ranks = ranks
+        self.layout = _describe_layout(options, ranks)
+        # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices;
+        # fully_shard makes new ones of the same shapes.
+        groups = parameter_groups(bare, options)
+        self.model = ranks.everywhere(lambda: _parallelize(bare, options, ranks))
+        if isinstance(self.model, FSDPModule):
+            groups = parameter_groups(self.model, options)
+        self._optimizer = build_optimizer(groups, options)
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Autocast where nothing else lowers the precision."""
+        options = self._options
+        sharded = options.parallel not in ("ddp", "none")
+        if options.dtype == "bfloat16" and not options.pure_bf16 and not sharded:
+            return torch.autocast(self._ranks.device.type, torch.bfloat16)
+        return nullcontext()
+
+    def micro_batch(self, last: bool) -> AbstractContextManager[Any]:
+        return _accumulating(self.model, last)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+    def step(self, rate: float) -> torch.Tensor | float | None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        norm = None
+        if self._options.clip_norm:
+            norm = _clip_gradients(self.model, self._options.clip_norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        return norm
+
+    def attach(self, ema: ShardedEMA) -> None:
+        ema.attach(self._optimizer)
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        return gather_weights(self.model, self._ranks)
+
+    def save(self, path: Path) -> None:
+        save_state(path, self.model, self._optimizer)
+
+    def load(self, path: Path) -> None:
+        load_state(path, self.model, self._optimizer)
+
+
+def _parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
     """Wrap the model as ``--parallel`` says; sharding has a group for each block, one for the rest.
 
     Raises:
@@ -171,7 +171,7 @@ def parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Mo
     return model
 
 
-def describe_layout(options: Options, ranks: Ranks) -> str:
+def _describe_layout(options: Options, ranks: Ranks) -> str:
     """The way and, where ranks form groups, their sizes."""
     groups = {
         "hsdp": f" ({ranks.size // options.shard_size} replicas x {options.shard_size} shards)",
@@ -220,7 +220,7 @@ def tensor_plan(model: PreTrainedModel, size: int) -> dict[str, ParallelStyle]:
     return {pattern: _STYLES[style]() for pattern, style in plan.items()}
 
 
-def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+def _accumulating(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     """Context of one micro-batch: gradients are exchanged only in the ``last`` of a step."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last)
@@ -229,7 +229,7 @@ def accumulating(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
     return nullcontext()
 
 
-def clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
+def _clip_gradients(model: nn.Module, limit: float) -> torch.Tensor:
     """Scale all gradients so that their common norm is at most ``limit``; the norm before."""
     if isinstance(model, FullyShardedDataParallel):
         return model.clip_grad_norm_(limit)
