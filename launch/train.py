@@ -94,12 +94,12 @@ def train_step(run: Run) -> tuple[torch.Tensor, torch.Tensor | float | None]:
 
 def finish(run: Run, recorder: Recorder | None, started: float) -> None:
     """Write summary and picture on rank 0, and say where everything lies; all ranks take part."""
+    seconds = time.monotonic() - started
     generated = run.generate()
     if recorder is not None:
         from training.plotting import plot_losses  # Matplotlib, on this rank alone
 
         recorder.close()
-        seconds = time.monotonic() - started
         run.summary(generated, seconds).write(run.out)
         picture = run.out / "loss.png"
         ways = f"{run.options.parallel} on {run.ranks.size} ranks"

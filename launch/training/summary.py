@@ -57,7 +57,10 @@ class Evaluation:
         """
         corpus = load_corpus([Path(path) for path in self.data], self.data_bytes, self.context)
         if corpus.digest != self.text:
-            raise RunError("the text is not the one of the run; it has changed since")
+            where = ", ".join(self.data) or "Python's standard library"
+            raise RunError(
+                f"{where} is not the text that the run was trained on; it has changed since"
+            )
         return corpus.held_out_windows(self.sequences, self.context)
 
 

@@ -142,6 +142,20 @@ def test_check_tells_another_text(
     assert "in training: THEY DIFFER" in done.out
 
 
+def test_check_refuses_a_corpus_that_has_changed(
+    base: TrainingRun, export: Path, corpus: Path, tmp_path: Path, check_here: Check
+) -> None:
+    summary = json.loads((base.out / "summary.json").read_text())
+    changed = shutil.copytree(corpus, tmp_path / "corpus")
+    (changed / "0.txt").write_text("other words " * 4000)
+    summary["evaluation"]["data"] = [str(changed)]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    done = check_here(export, dataclasses.replace(base, out=tmp_path))
+    assert done.code == 2
+    (line,) = done.errors("check_export.py")
+    assert str(changed) in line and "has changed since" in line
+
+
 def test_check_tells_raw_weights_from_the_average(
     base: TrainingRun, export: Path, tmp_path: Path, check_here: Check
 ) -> None:
