@@ -9,25 +9,20 @@ Exit code: 0 they agree, 1 they do not, 2 wrong use or unreadable input.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from corpus import load_corpus
-from evaluation import held_out_loss
-from generation import greedy, readable, sample
-from ranks import Ranks, RunError
+from training.evaluation import greedy, loss_of_export, readable, sample
+from training.ranks import RunError
+from training.summary import read_summary
 
 # bfloat16 carries three digits; training then evaluates in it and this program does not.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
-BATCH = 16
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,44 +45,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check(args: argparse.Namespace) -> int:
     """The check itself; its exit code."""
     summary = read_summary(args.run)
-    evaluation = summary["evaluation"]
-    profile = args.profile or exported_profile(args.export, list(summary["ema_loss"]))
-    expected = summary["ema_loss"].get(profile)
+    evaluation = summary.evaluation
+    profile = args.profile or exported_profile(args.export, list(summary.ema_loss))
+    expected = summary.ema_loss.get(profile)
     if expected is None:
-        known = ", ".join(summary["ema_loss"]) or "none"
+        known = ", ".join(summary.ema_loss) or "none"
         raise RunError(f"{args.run} reports no loss of an average {profile!r} (it has: {known})")
 
-    corpus = load_corpus(
-        [Path(path) for path in evaluation["data"]], evaluation["data_bytes"], evaluation["context"]
-    )
-    if corpus.digest != evaluation["text"]:
-        raise RunError(f"the text is not the one {args.run} was trained on; it has changed since")
-    windows = corpus.held_out_windows(evaluation["sequences"], evaluation["context"])
+    windows = evaluation.windows()
     model = AutoModelForCausalLM.from_pretrained(args.export, local_files_only=True)
     weights = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
-    alone = Ranks(0, 1, torch.device("cpu"))
-    loss = held_out_loss(model, windows, alone, BATCH, nullcontext())
+    loss = loss_of_export(model, windows)
 
-    lowest = "bfloat16" if {"bfloat16", "float16"} & {*weights, evaluation["dtype"]} else "float32"
+    lowest = "bfloat16" if {"bfloat16", "float16"} & {*weights, evaluation.dtype} else "float32"
     tolerance = TOLERANCE[lowest] if args.tolerance is None else args.tolerance
     difference = abs(loss - expected)
     print(
         f"export     {args.export}: {type(model).__name__}, "
         f"{model.num_parameters():,} parameters in {', '.join(sorted(weights))}"
     )
-    print(f"held out   {len(windows)} sequences of {evaluation['context']} bytes")
+    print(f"held out   {len(windows)} sequences of {evaluation.context} bytes")
     print(
         f"loss       exported average {loss:.6f}, training said {expected:.6f} nats per byte "
-        f"for {profile!r} at step {summary['step']} (raw weights {summary['raw_loss']:.6f})"
+        f"for {profile!r} at step {summary.step} (raw weights {summary.raw_loss:.6f})"
     )
     good = difference <= tolerance
     print(
         f"compare    difference {difference:.2e}, tolerance {tolerance:.0e}: "
         f"{'they agree' if good else 'THEY DIFFER'}"
     )
-    written = summary["generated"].get(profile)
+    written = summary.generated.get(profile)
     if written is not None:
-        same = greedy_text(args.export, evaluation["prompt"], len(written)) == written
+        same = greedy_text(args.export, evaluation.prompt, len(written)) == written
         good = good and same
         print(
             f"text       most likely {len(written)} bytes in bfloat16, from the export and in "
@@ -96,25 +85,14 @@ def check(args: argparse.Namespace) -> int:
     if not good:
         print(
             "           the export is not the average that training evaluated at its last step; "
-            f"export {args.run / summary['ema_checkpoint']}",
+            f"export {args.run / summary.ema_checkpoint}",
             file=sys.stderr,
         )
-    text = sample(model, args.prompt, args.sample_bytes, evaluation["seed"])
+    text = sample(model, args.prompt, args.sample_bytes, evaluation.seed)
     print(f"sample     {args.prompt}{readable(text)}")
     print(f"curves     {args.run / 'loss.png'}")
     print(f"files      {', '.join(sorted(path.name for path in args.export.iterdir()))}")
     return 0 if good else 1
-
-
-def read_summary(run: Path) -> dict[str, Any]:
-    """What the run wrote at its end."""
-    path = run / "summary.json"
-    if not path.is_file():
-        raise RunError(f"{path} is not there: has the run come to its end?")
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise RunError(f"{path} cannot be read: {error}") from None
 
 
 def greedy_text(export: Path, prompt: str, length: int) -> list[int]:

@@ -12,19 +12,15 @@ import argparse
 import csv
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
-from check_export import BATCH, read_summary
-from corpus import load_corpus
-from evaluation import held_out_loss
-from plotting import plot_sweep
-from ranks import Ranks, RunError
 from sharded_ema import EMAError, synthesize
+from training.evaluation import loss_of_export
+from training.plotting import plot_sweep
+from training.ranks import RunError
+from training.summary import read_summary
 
 WIDTHS = [0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.22]
 
@@ -54,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def sweep(args: argparse.Namespace) -> int:
     """The sweep itself; its exit code."""
     summary = read_summary(args.run)
+    if summary.raw_loss is None:
+        raise RunError(f"{args.run} reports no held-out loss of its weights")
     out = args.out or args.run / "sweep"
     report = synthesize(
         args.run,
@@ -65,47 +63,33 @@ def sweep(args: argparse.Namespace) -> int:
     print(report.text())
     if not report.ok:
         return 1
-    windows = held_out(summary["evaluation"])
+    windows = summary.evaluation.windows()
     rows = []
     for width in sorted(args.sigma_rel):
         said = report.facts["widths"][str(width)]
-        loss = loss_of(out / said["output"], windows)
+        model = AutoModelForCausalLM.from_pretrained(out / said["output"], local_files_only=True)
+        loss = loss_of_export(model, windows)
         rows.append({"sigma_rel": width, "loss": loss, "residual": said["residual"]})
         print(f"sigma_rel {width:<6} loss {loss:.4f}  residual {said['residual']:.2e}")
     with (out / "sigma_rel.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
+    losses = {name: loss for name, loss in summary.ema_loss.items() if loss is not None}
     tracked = {
-        float(schedule["sigma_rel"]): summary["ema_loss"][name]
+        float(schedule["sigma_rel"]): losses[name]
         for name, schedule in report.facts["profiles"].items()
-        if schedule["sigma_rel"] and summary["step"] == report.facts["step"]
+        if schedule["sigma_rel"] and name in losses and summary.step == report.facts["step"]
     }
     picture = args.picture or out / "sigma_rel.png"
     title = (
         f"{len(rows)} averages of one run, from {len(report.facts['snapshots'])} snapshots, "
         f"at step {report.facts['step']}"
     )
-    plot_sweep(rows, tracked, summary["raw_loss"], title, picture)
+    plot_sweep(rows, tracked, summary.raw_loss, title, picture)
     print(f"table      {out / 'sigma_rel.csv'}")
     print(f"curve      {picture}")
     return 0
-
-
-def held_out(evaluation: dict[str, Any]) -> torch.Tensor:
-    """The windows of text on which the run was evaluated."""
-    corpus = load_corpus(
-        [Path(path) for path in evaluation["data"]], evaluation["data_bytes"], evaluation["context"]
-    )
-    if corpus.digest != evaluation["text"]:
-        raise RunError("the text is not the one that the run was trained on; it has changed since")
-    return corpus.held_out_windows(evaluation["sequences"], evaluation["context"])
-
-
-def loss_of(folder: Path, windows: torch.Tensor) -> float:
-    """Held-out loss of the model in a directory, in nats per byte."""
-    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
-    return held_out_loss(model, windows, Ranks(0, 1, torch.device("cpu")), BATCH, nullcontext())
 
 
 if __name__ == "__main__":

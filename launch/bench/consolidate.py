@@ -10,7 +10,6 @@ made durable. What they write is compared with ``dcp_to_torch_save``'s tensors o
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import os
@@ -24,9 +23,6 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-
-# The helpers lie beside this file, which is run as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 ROOT = Path(__file__).resolve().parents[2]
 COPY = "cp -r + fsync"
@@ -50,7 +46,7 @@ def ours(source: str, **options: object) -> Callable[[Path, Path], None]:
     """``consolidate`` of one of the sources."""
 
     def run(folder: Path, target: Path) -> None:
-        from sharded_ema.tools.consolidate import consolidate
+        from sharded_ema import consolidate
 
         report = consolidate(
             folder / source, target, prefix="model", progress=False, **options  # type: ignore[arg-type]
@@ -76,7 +72,7 @@ def hugging_face(folder: Path, target: Path) -> None:
         consolidate_safetensors_files,
     )
 
-    from bench.layouts import model_shapes
+    from layouts import model_shapes
 
     numel = int((folder / "numel").read_text())
     target.mkdir()
@@ -151,7 +147,7 @@ def check_equal(folder: Path, shapes: Sequence[str]) -> None:
 
 def measure(folder: Path, layout: str, numel: int, rounds: int) -> list[dict[str, str]]:
     """Write one layout, compare the outputs, time all rows in turn."""
-    from bench.layouts import LAYOUTS, model_shapes, write
+    from layouts import LAYOUTS, model_shapes, write
 
     (folder / "numel").write_text(str(numel))
     write(folder, layout, numel)
@@ -214,19 +210,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.work:
         work(args.work[0], Path(args.work[1]), Path(args.work[2]))
         return 0
-    from bench.measure import machine
+    from measure import append_rows, machine
 
     lines = []
     for layout in args.layouts:
         with tempfile.TemporaryDirectory(dir=args.dir) as folder:
             lines += measure(Path(folder), layout, args.parameters, args.rounds)
-    fresh = not args.csv.exists()
-    with args.csv.open("a", newline="") as stream:
-        writer = csv.DictWriter(stream, COLUMNS)
-        if fresh:
-            writer.writeheader()
-        writer.writerows({**machine(), **line} for line in lines)
-    print(f"\nappended {len(lines)} rows to {args.csv}")
+    append_rows(args.csv, COLUMNS, [{**machine(), **line} for line in lines])
     return 0
 
 

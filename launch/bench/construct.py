@@ -23,10 +23,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-# The helper lies beside this file, which is run as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.measure import ROOT, Report, Row, medians
+from measure import ROOT, Report, Row, medians
 from sharded_ema import ShardedEMA
 
 # Rank, and the sizes of its mesh: replicas, shards, tensor-parallel ranks.

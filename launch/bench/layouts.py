@@ -22,6 +22,8 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.multiprocessing.spawn import spawn
 
 from sharded_ema import SafetensorsStorageWriter
+
+# What makes checkpoints of ZeRO's flat ranges without DeepSpeed.
 from sharded_ema.model.layout import FlatRange
 from sharded_ema.model.pieces import FlatShard
 

@@ -113,18 +113,23 @@ class Report:
 
     def append_to(self, path: Path) -> None:
         """Append all rows to the CSV file, which is made if it is not there."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        fresh = not path.exists()
-        with path.open("a", newline="") as stream:
-            writer = csv.DictWriter(stream, COLUMNS)
-            if fresh:
-                writer.writeheader()
-            writer.writerows(self.lines)
-        print(f"\nappended {len(self.lines)} rows to {path}")
+        append_rows(path, COLUMNS, self.lines)
 
 
 def _ratio(taken: float, seconds: dict[str, float], other: str | None) -> str:
     return "" if other is None else f"{taken / seconds[other]:.3f}"
+
+
+def append_rows(path: Path, columns: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
+    """Append rows to a table of results, which is made if it is not there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fresh = not path.exists()
+    with path.open("a", newline="") as stream:
+        writer = csv.DictWriter(stream, columns)
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+    print(f"\nappended {len(rows)} rows to {path}")
 
 
 def machine() -> dict[str, str]:

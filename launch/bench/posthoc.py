@@ -21,10 +21,7 @@ import torch
 from safetensors.numpy import load_file
 from torch import nn
 
-# The helper lies beside this file, which is run as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.measure import ROOT, machine
+from measure import ROOT, machine
 from sharded_ema import Power, ShardedEMA, synthesize
 
 STORED = (0.05, 0.10)

@@ -23,10 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-# The helper lies beside this file, which is run as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.measure import ROOT, Report, Row, medians
+from measure import ROOT, Report, Row, medians
 from sharded_ema import SaveHandle, ShardedEMA, consolidate
 
 ROW_BYTES = 4 * 4096

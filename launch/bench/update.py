@@ -17,13 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-# The helper lies beside this file, which is run as a script from anywhere.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from bench.measure import ROOT, Report, Row, medians, nothing
-from sharded_ema import ShardedEMA
-from sharded_ema.averaging.average import Average
-from sharded_ema.averaging.schedules import Constant
+from measure import ROOT, Report, Row, medians, nothing
+from sharded_ema import Constant, ShardedEMA
+from sharded_ema.averaging.average import Average  # timed without hooks and checks around it
 
 DECAY = 0.999
 # Elements of ten tensors, from a matrix down to a bias; a hundred times over 21 M in 1,000 tensors.

@@ -54,8 +54,8 @@ def test_half_a_billion_parameters(tmp_path: Path, layout: str) -> None:
 if __name__ == "__main__":
     import sys
     from pathlib import Path
-    sys.path.insert(0, {str(ROOT / "launch")!r})
-    from bench.layouts import write
+    sys.path.insert(0, {str(ROOT / "launch" / "bench")!r})
+    from layouts import write
     write(Path({str(tmp_path)!r}), {layout!r}, 500_000_000)
 """
     (tmp_path / "write.py").write_text(code)

@@ -1,17 +1,15 @@
-"""Where the runs of a module write, the text they train on, and flags that are refused."""
+"""What the tests of the training program share: the text, a run of one process, and its modules."""
 
 from __future__ import annotations
 
-import importlib
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
-from tests.launch.programs import LAUNCH
+from tests.launch.programs import AVERAGE, Check, Finished, TrainingRun, finished
 
 NEEDS = (2, 11)  # as the extra "train" says
 
@@ -30,20 +28,41 @@ def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs of a module write."""
     return tmp_path_factory.mktemp("training")
 
 
-@pytest.fixture(scope="module")
-def corpus(folder: Path) -> Path:
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Some text with a little structure to learn, the same in every session."""
     draw = random.Random(7)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(1, 6))) for _ in range(80)]
-    path = folder / "corpus"
+    path = tmp_path_factory.mktemp("text") / "corpus"
     path.mkdir()
     for number in range(3):
         text = " ".join(draw.choice(words) for _ in range(9000))
         (path / f"{number}.txt").write_text(text)
     return path
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> TrainingRun:
+    """One process: the losses that there should be."""
+    folder = tmp_path_factory.mktemp("alone")
+    return finished(folder, "none", corpus, None, "--parallel", "none", *AVERAGE)
+
+
+@pytest.fixture
+def check_here(capsys: pytest.CaptureFixture[str]) -> Check:
+    """``programs.check_export`` in this process: a fresh one takes five seconds to begin."""
+    from check_export import main
+
+    def check(export: Path, run: TrainingRun) -> Finished:
+        capsys.readouterr()
+        code = main([str(export), str(run.out), "--sample-bytes", "4"])
+        return Finished(code, *capsys.readouterr())
+
+    return check
 
 
 @pytest.fixture
@@ -54,8 +73,7 @@ def usage_error(
 
     In this process: the whole program takes five seconds to come to its flags.
     """
-    monkeypatch.syspath_prepend(LAUNCH)
-    options: Any = importlib.import_module("options")
+    from training.flags import parse_options
 
     def refused(flags: list[str], ranks: int | None = None) -> str:
         for name, value in {"RANK": "0", "WORLD_SIZE": str(ranks)}.items():
@@ -64,7 +82,7 @@ def usage_error(
             else:
                 monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
-            options.parse_options(flags)
+            parse_options(flags)
         assert ended.value.code == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
         return line

@@ -7,33 +7,26 @@ way, on other numbers of ranks. All are held against one process that never stop
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 from tests.launch.programs import (
-    LAUNCH,
-    TINY,
-    Finished,
     TrainingRun,
+    accelerate,
     assert_same,
     average_of,
     consolidate,
-    execute,
     finished,
     weights_of,
 )
 
 pytestmark = pytest.mark.dist
 
-CONFIGS = LAUNCH / "configs"
 DECAY = 0.9
 FLAGS = (
     *("--kv-heads", "2"),  # can be divided
@@ -59,26 +52,13 @@ def resumed(
     return Resumed(finished(folder, way, corpus, ranks, *flags), checkpoint, 2)
 
 
-def accelerate(
-    config: str, *flags: str | Path, start: Path | None = None, ranks: int = 2
-) -> Finished:
-    """Start the training program by accelerate with a configuration that we ship."""
-    program = [LAUNCH / "train.py"] if start is None else [start, LAUNCH / "train.py"]
-    return execute(
-        *("-m", "accelerate.commands.launch", "--main_process_port", "0"),
-        *("--num_processes", str(ranks)),
-        *("--config_file", CONFIGS / f"accelerate_{config}.yaml"),
-        *(*program, "--parallel", "accelerate", *TINY, *FLAGS, *flags),
-    )
-
-
 def resumed_by_accelerate(
     folder: Path, corpus: Path, config: str, source: TrainingRun, step: int
 ) -> Resumed:
     checkpoint, out = source.checkpoint(step), folder / f"accelerate_{config}"
     start = None if config == "ddp" else Path(__file__).with_name("sharding_on_cpus.py")
     flags = ("--data", corpus, "--out", out, "--resume", checkpoint, "--accumulation", "3")
-    done = accelerate(config, *flags, start=start).good()
+    done = accelerate(config, *FLAGS, *flags, start=start).good()
     return Resumed(TrainingRun(out, done.out, done.err), checkpoint, step)
 
 
@@ -147,24 +127,22 @@ def check_average(run: TrainingRun, source: Path, step: int) -> None:
     assert_same(average_of(run.checkpoint(6)), average)
 
 
-def check_text(run: TrainingRun, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_text(run: TrainingRun) -> None:
     """The export writes in bfloat16 what the average, gathered in training, has written."""
-    monkeypatch.syspath_prepend(LAUNCH)
-    generation = importlib.import_module("generation")
+    from training.evaluation import greedy
+
     export = consolidate(run)
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.bfloat16)
     wanted = json.loads((run.out / "summary.json").read_text())["generated"]["ema"]
     assert len(wanted) == 24
-    assert generation.greedy(model, "def ", 24) == wanted
+    assert greedy(model, "def ", 24) == wanted
 
 
-def test_fsdp1_from_scratch(
-    fsdp1: TrainingRun, plain: TrainingRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:
     assert "parallel   fsdp1, world size 2" in fsdp1.text
     check_steps(fsdp1, plain, 1)
     check_average(fsdp1, fsdp1.checkpoint(2), 2)
-    check_text(fsdp1, monkeypatch)
+    check_text(fsdp1)
 
 
 @pytest.mark.parametrize(
@@ -180,18 +158,14 @@ def test_fsdp1_from_scratch(
     ],
 )
 def test_taking_up_another_way(
-    way: str,
-    words: str,
-    plain: TrainingRun,
-    request: pytest.FixtureRequest,
-    monkeypatch: pytest.MonkeyPatch,
+    way: str, words: str, plain: TrainingRun, request: pytest.FixtureRequest
 ) -> None:
     found = request.getfixturevalue(way)
     assert f"parallel   {words}" in found.run.text
     assert f"at step {found.step}" in found.run.line("resume ")
     check_steps(found.run, plain, found.step + 1)
     check_average(found.run, found.source, found.step)
-    check_text(found.run, monkeypatch)
+    check_text(found.run)
 
 
 # ---------------------------------------------------------------------- wrong use
@@ -199,7 +173,7 @@ def test_taking_up_another_way(
 
 def test_accelerate_that_does_not_shard_is_refused(corpus: Path, tmp_path: Path) -> None:
     """On CPUs accelerate makes DDP of FSDP, and says nothing."""
-    done = accelerate("fsdp2", "--data", corpus, "--out", tmp_path / "out", ranks=1)
+    done = accelerate("fsdp2", *FLAGS, "--data", corpus, "--out", tmp_path / "out", ranks=1)
     assert done.code != 0
     (line,) = done.errors("train.py")
     assert "asked for FSDP2, but has made DDP" in line and "--parallel fsdp2" in line
@@ -214,58 +188,10 @@ def test_accelerate_that_does_not_shard_is_refused(corpus: Path, tmp_path: Path)
         ({"base_model_tp_plan": {"q": "colwise"}, "num_key_value_heads": 3}, "key_value_heads, 3"),
     ],
 )
-def test_models_that_cannot_be_divided(
-    config: dict[str, object], words: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(LAUNCH)
-    parallel: Any = importlib.import_module("parallel")
+def test_models_that_cannot_be_divided(config: dict[str, object], words: str) -> None:
+    from training.engines.torch import tensor_plan
+    from training.ranks import RunError
+
     model = SimpleNamespace(config=SimpleNamespace(model_type="none", **config))
-    with pytest.raises(importlib.import_module("ranks").RunError, match=words):
-        parallel.tensor_plan(model, 2)
-
-
-@pytest.mark.parametrize(
-    ("ranks", "flags", "words"),
-    [
-        (2, ["--parallel", "hsdp"], "hsdp needs two groups of two ranks or more, but 2 were"),
-        (4, ["--parallel", "hsdp", "--shard-size", "3"], "--shard-size 3 does not divide 4 ranks"),
-        (4, ["--parallel", "hsdp", "--shard-size", "4"], "--shard-size 4 does not divide"),
-        (4, ["--parallel", "hsdp", "--shard-size", "1"], "--shard-size 1 does not divide"),
-        (4, ["--shard-size", "2"], "--shard-size needs --parallel hsdp"),
-        (4, ["--parallel", "hsdp", "--tp-size", "2"], "--tp-size needs --parallel tp"),
-        (3, ["--parallel", "tp"], "--tp-size 2 does not divide 3 ranks"),
-        (2, ["--parallel", "tp", "--tp-size", "1"], "--tp-size 1 does not divide"),
-        (4, ["--parallel", "tp", "--batch-size", "1"], "each of 2 groups of 2 ranks"),
-        (
-            2,
-            ["--parallel", "tp", "--compile", "--activation-checkpointing"],
-            "PyTorch fails at --compile with",
-        ),
-        (None, ["--parallel", "accelerate"], "needs torchrun or accelerate launch"),
-        (2, ["--parallel", "accelerate", "--pure-bf16"], "--pure-bf16 does not go"),
-    ],
-)
-def test_flags_that_contradict(
-    ranks: int | None, flags: list[str], words: str, usage_error: Callable[..., str]
-) -> None:
-    assert words in usage_error(flags, ranks)
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "words"),
-    [
-        ("ACCELERATE_MIXED_PRECISION", "fp16", "mixed_precision is 'fp16'"),
-        ("ACCELERATE_MIXED_PRECISION", "bf16", "--dtype float32 contradicts"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "sets ACCELERATE_USE_DEEPSPEED"),
-        ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "--parallel hsdp or tp"),
-    ],
-)
-def test_configurations_of_accelerate_that_contradict(
-    name: str,
-    value: str,
-    words: str,
-    usage_error: Callable[..., str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setenv(name, value)
-    assert words in usage_error(["--parallel", "accelerate", "--dtype", "float32"], 2)
+    with pytest.raises(RunError, match=words):
+        tensor_plan(model, 2)

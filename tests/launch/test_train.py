@@ -12,7 +12,6 @@ import math
 import shlex
 import shutil
 import struct
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,6 +23,7 @@ from sharded_ema.averaging.schedules import parse_schedule
 from sharded_ema.cli import main
 from tests.launch.programs import (
     AVERAGE,
+    Check,
     TrainingRun,
     assert_same,
     average_of,
@@ -120,26 +120,44 @@ def test_export_loses_what_training_said(base: TrainingRun, export: Path) -> Non
     assert not done.errors("check_export.py")
 
 
-def test_export_in_bfloat16_writes_what_training_wrote(base: TrainingRun, export: Path) -> None:
+def test_export_in_bfloat16_writes_what_training_wrote(
+    base: TrainingRun, export: Path, check_here: Check
+) -> None:
     half = consolidate(base, "bfloat16")
-    assert check_export(half, base).good().out.count("they agree") == 2
+    assert check_here(half, base).good().out.count("they agree") == 2
     whole = load_file(export / "model.safetensors")
     assert_same(load_file(half / "model.safetensors"), {n: v.bfloat16() for n, v in whole.items()})
 
 
-def test_check_tells_another_text(base: TrainingRun, export: Path, tmp_path: Path) -> None:
+def test_check_tells_another_text(
+    base: TrainingRun, export: Path, tmp_path: Path, check_here: Check
+) -> None:
     summary = json.loads((base.out / "summary.json").read_text())
     text = summary["generated"]["ema"]
     assert len(text) == 24
     text[-1] ^= 1
     (tmp_path / "summary.json").write_text(json.dumps(summary))
-    done = check_export(export, dataclasses.replace(base, out=tmp_path))
+    done = check_here(export, dataclasses.replace(base, out=tmp_path))
     assert done.code == 1
     assert "in training: THEY DIFFER" in done.out
 
 
+def test_check_refuses_a_corpus_that_has_changed(
+    base: TrainingRun, export: Path, corpus: Path, tmp_path: Path, check_here: Check
+) -> None:
+    summary = json.loads((base.out / "summary.json").read_text())
+    changed = shutil.copytree(corpus, tmp_path / "corpus")
+    (changed / "0.txt").write_text("other words " * 4000)
+    summary["evaluation"]["data"] = [str(changed)]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    done = check_here(export, dataclasses.replace(base, out=tmp_path))
+    assert done.code == 2
+    (line,) = done.errors("check_export.py")
+    assert str(changed) in line and "has changed since" in line
+
+
 def test_check_tells_raw_weights_from_the_average(
-    base: TrainingRun, export: Path, tmp_path: Path
+    base: TrainingRun, export: Path, tmp_path: Path, check_here: Check
 ) -> None:
     """The classic mistake: everything fits, but for whose weights they are."""
     wrong = shutil.copytree(export, tmp_path / "wrong")
@@ -150,7 +168,7 @@ def test_check_tells_raw_weights_from_the_average(
     raw = weights_of(base.checkpoint(6))
     assert any(not torch.equal(raw[name], value) for name, value in average.items())
     save_file({name: raw[name] for name in average}, file, metadata=header)
-    done = check_export(wrong, base)
+    done = check_here(wrong, base)
     assert done.code == 1
     assert "THEY DIFFER" in done.out
     assert "Traceback" not in done.err
@@ -174,14 +192,20 @@ def test_another_seed_gives_another_run(base: TrainingRun, several: TrainingRun)
     assert base.losses()[1, "train_loss"] != several.losses()[1, "train_loss"]
 
 
-@pytest.mark.parametrize("layout", ["ddp", "none"])
+@pytest.fixture(scope="module")
+def ddp(folder: Path, corpus: Path) -> TrainingRun:
+    return finished(folder, "ddp", corpus, 2, "--parallel", "ddp", *AVERAGE)
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"), [("ddp", "ddp, world size 2"), ("alone", "none, world size 1")]
+)
 def test_layouts_give_the_same_losses(
-    base: TrainingRun, folder: Path, corpus: Path, layout: str
+    base: TrainingRun, name: str, layout: str, request: pytest.FixtureRequest
 ) -> None:
-    ranks = None if layout == "none" else 2
-    run = finished(folder, layout, corpus, ranks, "--parallel", layout, *AVERAGE)
+    run = request.getfixturevalue(name)
     assert run.losses() == pytest.approx(base.losses(), rel=0, abs=1e-5)
-    assert f"parallel   {layout}, world size {ranks or 1}" in run.text
+    assert f"parallel   {layout}" in run.text
 
 
 def test_run_resumed_on_fewer_ranks_gives_the_losses_of_the_uninterrupted_one(
@@ -269,38 +293,6 @@ def test_nothing_to_resume_at_a_path(corpus: Path, tmp_path: Path) -> None:
     assert "nothing" in line and "no complete checkpoint" in line
     assert "Traceback" not in done.err
     assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_schedule(corpus: Path, tmp_path: Path) -> None:
-    done = train(None, "--data", corpus, "--out", tmp_path, "--ema", "--ema-profile", "a=bogus:3")
-    assert done.code == 2
-    (line,) = done.errors("train.py")
-    assert "unknown schedule 'bogus:3'" in line and "half_life" in line
-    assert "Traceback" not in done.err
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--ema-decay", "0.9"], "--ema-decay needs --ema"),
-        (["--ema", "--ema-decay", "0.9", "--ema-half-life", "10"], "not allowed with argument"),
-        (["--ema", "--ema-decay", "1.5"], "between 0 and 1"),
-        (["--ema", "--ema-start-step", "6", "--steps", "6"], "--ema-start-step 6"),
-        (["--ema", "--ema-profile", "a=0.9", "--ema-profile", "a=0.5"], "each name once"),
-        (["--ema", "--ema-profile", "0.9"], "NAME=SCHEDULE"),
-        (["--pure-bf16", "--dtype", "float32"], "--pure-bf16 contradicts"),
-        (["--parallel", "fsdp2"], "needs torchrun"),
-        (["--resume", "auto"], "--out"),
-        (["--model", "somewhere", "--layers", "2"], "--layers does not go with --model"),
-        (["--heads", "3", "--kv-heads", "2", "--hidden-size", "12"], "multiple of --kv-heads"),
-        (["--batch-size", "1", "--accumulation", "2"], "--batch-size 1"),
-    ],
-)
-def test_contradictory_flags(
-    flags: list[str], words: str, usage_error: Callable[[list[str]], str]
-) -> None:
-    assert words in usage_error(flags)
 
 
 def test_contradictory_flags_end_the_program(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ranks import RunError
+from training.ranks import RunError
 
 HELD_OUT = 0.05  # part of the text
 # Below this many files a draw by name may hold out none or nearly all: take tails instead.

@@ -7,77 +7,21 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import accelerate_config
-import deepspeed_config
-import groups
-from sharded_ema.averaging.schedules import Constant, HalfLife, Schedule, parse_schedule
-from sharded_ema.errors import ConfigError
+from sharded_ema import Constant, EMAError, HalfLife, Schedule
+from sharded_ema.averaging.schedules import parse_schedule  # SCHEDULE of --ema-profile
+from training.engines.accelerate import agreed_dtype
+from training.engines.deepspeed import complete_config, read_config, zero_stage
+from training.engines.torch import group_sizes
+from training.options import Options, UsageError
 
 # Kept apart from the parser so that "was it given?" can be told: --model excludes them.
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
 ZERO_STAGES = ("zero0", "zero1", "zero2", "zero3")
 TORCH_WAYS = ("fsdp2", "fsdp1", "hsdp", "tp", "ddp")
 EMA_DECAY = 0.95  # 20 steps: fits the 400 of the default run, not a long one
-
-
-@dataclass(frozen=True)
-class Options:
-    """The parsed command line; every field is the flag of the same name.
-
-    Attributes:
-        deepspeed: its whole configuration; None where it is not used.
-    """
-
-    data: list[Path]
-    data_bytes: int
-    model: Path | None
-    hidden_size: int
-    layers: int
-    heads: int
-    kv_heads: int
-    intermediate_size: int
-    tie_embeddings: bool
-    context: int
-    steps: int
-    batch_size: int
-    accumulation: int
-    lr: float
-    min_lr_ratio: float
-    warmup_steps: int
-    beta1: float
-    beta2: float
-    weight_decay: float
-    clip_norm: float
-    seed: int
-    parallel: str
-    shard_size: int
-    tp_size: int
-    deepspeed: dict[str, Any] | None
-    dtype: str
-    pure_bf16: bool
-    activation_checkpointing: bool
-    compile: bool
-    profiles: dict[str, Schedule]
-    ema_start_step: int
-    ema_update_every: int
-    eval_every: int
-    eval_sequences: int
-    generate_bytes: int
-    prompt: str
-    log_every: int
-    save_every: int
-    keep_last: int
-    out: Path | None
-    resume: str | None
-
-    @property
-    def ema(self) -> bool:
-        """Whether the run keeps an average at all."""
-        return bool(self.profiles)
 
 
 def _number(kind: type, check: Callable[[float], bool], text: str) -> Callable[[str], float]:
@@ -108,7 +52,7 @@ def _profile(text: str) -> tuple[str, Schedule]:
         raise argparse.ArgumentTypeError(f"write NAME=SCHEDULE, as in slow=power:0.1, not {text}")
     try:
         return name, parse_schedule(spec)
-    except ConfigError as error:
+    except EMAError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
@@ -144,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="directory with a Hugging Face config.json; replaces the shape flags",
     )
     for name, value in SHAPE_DEFAULTS.items():
-        model.add_argument(f"--{name.replace('_', '-')}", type=POSITIVE, help=f"(default: {value})")
+        model.add_argument(_flag(name), type=POSITIVE, help=f"(default: {value})")
     model.add_argument(
         "--intermediate-size", type=POSITIVE, help="(default: 2.75 x the hidden size)"
     )
@@ -266,13 +210,26 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     """Parse and cross-check the command line; wrong use ends the process with code 2."""
     parser = build_parser()
     values = vars(parser.parse_args(argv))
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    _check_model(parser, values)
-    _check_system(parser, values, ranks)
-    _check_groups(parser, values, ranks)
+    try:
+        return _settle(values, int(os.environ.get("WORLD_SIZE", "1")))
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def _settle(values: dict[str, Any], ranks: int) -> Options:
+    """Options of what was parsed: each part checks its flags and fills in what was not given.
+
+    Raises:
+        UsageError: flags contradict each other, the launcher, or a framework's configuration.
+    """
+    _settle_model(values)
+    _settle_parallelism(values, ranks)
+    if values["parallel"] == "accelerate":
+        _settle_accelerate(values)
+    values["dtype"] = values["dtype"] or ("bfloat16" if values["pure_bf16"] else "float32")
     if values["parallel"] in ZERO_STAGES:
-        _check_deepspeed(parser, values, ranks)
-    values["profiles"] = _profiles(parser, values)
+        _settle_deepspeed(values, ranks)
+    values["profiles"] = _profiles(values)
     values["ema_start_step"] = values["ema_start_step"] or 0
     values["ema_update_every"] = values["ema_update_every"] or 1
     for name in ("ema", "ema_decay", "ema_half_life", "ema_profile", "local_rank"):
@@ -280,109 +237,98 @@ def parse_options(argv: Sequence[str] | None = None) -> Options:
     parts = ranks // values["tp_size"]
     if values["batch_size"] < parts * values["accumulation"]:
         each = "ranks" if parts == ranks else f"groups of {values['tp_size']} ranks"
-        parser.error(
+        raise UsageError(
             f"--batch-size {values['batch_size']} is less than one sequence for each of "
             f"{parts} {each} x {values['accumulation']} micro-batches"
         )
     if values["resume"] == "auto" and values["out"] is None:
-        parser.error("--resume auto looks in --out, which is not given")
+        raise UsageError("--resume auto looks in --out, which is not given")
     return Options(**values)
 
 
-def _check_model(parser: argparse.ArgumentParser, values: dict) -> None:
+def _settle_model(values: dict[str, Any]) -> None:
     shape = [*SHAPE_DEFAULTS, "intermediate_size", "tie_embeddings"]
     if values["model"] is not None:
         for name in shape:
             if values[name] is not None:
-                parser.error(f"--{name.replace('_', '-')} does not go with --model, which has it")
+                raise UsageError(f"{_flag(name)} does not go with --model, which has it")
     for name, value in SHAPE_DEFAULTS.items():
         values[name] = values[name] or value
     if values["tie_embeddings"] is None:
         values["tie_embeddings"] = True
     values["intermediate_size"] = values["intermediate_size"] or values["hidden_size"] * 11 // 4
     if values["hidden_size"] % (2 * values["heads"]):
-        parser.error("--hidden-size must be a multiple of twice --heads (rotary pairs)")
+        raise UsageError("--hidden-size must be a multiple of twice --heads (rotary pairs)")
     if values["heads"] % values["kv_heads"]:
-        parser.error("--heads must be a multiple of --kv-heads")
+        raise UsageError("--heads must be a multiple of --kv-heads")
 
 
-def _check_system(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+def _settle_parallelism(values: dict[str, Any], ranks: int) -> None:
+    """The way to train, and the sizes of its groups; a DeepSpeed file has the way in its stage."""
     if values["deepspeed"] is not None:
-        _read_deepspeed(parser, values)
+        _read_deepspeed(values)
     if values["parallel"] is None:
         values["parallel"] = "fsdp2" if ranks > 1 else "none"
-    if values["parallel"] == "none" and ranks > 1:
-        parser.error(f"--parallel none runs in one process, but {ranks} were started")
-    if values["parallel"] != "none" and "RANK" not in os.environ:
+    parallel = values["parallel"]
+    if parallel == "none" and ranks > 1:
+        raise UsageError(f"--parallel none runs in one process, but {ranks} were started")
+    if parallel != "none" and "RANK" not in os.environ:
         others = {"accelerate": " or accelerate launch"} | dict.fromkeys(
             ZERO_STAGES, " or deepspeed"
         )
-        launchers = "torchrun" + others.get(values["parallel"], "")
-        parser.error(f"--parallel {values['parallel']} needs {launchers} to start it")
+        launchers = "torchrun" + others.get(parallel, "")
+        raise UsageError(f"--parallel {parallel} needs {launchers} to start it")
     if values["pure_bf16"] and values["dtype"] == "float32":
-        parser.error("--pure-bf16 contradicts --dtype float32")
-    if values["parallel"] == "accelerate":
-        _check_accelerate(parser, values)
-    values["dtype"] = values["dtype"] or ("bfloat16" if values["pure_bf16"] else "float32")
+        raise UsageError("--pure-bf16 contradicts --dtype float32")
+    values |= group_sizes(values, ranks, int(os.environ.get("LOCAL_WORLD_SIZE", ranks)))
+    if parallel == "tp" and values["compile"] and values["activation_checkpointing"]:
+        raise UsageError(
+            "--parallel tp: PyTorch fails at --compile with --activation-checkpointing"
+        )
 
 
-def _check_groups(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
-    machine = int(os.environ.get("LOCAL_WORLD_SIZE", ranks))
-    try:
-        values |= groups.group_sizes(values, ranks, machine)
-    except ConfigError as error:
-        parser.error(str(error))
-    if values["parallel"] == "tp" and values["compile"] and values["activation_checkpointing"]:
-        parser.error("--parallel tp: PyTorch fails at --compile with --activation-checkpointing")
-
-
-def _check_accelerate(parser: argparse.ArgumentParser, values: dict) -> None:
+def _settle_accelerate(values: dict[str, Any]) -> None:
     if importlib.util.find_spec("accelerate") is None:
-        parser.error("accelerate is not installed: pip install accelerate")
+        raise UsageError("accelerate is not installed: pip install accelerate")
     if values["pure_bf16"]:
-        parser.error("--pure-bf16 does not go with --parallel accelerate")
-    try:
-        values["dtype"] = accelerate_config.agreed_dtype(os.environ, values["dtype"])
-    except ConfigError as error:
-        parser.error(str(error))
+        raise UsageError("--pure-bf16 does not go with --parallel accelerate")
+    values["dtype"] = agreed_dtype(os.environ, values["dtype"])
 
 
-def _read_deepspeed(parser: argparse.ArgumentParser, values: dict) -> None:
+def _read_deepspeed(values: dict[str, Any]) -> None:
     """Read the file, whose stage is then what --parallel stands for."""
     path, parallel = values["deepspeed"], values["parallel"]
-    try:
-        values["deepspeed"] = deepspeed_config.read_config(path)
-        stage = f"zero{deepspeed_config.zero_stage(values['deepspeed'])}"
-    except ConfigError as error:
-        parser.error(str(error))
+    values["deepspeed"] = read_config(path)
+    stage = f"zero{zero_stage(values['deepspeed'])}"
     if parallel not in (None, stage):
-        parser.error(f"--parallel {parallel} contradicts --deepspeed {path}, which says {stage}")
+        raise UsageError(
+            f"--parallel {parallel} contradicts --deepspeed {path}, which says {stage}"
+        )
     values["parallel"] = stage
 
 
-def _check_deepspeed(parser: argparse.ArgumentParser, values: dict, ranks: int) -> None:
+def _settle_deepspeed(values: dict[str, Any], ranks: int) -> None:
     for name in ("pure_bf16", "compile"):
         if values[name]:
-            parser.error(f"--{name.replace('_', '-')} does not go with DeepSpeed")
+            raise UsageError(f"{_flag(name)} does not go with DeepSpeed")
     if importlib.util.find_spec("deepspeed") is None:
-        parser.error("DeepSpeed is not installed: pip install 'sharded-ema[deepspeed]'")
+        raise UsageError("DeepSpeed is not installed: pip install 'sharded-ema[deepspeed]'")
     stage = {"zero_optimization": {"stage": ZERO_STAGES.index(values["parallel"])}}
-    try:
-        values["deepspeed"] = deepspeed_config.complete(values["deepspeed"] or stage, values, ranks)
-    except ConfigError as error:
-        parser.error(str(error))
+    values["deepspeed"] = complete_config(values["deepspeed"] or stage, values, ranks)
 
 
-def _profiles(parser: argparse.ArgumentParser, values: dict) -> dict[str, Schedule]:
+def _profiles(values: dict[str, Any]) -> dict[str, Schedule]:
     """The averages asked for, by name; the single one is called ``ema``."""
     given = [name for name in values if name.startswith("ema_") and values[name] is not None]
     if not values["ema"]:
         if given:
-            parser.error(f"--{given[0].replace('_', '-')} needs --ema")
+            raise UsageError(f"{_flag(given[0])} needs --ema")
         return {}
     start = values["ema_start_step"] or 0
     if start >= values["steps"]:
-        parser.error(f"--ema-start-step {start} is not before the last of {values['steps']} steps")
+        raise UsageError(
+            f"--ema-start-step {start} is not before the last of {values['steps']} steps"
+        )
     if values["ema_half_life"] is not None:
         return {"ema": HalfLife(values["ema_half_life"])}
     if values["ema_profile"] is None:
@@ -390,5 +336,10 @@ def _profiles(parser: argparse.ArgumentParser, values: dict) -> dict[str, Schedu
         return {"ema": Constant(decay)}
     profiles = dict(values["ema_profile"])
     if len(profiles) < len(values["ema_profile"]):
-        parser.error("--ema-profile: each name once")
+        raise UsageError("--ema-profile: each name once")
     return profiles
+
+
+def _flag(name: str) -> str:
+    """The flag whose value has this name."""
+    return f"--{name.replace('_', '-')}"

@@ -11,7 +11,7 @@ import matplotlib
 matplotlib.use("Agg")  # a node without a display
 from matplotlib import pyplot
 
-from recording import Row, series
+from training.recording import Row, series
 
 COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#66a182")
 

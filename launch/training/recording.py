@@ -1,17 +1,62 @@
-"""What a run writes down while it goes: metrics.jsonl, metrics.csv and TensorBoard."""
+"""The metrics of a run: measured step by step, written to metrics.jsonl, .csv and TensorBoard."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
+import torch
+
+from training.ranks import Ranks, RunError
 
 Row = dict[str, Any]
+
+
+class Meter:
+    """Loss and speed of the steps since the last row; on every rank."""
+
+    def __init__(self, ranks: Ranks, step: int, bytes_per_step: int) -> None:
+        self._ranks = ranks
+        self._bytes_per_step = bytes_per_step
+        self._losses: list[torch.Tensor] = []
+        self._step = step
+        self._started = time.monotonic()
+
+    def add(self, loss: torch.Tensor) -> None:
+        """Note this rank's part of the loss of one step; nothing is exchanged."""
+        self._losses.append(loss)
+
+    def row(self, step: int, rate: float) -> Row:
+        """What was noted since the last row, and begin anew: one exchange for all those steps.
+
+        Args:
+            step: the last one.
+            rate: its learning rate.
+
+        Raises:
+            RunError: the loss is not finite.
+        """
+        loss = float(self._ranks.sum(torch.stack(self._losses).mean()))
+        if not math.isfinite(loss):
+            raise RunError(f"the training loss is {loss} at step {step}")
+        now = time.monotonic()
+        speed = (step - self._step) * self._bytes_per_step / (now - self._started)
+        self._losses.clear()
+        self._step, self._started = step, now
+        return {"step": step, "train_loss": loss, "lr": rate, "bytes_per_second": speed}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time of what is no training does not count."""
+        before = time.monotonic()
+        yield
+        self._started += time.monotonic() - before
 
 
 class Recorder:
@@ -21,6 +66,8 @@ class Recorder:
     """
 
     def __init__(self, out: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # takes a while; here on one rank alone
+
         self._lines = out / "metrics.jsonl"
         self._table = out / "metrics.csv"
         # Rows after the checkpoint belong to steps that are about to be made again.

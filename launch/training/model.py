@@ -1,4 +1,4 @@
-"""The model to train: its configuration, weights, optimizer and learning rate."""
+"""The model to train: its configuration and weights, its loss, optimizer and learning rate."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,8 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from options import Options
-from ranks import RunError
+from training.options import Options
+from training.ranks import RunError
 
 VOCABULARY = 256  # a token is a byte
 
@@ -79,6 +80,15 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     """The transformer blocks, by the class names that the model declares."""
     names = set(model._no_split_modules or ())
     return [module for module in model.modules() if type(module).__name__ in names]
+
+
+def token_losses(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    """Cross-entropy in nats of each next byte: ``(sequences, context)`` in float32."""
+    logits = model(input_ids=windows[:, :-1], use_cache=False).logits
+    flat = functional.cross_entropy(
+        logits.float().flatten(0, 1), windows[:, 1:].flatten(), reduction="none"
+    )
+    return flat.view(windows.shape[0], -1)
 
 
 def parameter_groups(model: nn.Module, options: Options) -> list[dict[str, Any]]:

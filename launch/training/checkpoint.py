@@ -11,15 +11,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed_config
-from engine import Engine
-from options import Options
-from ranks import Ranks, RunError
 from sharded_ema import ShardedEMA
+from training.engines import TORCH_STATE, Engine, state_layout, why_not_resumable
+from training.options import Options
+from training.ranks import Ranks, RunError
 
 _PREFIX = "step_"
 
@@ -39,64 +39,35 @@ class Checkpoint:
         return (self.path / "ema").is_dir()
 
 
-class Checkpoints:
-    """The checkpoints below one output directory."""
+def place(options: Options) -> tuple[Path, Checkpoint | None]:
+    """Where the run writes, and the checkpoint it starts from. On rank 0.
 
-    def __init__(self, out: Path, keep_last: int, ranks: Ranks) -> None:
-        self.root = out / "checkpoints"
-        self._keep_last = keep_last
-        self._ranks = ranks
-
-    def path(self, step: int) -> Path:
-        """Where the checkpoint of ``step`` lies."""
-        return self.root / f"{_PREFIX}{step:06d}"
-
-    def save(
-        self,
-        step: int,
-        engine: Engine,
-        ema: ShardedEMA | None,
-        settings: dict[str, Any],
-        results: dict[str, Any],
-    ) -> Path:
-        """Write one checkpoint with all ranks, then let ``latest`` name it and drop old ones."""
-        target = self.path(step)
-        self._ranks.on_first(lambda: self._prepare(target))
-        engine.save(target, ema, step)
-        record = {"step": step, "settings": settings, "results": results}
-        self._ranks.on_first(lambda: self._commit(target, record))
-        return target
-
-    def rewind(self, checkpoint: Checkpoint) -> None:
-        """Go on from ``checkpoint``: what this run holds beyond it no longer counts."""
-        if checkpoint.path.parent.resolve() == self.root.resolve():
-            _replace(self.root / "latest", checkpoint.path.name + "\n")
-
-    def _prepare(self, target: Path) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
-        last = _latest(self.root)
-        for path in self.root.iterdir():
-            step = _step_of(path)
-            unfinished = step is not None and (last is None or step > (_step_of(last) or 0))
-            if unfinished or path.name.endswith(".removing"):
-                shutil.rmtree(path)
-        if target.exists():
-            raise RunError(f"{target} is complete already; not writing over it")
-        target.mkdir()
-
-    def _commit(self, target: Path, record: dict[str, Any]) -> None:
-        _replace(target / "trainer.json", json.dumps(record, indent=1) + "\n")
-        _sync_directory(self.root)
-        _replace(self.root / "latest", target.name + "\n")
-        complete = sorted(p for p in self.root.iterdir() if _step_of(p) is not None)
-        for old in complete[: -self._keep_last]:
-            # Renamed first: half a checkpoint must never carry the name of a whole one.
-            removing = old.with_name(old.name + ".removing")
-            old.rename(removing)
-            shutil.rmtree(removing)
+    Raises:
+        RunError: nothing to resume at the path given, or another run is in the way.
+    """
+    found = None
+    if options.resume not in (None, "auto"):
+        path = Path(options.resume)
+        found = _find_checkpoint(path)
+        if found is None:
+            raise RunError(f"--resume {path}: no complete checkpoint there")
+        home = _run_directory(found.path)
+        out = options.out or home
+        taken = out.resolve() != home.resolve() and _find_checkpoint(out) is not None
+    else:
+        out = options.out or Path("runs", time.strftime("%Y%m%d-%H%M%S"))
+        found = _find_checkpoint(out)
+        taken = found is not None and options.resume is None
+    if taken:
+        raise RunError(
+            f"{out} holds a run with checkpoints; go on with --resume auto, or choose another --out"
+        )
+    if found and found.step > options.steps:
+        raise RunError(f"{found.path} is beyond --steps {options.steps}")
+    return out, found
 
 
-def find_checkpoint(path: Path) -> Checkpoint | None:
+def _find_checkpoint(path: Path) -> Checkpoint | None:
     """The checkpoint that ``path`` means: a step directory, or the last one of a run.
 
     Returns:
@@ -109,7 +80,7 @@ def find_checkpoint(path: Path) -> Checkpoint | None:
     return None
 
 
-def run_directory(path: Path) -> Path:
+def _run_directory(path: Path) -> Path:
     """The output directory of the run to which a ``--resume`` path belongs."""
     for root in (path, path.parent):
         if root.name == "checkpoints":
@@ -147,7 +118,7 @@ def run_settings(
     return {
         "fixed": fixed,
         "free": free,
-        "state": deepspeed_config.state_layout(options.deepspeed, ranks),
+        "state": state_layout(options, ranks),
         "averages": sorted(options.profiles),
     }
 
@@ -180,9 +151,7 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[str
             f"cannot resume {checkpoint.path}: it belongs to another run: {'; '.join(fatal)}. "
             f"Give the same flags as then, or start afresh in another --out"
         )
-    why = deepspeed_config.why_not_resumable(
-        checkpoint.settings.get("state", deepspeed_config.TORCH_STATE), settings["state"]
-    )
+    why = why_not_resumable(checkpoint.settings.get("state", TORCH_STATE), settings["state"])
     if why:
         raise RunError(
             f"cannot resume {checkpoint.path}: {why}. The average loads in any layout and on any "
@@ -198,6 +167,74 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         for name in names
         if old.get(name) != new.get(name)
     ]
+
+
+class Checkpoints:
+    """The checkpoints below one output directory."""
+
+    def __init__(self, out: Path, keep_last: int, ranks: Ranks) -> None:
+        self.root = out / "checkpoints"
+        self._keep_last = keep_last
+        self._ranks = ranks
+
+    def path(self, step: int) -> Path:
+        """Where the checkpoint of ``step`` lies."""
+        return self.root / f"{_PREFIX}{step:06d}"
+
+    def save(
+        self,
+        step: int,
+        engine: Engine,
+        ema: ShardedEMA | None,
+        settings: dict[str, Any],
+        results: dict[str, Any],
+    ) -> Path:
+        """Write one checkpoint with all ranks, then let ``latest`` name it and drop old ones."""
+        target = self.path(step)
+        self._ranks.on_first(lambda: self._prepare(target))
+        engine.save(target)
+        if ema is not None and not engine.saves_average:
+            ema.save(target / "ema", step=step, latest=False)
+        record = {"step": step, "settings": settings, "results": results}
+        self._ranks.on_first(lambda: self._commit(target, record))
+        return target
+
+    def rewind(self, checkpoint: Checkpoint) -> None:
+        """Go on from ``checkpoint``: what this run holds beyond it no longer counts."""
+        if checkpoint.path.parent.resolve() == self.root.resolve():
+            _replace(self.root / "latest", checkpoint.path.name + "\n")
+
+    def _prepare(self, target: Path) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        last = _latest(self.root)
+        for path in self.root.iterdir():
+            step = _step_of(path)
+            unfinished = step is not None and (last is None or step > (_step_of(last) or 0))
+            if unfinished or path.name.endswith(".removing"):
+                shutil.rmtree(path)
+        if target.exists():
+            raise RunError(f"{target} is complete already; not writing over it")
+        target.mkdir()
+
+    def _commit(self, target: Path, record: dict[str, Any]) -> None:
+        _replace(target / "trainer.json", json.dumps(record, indent=1) + "\n")
+        _sync_directory(self.root)
+        _replace(self.root / "latest", target.name + "\n")
+        complete = sorted(p for p in self.root.iterdir() if _step_of(p) is not None)
+        for old in complete[: -self._keep_last]:
+            # Renamed first: half a checkpoint must never carry the name of a whole one.
+            removing = old.with_name(old.name + ".removing")
+            old.rename(removing)
+            shutil.rmtree(removing)
+
+
+def link_average(out: Path, average: Path) -> Path:
+    """``OUT/ema``, which always leads to the last average: a name that scripts can rely on."""
+    link, fresh = out / "ema", out / "ema.tmp"
+    fresh.unlink(missing_ok=True)
+    fresh.symlink_to(os.path.relpath(average, out))
+    fresh.replace(link)
+    return link
 
 
 def _latest(root: Path) -> Path | None:

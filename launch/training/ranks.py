@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from sharded_ema.errors import EMAError
+from sharded_ema import EMAError
 
 T = TypeVar("T")
 

@@ -1,12 +1,54 @@
-"""Text that a model continues: a sample to read, and a reproducible one to compare."""
+"""What is measured of a model: its loss on the held-out text, and the text that it writes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from training.model import token_losses
+from training.ranks import Ranks
+
+
+@torch.no_grad()
+def held_out_loss(
+    model: nn.Module,
+    windows: torch.Tensor,
+    ranks: Ranks,
+    batch_size: int,
+    precision: AbstractContextManager[Any],
+) -> float:
+    """Mean loss per byte over ``windows``; every rank takes its part and gets the result.
+
+    A sharded forward pass is collective, so all ranks make equally many of them, of the same
+    size; where the sequences do not divide, some are computed and not counted.
+    """
+    share = -(-len(windows) // ranks.parts)
+    mine = torch.arange(share) * ranks.parts + ranks.part
+    counted = (mine < len(windows)).to(ranks.device, torch.float64)
+    part = windows[mine.clamp(max=len(windows) - 1)].to(ranks.device)
+    total = torch.zeros((), dtype=torch.float64, device=ranks.device)
+    was_training = model.training
+    model.eval()
+    try:
+        with precision:
+            for start in range(0, share, batch_size):
+                these = slice(start, start + batch_size)
+                sums = token_losses(model, part[these]).double().sum(dim=1)
+                total += (sums * counted[these]).sum()
+    finally:
+        model.train(was_training)
+    return float(ranks.sum(total)) / (len(windows) * (windows.shape[1] - 1))
+
+
+def loss_of_export(model: PreTrainedModel, windows: torch.Tensor) -> float:
+    """Mean loss per byte of a whole model in this one process, on the CPU."""
+    alone = Ranks(0, 1, torch.device("cpu"))
+    return held_out_loss(model, windows, alone, batch_size=16, precision=nullcontext())
 
 
 def half_precision_model(

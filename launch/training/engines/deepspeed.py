@@ -1,16 +1,28 @@
-"""DeepSpeed's configuration: completed from the flags, or refused where it contradicts them.
+"""Training by DeepSpeed, ZeRO 0 to 3: its configuration, its engine, and what it can resume.
 
-Nothing here imports DeepSpeed, so that a wrong command line is told at once.
+DeepSpeed is imported for those alone who train with it: that takes seconds, and a wrong command
+line is told before.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from sharded_ema.errors import ConfigError
+import torch
+from transformers import PreTrainedModel
+
+from sharded_ema import ShardedEMA
+from training.model import build_optimizer, parameter_groups
+from training.options import Options, UsageError
+from training.ranks import Ranks, RunError
 
 AUTO = "auto"
 Config = dict[str, Any]
@@ -24,26 +36,23 @@ _TAKEN = {
     "scheduler": "--lr, --warmup-steps and --min-lr-ratio make the schedule",
 }
 
-# PyTorch's training state loads on any number of ranks, and whatever way it spreads the model.
-TORCH_STATE = {"written by": "PyTorch"}
-
 
 def read_config(path: Path) -> Config:
     """A configuration file.
 
     Raises:
-        ConfigError: it cannot be read, or is no JSON object.
+        UsageError: it cannot be read, or is no JSON object.
     """
     try:
         config = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ConfigError(f"--deepspeed {path} cannot be read: {error}") from None
+        raise UsageError(f"--deepspeed {path} cannot be read: {error}") from None
     if not isinstance(config, dict):
-        raise ConfigError(f"--deepspeed {path} holds no JSON object")
+        raise UsageError(f"--deepspeed {path} holds no JSON object")
     return config
 
 
-def complete(config: Config, flags: Mapping[str, Any], ranks: int) -> Config:
+def complete_config(config: Config, flags: Mapping[str, Any], ranks: int) -> Config:
     """The configuration with everything that the flags say; what says it otherwise is refused.
 
     Args:
@@ -53,7 +62,7 @@ def complete(config: Config, flags: Mapping[str, Any], ranks: int) -> Config:
         ranks: processes of the run.
 
     Raises:
-        ConfigError: a contradiction; the message has the key and the flag.
+        UsageError: a contradiction; the message has the key and the flag.
     """
     config = json.loads(json.dumps(config))  # a copy, all the way down
     _refuse_or_drop(config)
@@ -61,7 +70,7 @@ def complete(config: Config, flags: Mapping[str, Any], ranks: int) -> Config:
         parent = _section(config, key[:-1])
         found = parent.get(key[-1], AUTO)
         if found not in (AUTO, value):
-            raise ConfigError(
+            raise UsageError(
                 f"{'.'.join(key)} is {json.dumps(found)} in the DeepSpeed configuration, but "
                 f'{flag} makes it {json.dumps(value)}; let them agree, or write "auto" there'
             )
@@ -80,7 +89,7 @@ def _section(config: Config, names: Sequence[str]) -> Config:
     for name in names:
         config = config.setdefault(name, {})
         if not isinstance(config, dict):
-            raise ConfigError(f"{name} must be an object in the DeepSpeed configuration")
+            raise UsageError(f"{name} must be an object in the DeepSpeed configuration")
     return config
 
 
@@ -89,18 +98,18 @@ def _refuse_or_drop(config: Config) -> None:
     for name, why in _TAKEN.items():
         value = config.pop(name, None)
         if value and not (isinstance(value, dict) and value.get("enabled") in (False, AUTO)):
-            raise ConfigError(f"the DeepSpeed configuration has {name!r}: {why}")
+            raise UsageError(f"the DeepSpeed configuration has {name!r}: {why}")
     if "optimizer" in config:
         kind = _section(config, ["optimizer"]).get("type")
         if str(kind).lower() != "adamw":
-            raise ConfigError(
+            raise UsageError(
                 f"optimizer.type is {kind!r} in the DeepSpeed configuration; this program trains "
                 'with "AdamW"'
             )
     for name in ("offload_optimizer", "offload_param"):
         target = _section(config, ["zero_optimization"]).get(name)
         if isinstance(target, dict) and target.get("device") == "nvme":
-            raise ConfigError(
+            raise UsageError(
                 f"zero_optimization.{name} is to NVMe, where no average can follow the weights; "
                 'offload to "cpu"'
             )
@@ -113,7 +122,7 @@ def _decided(
     size, parts = flags["batch_size"], flags["accumulation"]
     micro, rest = divmod(size, ranks * parts)
     if rest:
-        raise ConfigError(
+        raise UsageError(
             f"--batch-size {size} must be a multiple of {ranks} ranks x {parts} micro-batches "
             "under DeepSpeed, which counts in whole micro-batches"
         )
@@ -137,18 +146,119 @@ def zero_stage(config: Config) -> int:
     """The stage that a configuration asks for.
 
     Raises:
-        ConfigError: none of 0 to 3.
+        UsageError: none of 0 to 3.
     """
     stage = _section(config, ["zero_optimization"]).get("stage", 0)
     if stage not in (0, 1, 2, 3):
-        raise ConfigError(
+        raise UsageError(
             f"zero_optimization.stage is {stage!r} in the DeepSpeed configuration; it must be "
             "0, 1, 2 or 3"
         )
     return stage
 
 
-def compiled_operator(config: Config) -> str | None:
+class DeepSpeedEngine:
+    """A DeepSpeed engine; its checkpoints are DeepSpeed's own, with the average in them."""
+
+    model: Any  # deepspeed.DeepSpeedEngine
+    saves_average = True
+
+    def __init__(self, bare: PreTrainedModel, options: Options, ranks: Ranks) -> None:
+        assert options.deepspeed is not None
+        config = options.deepspeed
+        self.layout = options.parallel
+        self._ranks = ranks
+        deepspeed = _start_deepspeed(ranks.device)
+        _check_config(config)
+        groups = parameter_groups(bare, options)
+        own = "optimizer" in config
+        self.model, *_ = deepspeed.initialize(
+            model=bare,
+            model_parameters=groups if own else None,
+            optimizer=None if own else build_optimizer(groups, options),
+            config=config,
+        )
+
+    def precision(self) -> AbstractContextManager[Any]:
+        """Nothing: under bf16 the weights themselves have the lower precision."""
+        return nullcontext()
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        yield
+        if not last:
+            self.model.step()  # counts the micro-batch, and changes nothing yet
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # Else divided by the number of micro-batches; the loss has its share of the sum already.
+        self.model.backward(loss, scale_wrt_gas=False)
+
+    def step(self, rate: float) -> torch.Tensor | float | None:
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = rate
+        self.model.step()
+        return self.model.get_global_grad_norm()
+
+    def attach(self, ema: ShardedEMA) -> None:
+        ema.attach()
+
+    def gather(self) -> dict[str, torch.Tensor]:
+        from deepspeed import zero
+
+        whole = {}
+        for name, tensor in self.model.module.state_dict(keep_vars=True).items():
+            with zero.GatheredParameters([tensor]):  # does nothing below stage 3
+                if self._ranks.first:
+                    whole[name] = tensor.detach().to("cpu", copy=True)
+        return whole
+
+    def save(self, path: Path) -> None:
+        """``latest`` is left to the run, which adds its own."""
+        self.model.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+
+    def load(self, path: Path) -> None:
+        """On as many ranks as it was saved on."""
+        found, _ = self.model.load_checkpoint(str(path.parent), tag=path.name)
+        if found is None:
+            raise RunError(f"{path} has no checkpoint of DeepSpeed")
+
+
+def _start_deepspeed(device: torch.device) -> ModuleType:
+    """DeepSpeed in the process group that is there, without what it would compile at its start."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+
+    # It gathers by a name that PyTorch is about to drop, and is told so at every step.
+    warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
+    # On CPUs it would build its shared-memory all-reduce now, for a minute, or fail without
+    # ninja. Only inference uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed()
+    return deepspeed
+
+
+def _check_config(config: Config) -> None:
+    """Refuse what DeepSpeed refuses, in one line, and operators that cannot be compiled."""
+    from deepspeed.git_version_info import installed_ops
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+
+    try:
+        DeepSpeedConfig(config)
+    except (DeepSpeedConfigError, ValueError, AssertionError) as error:
+        raise RunError(f"DeepSpeed refuses its configuration: {error}") from None
+    operator = _compiled_operator(config)
+    tools = ["ninja", os.environ.get("CXX", "c++")]
+    missing = [tool for tool in tools if shutil.which(tool) is None]
+    if operator and missing and not installed_ops.get(operator):
+        raise RunError(
+            f"DeepSpeed compiles {operator} for its own AdamW, but {' and '.join(missing)} is not "
+            "on PATH. ninja comes with DeepSpeed: activate the environment it is installed in; a "
+            'compiler comes with the system. Or remove "optimizer" from the configuration, and '
+            "PyTorch's AdamW steps"
+        )
+
+
+def _compiled_operator(config: Config) -> str | None:
     """DeepSpeed's name of the operator that it has to compile for a complete configuration."""
     optimizer, zero = config.get("optimizer"), config["zero_optimization"]
     if optimizer is None or optimizer["params"].get("torch_adam"):
@@ -156,13 +266,11 @@ def compiled_operator(config: Config) -> str | None:
     return "cpu_adam" if zero.get("offload_optimizer") else "fused_adam"
 
 
-def state_layout(config: Config | None, ranks: int) -> dict[str, Any]:
+def state_layout(config: Config, ranks: int) -> dict[str, Any]:
     """What must not change between a checkpoint and the run that resumes it.
 
-    DeepSpeed's training state loads only into the partitions that it was saved from.
+    The training state loads only into the partitions that it was saved from.
     """
-    if config is None:
-        return TORCH_STATE
     zero = config["zero_optimization"]
     return {
         "written by": "DeepSpeed",
@@ -174,15 +282,8 @@ def state_layout(config: Config | None, ranks: int) -> dict[str, Any]:
     }
 
 
-def why_not_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> str | None:
-    """Why training state of the layout ``old`` cannot be loaded into ``new``; None if it can."""
-    if old == new:
-        return None
-    if old["written by"] != new["written by"]:
-        return (
-            f"its training state was written by {old['written by']} and cannot be loaded by "
-            f"{new['written by']}; give the --parallel or --deepspeed of then"
-        )
+def why_not_resumable(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """Why training state of the layout ``old`` cannot be loaded into ``new``, another one."""
     changes = [
         f"{name} was {old[name]} and is now {new[name]}" for name in new if old[name] != new[name]
     ]
