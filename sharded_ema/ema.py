@@ -27,10 +27,11 @@ from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
 from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointNotFoundError, StateError
+from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
 from sharded_ema.model.sources import make_source
-from sharded_ema.model.steps import AppliedSteps, StepListener
+from sharded_ema.model.steps import AppliedSteps, FirstStep, StepListener
 
 
 class ShardedEMA:
@@ -79,8 +80,9 @@ class ShardedEMA:
     """
 
     # What a copy does not share: it is attached to nothing.
-    _not_copied = ("_engine_checkpoints",)
+    _not_copied = ("_engine_checkpoints", "_first_step")
     _engine_checkpoints: EngineCheckpoints | None = None
+    _first_step: FirstStep | None = None
 
     def __init__(
         self,
@@ -134,12 +136,14 @@ class ShardedEMA:
             start_step=start_step,
             nonfinite=nonfinite,
             dtype=shadow_dtype,
-            device=torch.device(device) if device is not None else None,
+            device=check_device(torch.device(device)) if device is not None else None,
             impl=impl,
         )
         self._health = Health()
         self._store = Store(self._average, self._model, settings, self._health)
+        self._engine_checkpoints = EngineCheckpoints(target)
         self._begin(self._average.start())
+        self._first_step = self._model.before_first_step(self._first_step_begins)
         self._health.check_horizon(self._average, total_steps)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -175,17 +179,19 @@ class ShardedEMA:
         steps = self._model.attach(
             optimizers,
             StepListener(
-                before=self._refuse_step, applied=self._applied_step, removed=self._detached
+                before=self._before_step, applied=self._applied_step, removed=self._detached
             ),
         )
-        if checkpoint:
-            self._engine_checkpoints = EngineCheckpoints(
-                steps.trainer,
+        self._start_from_what_trains()
+        if checkpoint and self._engine_checkpoints is not None:
+            self._engine_checkpoints.carry(
                 Traveller(
                     refuse=self._model.refuse_in_swap,
                     save=lambda path, step: self.save(path, step=step, replace=True, latest=False),
                     load=lambda path, step: self._loaded_by_engine(path, step, strict=strict),
+                    unknown=self._engine_came_from_elsewhere,
                 ),
+                fresh=self._average.is_fresh,
             )
         return steps
 
@@ -415,7 +421,7 @@ class ShardedEMA:
             self._ready()
         else:  # one rank alone may call this, as loggers do
             self._require_usable()
-            self._count()
+            self._look()
         self._check_health()
         steps = self._model.steps
         found: dict[str, float] = {
@@ -455,24 +461,52 @@ class ShardedEMA:
             self._store.close()
 
     def _say_goodbye(self) -> None:
-        self._model.flush_steps()
+        if self._model.steps is not None:
+            self._model.steps.remove()  # which counts a round of steps that is not over
+        if self._first_step is not None:
+            self._first_step.remove()
         if self._average.broken is None:
             self._check_health(closing=True)
             self._health.check_forgotten(self._average)
-        if self._model.steps is not None:
-            self._model.steps.remove()
 
     # ------------------------------------------------------------------ what happens in between
 
-    def _refuse_step(self) -> None:
+    def _before_step(self) -> None:
         self._model.refuse_in_swap("an optimizer step")
+        self._first_step_begins()
+        self._health.check_unedited(self._average, self._model.weights)
 
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
+        self._model.refuse_capture()
         self._require_usable()
         started = self._average.advance(self._model.live())
         if started is not None:
             self._begin(started)
+        self._health.note_update(self._average, self._model.weights)
+
+    def _first_step_begins(self) -> None:
+        """Before the first step of any optimizer, attached or not; later calls do nothing."""
+        if self._first_step is not None:
+            self._first_step.remove()
+            self._first_step = None
+            self._start_from_what_trains()
+
+    def _start_from_what_trains(self) -> None:
+        """Take weights in that were loaded or restored before the first step was counted."""
+        if not self._average.is_fresh or self._model.standing_in is not None:
+            return
+        live = self._model.live()
+        self._average.track(live)
+        if self._average.is_seed(live, self._model.weights_at):
+            return
+        self._begin(self._average.start())
+        self._health.warn_once(
+            "other weights",
+            "the weights have changed since the average was made, and no step was counted yet "
+            "(load_state_dict, a restored run, new initial values): the average starts from the "
+            "weights as they are now. Make the ShardedEMA after loading to begin with them at once",
+        )
 
     def _begin(self, nonfinite: Sequence[str]) -> None:
         """The average has just become the weights, but for those that hold NaN or Inf."""
@@ -483,7 +517,15 @@ class ShardedEMA:
         self._model.detached()
         if self._engine_checkpoints is not None:
             self._engine_checkpoints.remove()
-            self._engine_checkpoints = None
+
+    def _engine_came_from_elsewhere(self, steps: int) -> None:
+        self._health.warn_once(
+            "engine not fresh",
+            f"the engine has taken {steps} steps before attach(), and it is not known from which "
+            "checkpoint it came: the average starts anew from its weights. If one was kept, call "
+            "ema.load('<directory>/<tag>/ema'); to have it found, make the ShardedEMA before "
+            "engine.load_checkpoint()",
+        )
 
     def _loaded_by_engine(self, path: Path | None, engine_step: int, *, strict: bool) -> None:
         if path is None:
@@ -512,6 +554,13 @@ class ShardedEMA:
     def _go_on_from(self, meta: Mapping[str, Any]) -> None:
         """Values have just been loaded, and this is their description."""
         fresh = self._average.go_on_from(meta)
+        if meta["seed_step"] is not None and self._average.clock.seed_step is None:
+            self._health.warn_once(
+                "later start",
+                f"the checkpoint's average had started at step {meta['seed_step']}, and start_step="
+                f"{self._average.clock.start_step} lies ahead: it starts anew there, and is the "
+                "parameters until then. Keep start_step as it was to go on with it",
+            )
         if fresh:
             self._health.warn_once(
                 "fresh profiles",
@@ -531,16 +580,14 @@ class ShardedEMA:
         self._model.require_whole()
         self._average.require_whole()
 
-    def _count(self) -> None:
-        """Take in the steps that were applied so far, where that needs nothing of the model."""
-        self._model.flush_steps()
+    def _look(self) -> None:
+        """Bring the average into step, where that needs nothing of the model."""
         self._average.track(self._model.live())
         if self._model.standing_in is None:
             self._average.mirror()
 
     def _catch_up(self) -> None:
         """Bring the model to rest and take up where its tensors are now."""
-        self._model.flush_steps()
         self._model.settle()
         self._health.warn_of_all(self._model.inventory.not_known())
         self._average.track(self._model.live())

@@ -6,7 +6,9 @@ parameters as they are then. Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -71,6 +73,7 @@ class Average:
         self.seed_weights = dict.fromkeys(self.profiles, 1.0)
         self.broken: str | None = None
         self._nonfinite = nonfinite
+        self._fresh = False
 
     # ------------------------------------------------------------------ moving
 
@@ -82,31 +85,45 @@ class Average:
             Inf; else ``None``.
 
         Raises:
-            NonFiniteError: with ``nonfinite="raise"``; nothing was touched.
+            NonFiniteError: with ``nonfinite="raise"``; the step is counted, as on the ranks whose
+                parameters are finite, and its values are not taken in.
         """
         self.track(live)
-        if self._nonfinite == "raise":
-            self._refuse_nonfinite()
-        self.clock.applied_steps += 1
-        if self.clock.starts:
-            self.clock.seeded()
-            return self.copy_live()
-        if self.clock.is_due:
-            decays = {name: self.clock.window_decay(s) for name, s in self.profiles.items()}
-            self.shadow.lerp(decays)
-            for name, decay in decays.items():
-                self.seed_weights[name] *= decay
-            self.clock.taken_in()
-        return None
-
-    def _refuse_nonfinite(self) -> None:
-        bad = self.shadow.nonfinite()
+        bad = self.shadow.nonfinite() if self._nonfinite == "raise" else []
+        clock = replace(self.clock, applied_steps=self.clock.applied_steps + 1)
+        decays: dict[str, float] = {}
+        if clock.is_due:
+            decays = {name: clock.window_decay(s) for name, s in self.profiles.items()}
+        started = None
+        with self._whole("an update"):
+            self.clock = clock
+            self._fresh = False
+            if clock.starts:
+                clock.seeded()
+                started = self.copy_live()
+            elif decays:
+                if not bad:
+                    self.shadow.lerp(decays)
+                for name, decay in decays.items():
+                    self.seed_weights[name] *= decay
+                clock.taken_in()
         if bad:
             raise NonFiniteError(
                 f"{len(bad)} parameters hold NaN or Inf on this rank after step "
-                f"{self.clock.applied_steps + 1}, among them {bad[:3]}; the average is as "
-                "it was before this step"
+                f"{clock.applied_steps}, among them {bad[:3]}; the step is counted, as on all "
+                "ranks, and the average has kept its values"
             )
+        return started
+
+    @contextmanager
+    def _whole(self, what: str) -> Iterator[None]:
+        """Mark the average as broken unless the block ends well."""
+        self.broken = (
+            f"{what} was interrupted midway, so that some of its tensors have moved and others "
+            "have not; load a checkpoint, or start it anew from the weights with ema.reseed()"
+        )
+        yield
+        self.broken = None
 
     def track(self, live: Sequence[Tensor]) -> None:
         """Take up parameters that moved in memory.
@@ -135,10 +152,20 @@ class Average:
         Returns:
             As :meth:`copy_live`.
         """
-        if self.clock.seed_step is not None or self.clock.start_step == 0:
-            self.clock.seeded()
-        self.broken = None
-        return self.copy_live()
+        with self._whole("its start"):
+            if self.clock.seed_step is not None or self.clock.start_step == 0:
+                self.clock.seeded()
+            self._fresh = self.clock.seed_step is not None
+            return self.copy_live()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether it is still the weights that it was seeded with, and no step was counted."""
+        return self._fresh
+
+    def is_seed(self, live: Sequence[Tensor], positions: Sequence[int]) -> bool:
+        """Whether these tensors are still what a fresh average was seeded with. Waits for them."""
+        return self.shadow.equals(live, positions)
 
     def mirror(self) -> None:
         """Before ``start_step`` the average is the parameters, NaN included."""
@@ -214,6 +241,7 @@ class Average:
             Profiles that were not there, which begin with the parameters as they are now.
         """
         self.clock.go_on_from(described)
+        self._fresh = False
         stored = described["profiles"]
         for name in self.profiles.keys() & stored.keys():
             self.seed_weights[name] = stored[name]["seed_weight"]

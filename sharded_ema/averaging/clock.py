@@ -82,7 +82,12 @@ class Clock:
         }
 
     def go_on_from(self, counters: Mapping[str, Any]) -> None:
-        """Take over the counters of a checkpoint; the settings stay this clock's own."""
+        """Take over the counters of a checkpoint; the settings stay this clock's own.
+
+        A start that still lies ahead is waited for, even if the checkpoint's average had begun.
+        """
         self.applied_steps = counters["applied_steps"]
         self.seed_step = counters["seed_step"]
         self.last_lerp_step = counters["last_lerp_step"]
+        if self.start_step > self.applied_steps:
+            self.seed_step = None

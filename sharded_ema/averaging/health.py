@@ -7,7 +7,7 @@ small samples when the user saves, swaps, asks for metrics or closes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +21,9 @@ from sharded_ema.model.layout import Box
 # A sample for the question whether anything moved: a few elements of a few tensors.
 _PROBE_TENSORS = 32
 _PROBE_ELEMENTS = 64
+# Updates after which the weights are looked at: so many at first, and then one in so many.
+_FIRST_LOOKS = 3
+_SELDOM = 1000
 # Before the average has taken in this share of the weights seen, fp32 may rightly stand still.
 _EXPECTED_MOVE = 1e-2
 
@@ -39,6 +42,8 @@ class Health:
         self._seen_live: Tensor | None = None
         self._seen_dtypes: list[torch.dtype] = []
         self._uncounted = 0
+        self._updates_seen = 0
+        self._after_update: Tensor | None = None
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -58,6 +63,7 @@ class Health:
         self._live_at_start = _probe(live)
         views = average.shadow.views
         self._shadow_at_start = {name: _probe(tensors) for name, tensors in views.items()}
+        self._updates_seen = 0
         self.note_weights(average, live)
         # Weights that go with a loaded average may be loaded after it.
         self._uncounted = -1 if loaded else 0
@@ -73,6 +79,10 @@ class Health:
 
     def note_weights(self, average: Average, live: Sequence[Tensor]) -> None:
         """What the weights are now needs no explanation."""
+        self._after_update = None
+        self._remember(average, live)
+
+    def _remember(self, average: Average, live: Sequence[Tensor]) -> None:
         self._seen_steps = average.clock.applied_steps
         self._seen_live = _probe(live)
         self._seen_dtypes = [tensor.dtype for tensor in live]
@@ -90,7 +100,7 @@ class Health:
         before, dtypes = self._seen_live, self._seen_dtypes
         applied_steps = average.clock.applied_steps
         counted = applied_steps != self._seen_steps
-        self.note_weights(average, live)
+        self._remember(average, live)
         assert before is not None and self._seen_live is not None
         if counted:
             self._uncounted = 0
@@ -111,6 +121,34 @@ class Health:
                 f"the weights have changed and no optimizer step was counted after step "
                 f"{applied_steps}, so the average stands still: {remedy} ema.update() after "
                 "each applied step. If you loaded or edited weights, make the ShardedEMA after it",
+            )
+
+    def note_update(self, average: Average, live: Callable[[], Sequence[Tensor]]) -> None:
+        """Remember a few elements after some of the updates, for :meth:`check_unedited`.
+
+        The first updates after a start are looked at, then one in a thousand: a look waits for the
+        device.
+
+        Args:
+            live: gives this rank's parts of the averaged parameters.
+        """
+        self._updates_seen += 1
+        if self._updates_seen <= _FIRST_LOOKS or self._updates_seen % _SELDOM == 0:
+            self._after_update = _probe(live())
+
+    def check_unedited(self, average: Average, live: Callable[[], Sequence[Tensor]]) -> None:
+        """Warn, before a step, of weights that are not those that the last update has taken in."""
+        before, self._after_update = self._after_update, None
+        if before is None:
+            return
+        now = _probe(live())
+        if before.shape == now.shape and not torch.equal(before, now):
+            self.warn_once(
+                "edited",
+                f"the weights were changed between step {average.clock.applied_steps}, after which "
+                "the average took them in, and the next one (normalised, clipped, loaded): the "
+                "average is of weights that the model did not run with. Attach no optimizer and "
+                "call ema.update() after the change, which is exact",
             )
 
     def check_moving(self, average: Average, live: Sequence[Tensor]) -> None:

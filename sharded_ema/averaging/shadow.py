@@ -128,6 +128,12 @@ class Shadow:
         self._seeded = True
         return [self._names[i] for i in bad]
 
+    @torch.no_grad()
+    def equals(self, live: Sequence[Tensor], positions: Sequence[int]) -> bool:
+        """Whether some tensors are what a shadow holds; NaN and Inf count as equal to anything."""
+        views = next(iter(self.views.values()))
+        return all(_is_cast(views[i], live[i]) for i in positions)
+
     def lerp(self, decays: Mapping[str, float]) -> None:
         """Move every shadow: ``shadow <- decay * shadow + (1 - decay) * parameter``.
 
@@ -157,3 +163,23 @@ class Shadow:
     def num_bytes(self) -> int:
         """Bytes that its elements take."""
         return sum(v.numel() * v.element_size() for views in self.views.values() for v in views)
+
+
+# Elements compared at a time.
+_BLOCK = 1 << 22
+
+
+def _is_cast(view: Tensor, live: Tensor) -> bool:
+    if live.dtype == view.dtype and live.device == view.device and torch.equal(view, live):
+        return True
+    if not view.is_contiguous() or not live.is_contiguous():
+        pairs = [(view, live)]
+    else:
+        pairs = list(
+            zip(view.view(-1).split(_BLOCK), live.detach().view(-1).split(_BLOCK), strict=True)
+        )
+    for ours, theirs in pairs:
+        value = theirs.to(ours.device, ours.dtype)
+        if not bool(((ours == value) | ~torch.isfinite(value)).all()):
+            return False
+    return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from torch import Tensor
 
 from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
 from sharded_ema.model.agreement import Ranks, refuse_differing
+from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
-from sharded_ema.model.steps import AppliedSteps, StepListener
+from sharded_ema.model.steps import AppliedSteps, FirstStep, StepListener
 
 #: Blocks that are equal wherever they lie, by name, with digests of their elements.
 Record = dict[str, tuple[Box, str]]
@@ -67,8 +69,13 @@ class FollowedModel:
 
     def weights(self) -> list[Tensor]:
         """What only optimizer steps should change: not the buffers that are averaged."""
-        pairs = zip(self.reader.shards, self.live(), strict=True)
-        return [tensor for shard, tensor in pairs if shard.name.is_parameter]
+        live = self.live()
+        return [live[i] for i in self.weights_at]
+
+    @cached_property
+    def weights_at(self) -> list[int]:
+        """Positions of these among the averaged tensors."""
+        return [i for i, shard in enumerate(self.reader.shards) if shard.name.is_parameter]
 
     @property
     def counted_here(self) -> list[int]:
@@ -104,14 +111,32 @@ class FollowedModel:
         assert self._steps is not None
         return self._steps
 
+    def before_first_step(self, call: Callable[[], None]) -> FirstStep:
+        """Have a method called before the first step of an optimizer of the averaged parameters."""
+        trained = (n for n in self.inventory.averaged if n.is_parameter)
+        return FirstStep({id(named.tensor) for named in trained}, call)
+
+    def refuse_capture(self) -> None:
+        """Refuse an update that a stream would record instead of computing.
+
+        Raises:
+            StateError: see above.
+        """
+        if any(is_capturing(device) for device in self._accelerators):
+            raise StateError(
+                "an update was called while the current stream records a graph: replayed, it would "
+                "repeat the decay of this step and count none. Keep it out of the capture (detach "
+                "the optimizer whose step is captured) and call ema.update() after each replay"
+            )
+
+    @cached_property
+    def _accelerators(self) -> list[torch.device]:
+        found = {named.tensor.device for named in self.inventory.averaged}
+        return [device for device in found if is_accelerator(device)]
+
     def detached(self) -> None:
         """The steps are no longer followed."""
         self._steps = None
-
-    def flush_steps(self) -> None:
-        """Count what has been applied and not told yet."""
-        if self._steps is not None and self.standing_in is None:
-            self._steps.flush()
 
     # ------------------------------------------------------------------ meeting
 
@@ -267,9 +292,7 @@ class FollowedModel:
         """See to it that what comes reads the parameters as they are now."""
         torch.clear_autocast_cache()  # the casts of a region that is around a swap
         # FSDP may gather on another stream than the one that copied.
-        for device in {named.tensor.device for named in self.inventory.averaged}:
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+        wait_for(named.tensor.device for named in self.inventory.averaged)
 
 
 def _nothing() -> None:

@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakMethod
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from sharded_ema.errors import EMAWarning, OptimizerError
 from sharded_ema.model.internals.pytorch import is_nested_step, runs_own_hooks
@@ -50,10 +52,6 @@ class AppliedSteps(Protocol):
 
     trainer: Any
     skipped_steps: int
-
-    def flush(self) -> None:
-        """Tell now if some optimizer has applied a step that was not told of yet."""
-        ...
 
     def remove(self) -> None:
         """Detach, once; a pending step is told of first."""
@@ -106,7 +104,7 @@ class OptimizerSteps:
             # A new round begins: with this optimizer's second turn, or with the one that began
             # the last round, when another was left out (an unfused GradScaler skip is not seen).
             if key in self._turns or key == self._leader:
-                self.flush()
+                self._end_round()
         self._depth[key] += 1
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -124,9 +122,9 @@ class OptimizerSteps:
         self._turns.append(key)
         if len(self._turns) == len(self._optimizers):
             self._leader = self._turns[0]
-            self.flush()
+            self._end_round()
 
-    def flush(self) -> None:
+    def _end_round(self) -> None:
         self._turns.clear()
         if self._pending:
             self._pending = False
@@ -135,11 +133,41 @@ class OptimizerSteps:
     def remove(self) -> None:
         if not self._handles:
             return
-        self.flush()
+        self._end_round()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._listener.removed()
+
+
+class FirstStep:
+    """Calls back once, before the first step of any optimizer that owns one of some parameters.
+
+    Whether the optimizer is attached or the program counts by itself: what the weights are then is
+    where training starts from.
+
+    Args:
+        parameters: ids of the averaged parameters.
+        call: a bound method; its object is not kept alive.
+    """
+
+    def __init__(self, parameters: Collection[int], call: Callable[[], None]) -> None:
+        self._parameters = frozenset(parameters)
+        self._call = WeakMethod(call)
+        self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._before))
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        call = self._call()
+        owned = (id(p) for group in optimizer.param_groups for p in group["params"])
+        if call is not None and self._parameters.isdisjoint(owned):
+            return
+        self.remove()
+        if call is not None:
+            call()
+
+    def remove(self) -> None:
+        """Stop looking; harmless if done before."""
+        self._handle.remove()
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

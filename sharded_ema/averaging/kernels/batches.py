@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sharded_ema.model.devices import is_accelerator
 from sharded_ema.model.internals.pytorch import foreach_copy_, foreach_lerp_, foreach_norm
 
 # Elements of the stage buffer (4 MiB of fp32): fits the second-level caches of today's CPUs and
@@ -66,7 +67,8 @@ def make_batches(
         same = parameter.dtype == shadow.dtype and parameter.device == shadow.device
         # A GPU cannot branch on what it finds without a host sync, so it always masks in the
         # stage; a CPU looks first and stages only what is too small to be looked at alone.
-        if same and not (guard and (parameter.is_cuda or parameter.numel() < TINY_NUMEL)):
+        looks = is_accelerator(parameter.device) or parameter.numel() < TINY_NUMEL
+        if same and not (guard and looks):
             direct.setdefault(shadow.device, []).append(i)
         else:
             key = (shadow.device, parameter.device, parameter.dtype)
@@ -192,7 +194,7 @@ def lerp_batch_guarded(batch: Batch, weights: Sequence[float], skipped: Tensor) 
             a GPU nothing here waits for the device.
     """
     source = _fill_stage(batch)
-    if not skipped.is_cuda and is_finite(batch, source):
+    if not is_accelerator(skipped.device) and is_finite(batch, source):
         _lerp(batch, source, weights)
         return
     for i, value in enumerate(source):

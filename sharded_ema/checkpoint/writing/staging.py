@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharded_ema.model.devices import is_accelerator, mark
 from sharded_ema.model.internals.pytorch import foreach_copy_
 from sharded_ema.model.pieces import FlatShard, Piece, pieces_of
 
@@ -24,7 +26,7 @@ class Staging:
 
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
-        self._copied: list[torch.cuda.Event] = []
+        self._copied: list[Any] = []
 
     @property
     def num_bytes(self) -> int:
@@ -56,11 +58,8 @@ class Staging:
             )
         if copies:
             foreach_copy_(copies, tensors, non_blocking=True)
-        self._copied = []
-        for device in {t.device for t in tensors if t.is_cuda}:
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(device))
-            self._copied.append(event)
+        devices = {t.device for t in tensors if is_accelerator(t.device)}
+        self._copied = [mark(device) for device in devices]
         return staged
 
     def wait(self) -> None:
@@ -76,7 +75,7 @@ class Staging:
             end += math.ceil(tensor.nbytes / _ALIGNMENT) * _ALIGNMENT
         if self.num_bytes < end:
             self._buffer = None  # before the new one, so that there are never two
-            pinned = any(tensor.is_cuda for tensor in tensors)
+            pinned = any(is_accelerator(tensor.device) for tensor in tensors)
             self._buffer = torch.empty(end, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         buffer = (
             self._buffer

@@ -478,9 +478,6 @@ class EngineSteps:
             self.skipped_steps += 1
         return result
 
-    def flush(self) -> None:
-        pass  # nothing is ever pending: an engine steps all its parameters at once
-
     def remove(self) -> None:
         if self._wrap is None:
             return

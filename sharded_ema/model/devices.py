@@ -1,0 +1,77 @@
+"""Devices that compute on their own: one set of rules for all of them.
+
+What is not the CPU runs behind the host: a copy that was begun may not have ended. CUDA, ROCm
+(which PyTorch calls ``cuda``), XPU, NPU, HPU and the like have streams and events of one shape,
+found through ``torch.get_device_module``. One without these is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from sharded_ema.errors import ConfigError
+
+
+def is_accelerator(device: torch.device) -> bool:
+    """Whether work on a device goes on while the host does something else."""
+    return device.type not in ("cpu", "meta")
+
+
+def wait_for(devices: Iterable[torch.device]) -> None:
+    """Return when everything that was begun on these devices has ended."""
+    for device in set(devices):
+        if is_accelerator(device):
+            _module(device).synchronize(device)
+
+
+def mark(device: torch.device) -> Any:
+    """An event at the end of what has been begun on a device; its ``synchronize()`` waits for it."""
+    module = _module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))
+    return event
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of a device records a graph instead of computing."""
+    if not is_accelerator(device):
+        return False
+    capturing = getattr(_module(device), "is_current_stream_capturing", None)
+    return capturing is not None and bool(capturing())
+
+
+def check_device(device: torch.device) -> torch.device:
+    """A device that is there and that this library can use; with its index, if it has several.
+
+    Raises:
+        ConfigError: there is no such device, or none of the shape that is needed.
+    """
+    if device.type == "meta":
+        raise ConfigError("device='meta' has no memory; leave device out to keep each parameter's")
+    if not is_accelerator(device):
+        return device
+    module = _module(device)
+    if not module.is_available() or (device.index or 0) >= module.device_count():
+        raise ConfigError(
+            f"device={str(device)!r} was asked for and there is no such device on this machine; "
+            "leave device out to keep the shadow where each parameter is, or pass 'cpu'"
+        )
+    return device
+
+
+def _module(device: torch.device) -> Any:
+    try:
+        module: Any = torch.get_device_module(device)
+    except RuntimeError:
+        module = None
+    names = ("synchronize", "Event", "current_stream", "is_available", "device_count")
+    missing = [name for name in names if not hasattr(module, name)]
+    if missing:
+        raise ConfigError(
+            f"devices of the type {device.type!r} are not supported: PyTorch's module for them has "
+            f"no {', '.join(missing)}"
+        )
+    return module
