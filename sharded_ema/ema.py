@@ -31,7 +31,7 @@ from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
 from sharded_ema.model.sources import make_source
-from sharded_ema.model.steps import AppliedSteps, FirstStep, StepListener
+from sharded_ema.model.steps import AppliedSteps, StepListener, StepWatch
 
 
 class ShardedEMA:
@@ -80,9 +80,9 @@ class ShardedEMA:
     """
 
     # What a copy does not share: it is attached to nothing.
-    _not_copied = ("_engine_checkpoints", "_first_step")
+    _not_copied = ("_engine_checkpoints", "_watch")
     _engine_checkpoints: EngineCheckpoints | None = None
-    _first_step: FirstStep | None = None
+    _watch: StepWatch | None = None
 
     def __init__(
         self,
@@ -127,6 +127,7 @@ class ShardedEMA:
         )
         source = make_source(target, selection, shard_replicas=shard_replicas)
         self._closed = False
+        self._begun = False  # whether an optimizer has stepped
         self._model = FollowedModel(source, timeout)
         self._average = Average(
             profiles,
@@ -143,7 +144,7 @@ class ShardedEMA:
         self._store = Store(self._average, self._model, settings, self._health)
         self._engine_checkpoints = EngineCheckpoints(target)
         self._begin(self._average.start())
-        self._first_step = self._model.before_first_step(self._first_step_begins)
+        self._watch = self._model.watch(self._weights_will_change)
         self._health.check_horizon(self._average, total_steps)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -461,20 +462,21 @@ class ShardedEMA:
             self._store.close()
 
     def _say_goodbye(self) -> None:
+        if self._watch is not None:
+            self._watch.remove()
         if self._model.steps is not None:
-            self._model.steps.remove()  # which counts a round of steps that is not over
-        if self._first_step is not None:
-            self._first_step.remove()
+            self._model.steps.end_round()
         if self._average.broken is None:
             self._check_health(closing=True)
             self._health.check_forgotten(self._average)
+        if self._model.steps is not None:
+            self._model.steps.remove()
 
     # ------------------------------------------------------------------ what happens in between
 
     def _before_step(self) -> None:
         self._model.refuse_in_swap("an optimizer step")
-        self._first_step_begins()
-        self._health.check_unedited(self._average, self._model.weights)
+        self._weights_will_change()
 
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
@@ -485,12 +487,14 @@ class ShardedEMA:
             self._begin(started)
         self._health.note_update(self._average, self._model.weights)
 
-    def _first_step_begins(self) -> None:
-        """Before the first step of any optimizer, attached or not; later calls do nothing."""
-        if self._first_step is not None:
-            self._first_step.remove()
-            self._first_step = None
+    def _weights_will_change(self) -> None:
+        """An optimizer is about to step, attached or not."""
+        if self._model.standing_in is not None or self._closed:
+            return
+        if not self._begun:
+            self._begun = True
             self._start_from_what_trains()
+        self._health.check_unedited(self._average, self._model.weights)
 
     def _start_from_what_trains(self) -> None:
         """Take weights in that were loaded or restored before the first step was counted."""

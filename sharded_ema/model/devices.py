@@ -28,7 +28,7 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 
 
 def mark(device: torch.device) -> Any:
-    """An event at the end of what has been begun on a device; its ``synchronize()`` waits for it."""
+    """An event behind all that was begun on a device; its ``synchronize()`` waits for it."""
     module = _module(device)
     event = module.Event()
     event.record(module.current_stream(device))

@@ -17,7 +17,7 @@ from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
-from sharded_ema.model.steps import AppliedSteps, FirstStep, StepListener
+from sharded_ema.model.steps import AppliedSteps, StepListener, StepWatch
 
 #: Blocks that are equal wherever they lie, by name, with digests of their elements.
 Record = dict[str, tuple[Box, str]]
@@ -111,10 +111,10 @@ class FollowedModel:
         assert self._steps is not None
         return self._steps
 
-    def before_first_step(self, call: Callable[[], None]) -> FirstStep:
-        """Have a method called before the first step of an optimizer of the averaged parameters."""
+    def watch(self, call: Callable[[], None]) -> StepWatch:
+        """Have a method called before every step of an optimizer of the averaged parameters."""
         trained = (n for n in self.inventory.averaged if n.is_parameter)
-        return FirstStep({id(named.tensor) for named in trained}, call)
+        return StepWatch({id(named.tensor) for named in trained}, call)
 
     def refuse_capture(self) -> None:
         """Refuse an update that a stream would record instead of computing.

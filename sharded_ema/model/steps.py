@@ -13,8 +13,8 @@ import functools
 import warnings
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
-from weakref import WeakMethod
+from typing import Any, ClassVar, Protocol
+from weakref import WeakKeyDictionary, WeakMethod, WeakSet
 
 import torch
 from torch.optim import Optimizer
@@ -53,8 +53,12 @@ class AppliedSteps(Protocol):
     trainer: Any
     skipped_steps: int
 
+    def end_round(self) -> None:
+        """Tell of what was applied and not told yet, because others have still to step."""
+        ...
+
     def remove(self) -> None:
-        """Detach, once; a pending step is told of first."""
+        """Detach, once; the round is ended first."""
         ...
 
 
@@ -100,11 +104,11 @@ class OptimizerSteps:
         if self._depth[key] and not is_nested_step(optimizer):
             self._depth[key] = 0  # the last step() raised and its post hook never ran
         if not self._depth[key]:
-            self._listener.before()
             # A new round begins: with this optimizer's second turn, or with the one that began
             # the last round, when another was left out (an unfused GradScaler skip is not seen).
             if key in self._turns or key == self._leader:
-                self._end_round()
+                self.end_round()
+            self._listener.before()
         self._depth[key] += 1
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
@@ -122,9 +126,9 @@ class OptimizerSteps:
         self._turns.append(key)
         if len(self._turns) == len(self._optimizers):
             self._leader = self._turns[0]
-            self._end_round()
+            self.end_round()
 
-    def _end_round(self) -> None:
+    def end_round(self) -> None:
         self._turns.clear()
         if self._pending:
             self._pending = False
@@ -133,41 +137,57 @@ class OptimizerSteps:
     def remove(self) -> None:
         if not self._handles:
             return
-        self._end_round()
+        self.end_round()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._listener.removed()
 
 
-class FirstStep:
-    """Calls back once, before the first step of any optimizer that owns one of some parameters.
+class StepWatch:
+    """Calls back before every step of an optimizer that owns one of some parameters.
 
-    Whether the optimizer is attached or the program counts by itself: what the weights are then is
-    where training starts from.
+    Whether it is attached or not: what the weights are then is what the last forward ran with, and
+    before the first step what training starts from. Compiled steps are not seen.
 
     Args:
         parameters: ids of the averaged parameters.
         call: a bound method; its object is not kept alive.
     """
 
+    # All of them share one hook of PyTorch's, which must not be removed while it runs.
+    _watching: ClassVar[WeakSet[StepWatch]] = WeakSet()
+    _hook: ClassVar[Any] = None
+
     def __init__(self, parameters: Collection[int], call: Callable[[], None]) -> None:
         self._parameters = frozenset(parameters)
         self._call = WeakMethod(call)
-        self._handle = register_optimizer_step_pre_hook(torch.compiler.disable(self._before))
+        self._owners: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
+        self._watching.add(self)
+        if StepWatch._hook is None:
+            StepWatch._hook = register_optimizer_step_pre_hook(StepWatch._look)
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        call = self._call()
-        owned = (id(p) for group in optimizer.param_groups for p in group["params"])
-        if call is not None and self._parameters.isdisjoint(owned):
+    @staticmethod
+    def _look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():
             return
-        self.remove()
-        if call is not None:
-            call()
+        for each in list(StepWatch._watching):
+            call = each._call()
+            if call is not None and each._concerns(optimizer):
+                call()
+
+    def _concerns(self, optimizer: Optimizer) -> bool:
+        if optimizer not in self._owners:
+            owned = (id(p) for group in optimizer.param_groups for p in group["params"])
+            self._owners[optimizer] = not self._parameters.isdisjoint(owned)
+        return self._owners[optimizer]
 
     def remove(self) -> None:
-        """Stop looking; harmless if done before."""
-        self._handle.remove()
+        """Stop watching; harmless if done before, but not to be called from the callback."""
+        self._watching.discard(self)
+        if not self._watching and StepWatch._hook is not None:
+            StepWatch._hook.remove()
+            StepWatch._hook = None
 
 
 def _unwrap(optimizer: Any) -> Optimizer:

@@ -65,13 +65,14 @@ def test_before_its_start_it_mirrors_the_parameters() -> None:
     assert average.shadow.views["p"][0].tolist() == [3.0, 3.0]
 
 
-def test_a_step_that_raises_touches_nothing() -> None:
+def test_a_step_that_raises_is_counted_and_keeps_the_values() -> None:
     live = [torch.ones(2)]
     average = make(live, Constant(0.5), nonfinite="raise")
     live[0][1] = math.nan
     with pytest.raises(NonFiniteError, match="after step 1, among them"):
         average.advance(live)
-    assert average.shadow.views["p"][0].tolist() == [1.0, 1.0] and average.num_updates == 0
+    assert average.shadow.views["p"][0].tolist() == [1.0, 1.0]
+    assert average.num_updates == 1 and average.seed_weights == {"p": 0.5}
 
 
 def test_a_broken_average_is_refused_until_it_starts_anew() -> None:

@@ -136,8 +136,10 @@ def test_several_optimizers_make_one_update() -> None:
     assert ema.num_updates == 3
     first.step()  # stepped twice while the other did not: the pending update comes first
     assert ema.num_updates == 4
-    with ema.swap():
+    with ema.swap():  # who only looks ends no round
         pass
+    assert ema.num_updates == 4
+    ema.close()
     assert ema.num_updates == 5
 
 

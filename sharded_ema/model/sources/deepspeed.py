@@ -478,6 +478,9 @@ class EngineSteps:
             self.skipped_steps += 1
         return result
 
+    def end_round(self) -> None:
+        pass  # an engine steps all its parameters at once
+
     def remove(self) -> None:
         if self._wrap is None:
             return
