@@ -1,25 +1,16 @@
-"""Worlds of 2, 3 and 4 ranks that live for the whole test session."""
+"""Layouts that the PyTorch at hand cannot make."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
-from tests.dist.pool import WorkerPool
 from tests.dist.ragged import MISSING
 
 
-@pytest.fixture(scope="session")
-def worlds() -> Iterator[dict[int, WorkerPool]]:
-    pools = {size: WorkerPool(size) for size in (2, 3, 4)}
-    yield pools
-    for pool in pools.values():
-        pool.stop()
-
-
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Skip the tests of layouts that the PyTorch at hand cannot make."""
+    """Skip the tests of such layouts."""
     for item in items:
         callspec = getattr(item, "callspec", None)
         for value in callspec.params.values() if callspec else ():

@@ -10,7 +10,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sharded_ema import consolidate, snapshot
+from sharded_ema import consolidate
+from sharded_ema.checkpoint import snapshot
 from tests.dist.pool import WorkerPool
 from tests.dist.ragged import Ragged, assert_equal
 from tests.dist.test_checkpoint import consolidated_run

@@ -32,8 +32,8 @@ from sharded_ema import ShardedEMA, consolidate, inspect, verify
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import EMAError
-from tests.unit._make import make, meta_bytes, rows
-from tests.unit.test_hostile import signed, zipped
+from tests.checkpoint.reading.test_hostile import signed, zipped
+from tests.helpers.checkpoints import make, meta_bytes, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

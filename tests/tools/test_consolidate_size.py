@@ -22,7 +22,7 @@ from sharded_ema.checkpoint.reading.manifest import (
 )
 from sharded_ema.checkpoint.safetensors_file import build_header
 from sharded_ema.model.layout import Box
-from tests.unit._make import UUID, meta, meta_bytes
+from tests.helpers.checkpoints import UUID, meta, meta_bytes
 
 ROOT = Path(__file__).parents[2]
 # ru_maxrss would include the peak of the process that started this one.

@@ -21,7 +21,7 @@ from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.tools.consolidate import consolidate
 from tests.dist.pool import WorkerPool
-from tests.unit._make import flip
+from tests.helpers.checkpoints import flip
 
 Worlds = dict[int, WorkerPool]
 

@@ -24,7 +24,7 @@ from sharded_ema.errors import (
     ConfigError,
 )
 from sharded_ema.tools.average import average
-from tests.unit._make import flip, grid, make, meta, ranges, rows
+from tests.helpers.checkpoints import flip, grid, make, meta, ranges, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 RANDOM = np.random.default_rng(3)

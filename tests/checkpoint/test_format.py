@@ -19,7 +19,7 @@ from torch import nn
 
 from sharded_ema import ShardedEMA, consolidate, inspect, verify
 from tests.data.make import KINDS, STEP, Model, expected, unpack
-from tests.unit._make import flip
+from tests.helpers.checkpoints import flip
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -23,7 +23,7 @@ from sharded_ema.tools import workplace
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
 from tests.dist.crash import PRELOADED, TIMEOUT, serve_consolidations
-from tests.unit._make import make, rows
+from tests.helpers.checkpoints import make, rows
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 300, "progress": False}
 

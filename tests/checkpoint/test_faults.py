@@ -27,7 +27,7 @@ from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, EMAError, StateError
 from sharded_ema.model.pieces import FlatShard
-from tests.unit._make import flip, make, meta, rows
+from tests.helpers.checkpoints import flip, make, meta, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

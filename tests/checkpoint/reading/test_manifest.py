@@ -17,7 +17,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     parse_manifest,
 )
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError
-from tests.unit._make import meta
+from tests.helpers.checkpoints import meta
 
 MANIFEST = Manifest(
     "safetensors",

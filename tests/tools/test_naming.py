@@ -16,7 +16,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.naming import parse_substitution
-from tests.unit._make import make, meta, rows
+from tests.helpers.checkpoints import make, meta, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 Arrays = dict[str, np.ndarray]

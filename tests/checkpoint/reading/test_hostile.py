@@ -28,7 +28,7 @@ from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.checkpoint.safetensors_file import load_json, read_header
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
-from tests.unit._make import make, meta, meta_bytes, rows
+from tests.helpers.checkpoints import make, meta, meta_bytes, rows
 
 pytestmark = [pytest.mark.filterwarnings("ignore::UserWarning"), pytest.mark.timeout(60)]
 

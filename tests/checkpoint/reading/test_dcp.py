@@ -21,7 +21,7 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
 )
 from sharded_ema.tools.consolidate import consolidate
-from tests.unit._make import flip, meta_bytes
+from tests.helpers.checkpoints import flip, meta_bytes
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

@@ -20,7 +20,7 @@ from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError, 
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.diff import diff
 from sharded_ema.tools.report import Report
-from tests.unit._make import flip, grid, make, meta, ranges, rows
+from tests.helpers.checkpoints import flip, grid, make, meta, ranges, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 

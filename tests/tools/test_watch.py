@@ -26,7 +26,7 @@ from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError
 from sharded_ema.tools import watch as module
 from sharded_ema.tools.report import Report
-from tests.unit._make import flip, make, meta, rows
+from tests.helpers.checkpoints import flip, make, meta, rows
 
 
 def save(path: Path, step: int, value: float | None = None) -> str:

@@ -30,7 +30,18 @@ from sharded_ema.errors import (
 )
 from sharded_ema.tools.average import average
 from sharded_ema.tools.consolidate import consolidate
-from tests.unit._make import UUID, Chunking, flip, grid, make, meta, meta_bytes, ranges, rows, whole
+from tests.helpers.checkpoints import (
+    UUID,
+    Chunking,
+    flip,
+    grid,
+    make,
+    meta,
+    meta_bytes,
+    ranges,
+    rows,
+    whole,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 ALL = [whole, rows(3), grid, ranges(3)]

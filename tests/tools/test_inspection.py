@@ -19,7 +19,17 @@ from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.model.layout import Box
 from sharded_ema.tools.inspection import inspect
-from tests.unit._make import Chunking, flip, grid, make, meta, meta_bytes, ranges, rows, whole
+from tests.helpers.checkpoints import (
+    Chunking,
+    flip,
+    grid,
+    make,
+    meta,
+    meta_bytes,
+    ranges,
+    rows,
+    whole,
+)
 
 
 def test_what_is_in_it(tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ from sharded_ema.errors import (
 )
 from sharded_ema.tools.casting import round_once
 from sharded_ema.tools.synthesize import synthesize
-from tests.unit._make import flip, grid, make, meta, meta_bytes, ranges, rows, whole
+from tests.helpers.checkpoints import flip, grid, make, meta, meta_bytes, ranges, rows, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 NAMES = {"a": 0.05, "b": 0.10}

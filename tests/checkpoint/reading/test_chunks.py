@@ -14,7 +14,7 @@ from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
-from tests.unit._make import Chunking, flip, grid, make, ranges, rows, whole
+from tests.helpers.checkpoints import Chunking, flip, grid, make, ranges, rows, whole
 
 SHAPES = [(), (1,), (7,), (5, 4), (3, 4, 5), (2, 3, 2, 3), (0, 3), (3, 0)]
 

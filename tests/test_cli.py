@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from sharded_ema.cli import main
 from sharded_ema.version import __version__
-from tests.unit._make import flip, make, meta
+from tests.helpers.checkpoints import flip, make, meta
 
 
 def test_inspect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

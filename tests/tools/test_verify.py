@@ -22,7 +22,7 @@ from sharded_ema.errors import (
     CheckpointUncommittedError,
 )
 from sharded_ema.tools.verify import verify
-from tests.unit._make import flip, grid, make, meta, meta_bytes, rows
+from tests.helpers.checkpoints import flip, grid, make, meta, meta_bytes, rows
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
