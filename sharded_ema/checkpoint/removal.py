@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Self
 from uuid import uuid4
 
+from sharded_ema.checkpoint.durable import fsync, write_durably
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.opened import is_part, set_aside
-from sharded_ema.checkpoint.writing.durable import fsync, write_durably
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
 
 _TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{32}")

@@ -17,11 +17,11 @@ from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
-from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.huggingface import holds_model, open_model, read_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
+from sharded_ema.tools.sums import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.workplace import check_target
 
 

@@ -13,10 +13,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.location import as_path
 from sharded_ema.checkpoint.reading.opened import Catalog
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
-from sharded_ema.checkpoint.writing import durable
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
     CheckpointMismatchError,

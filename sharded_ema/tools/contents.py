@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE
+from sharded_ema.checkpoint.safetensors import ITEMSIZE
 from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
 from sharded_ema.errors import CheckpointMismatchError
 

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.stream import SourceFiles, stream_tensor
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE
+from sharded_ema.checkpoint.safetensors import ITEMSIZE
 from sharded_ema.tools.casting import FLOATING, Bytes, widen
 
 # Elements compared at a time: a few megabytes in float64, which stay in the cache.

@@ -10,11 +10,11 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
+from sharded_ema.checkpoint.durable import fsync
 from sharded_ema.checkpoint.files import is_plain_name, read_whole
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import load_json, read_header
-from sharded_ema.checkpoint.writing.durable import fsync
+from sharded_ema.checkpoint.safetensors import load_json, read_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.model.layout import Box, Shape
 

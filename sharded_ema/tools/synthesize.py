@@ -13,11 +13,11 @@ from sharded_ema.averaging.posthoc import Fit, Profile, fit
 from sharded_ema.averaging.schedules import Power
 from sharded_ema.checkpoint.location import as_location, as_path
 from sharded_ema.errors import ConfigError
-from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.huggingface import read_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.snapshots import Chosen, choose, find_snapshots
+from sharded_ema.tools.sums import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.workplace import check_target
 from sharded_ema.tools.write import Files
 

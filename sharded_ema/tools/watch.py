@@ -24,7 +24,7 @@ from sharded_ema.checkpoint.location import URL, Location, as_location, as_path,
 from sharded_ema.checkpoint.pointer import LATEST_NAME
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.run import Committed, committed_at
-from sharded_ema.checkpoint.safetensors_file import read_header
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
     CheckpointError,

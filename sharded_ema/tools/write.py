@@ -14,7 +14,7 @@ from typing import TypeVar
 import xxhash
 from tqdm import tqdm
 
-from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint import durable, removal
 from sharded_ema.checkpoint.location import Location
 from sharded_ema.checkpoint.reading.opened import Catalog
 from sharded_ema.checkpoint.reading.stream import (
@@ -23,8 +23,7 @@ from sharded_ema.checkpoint.reading.stream import (
     verify_chunk,
     verify_file,
 )
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.writing import durable
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, build_header
 from sharded_ema.config import META_KEY
 from sharded_ema.tools.casting import caster
 from sharded_ema.tools.contents import Average

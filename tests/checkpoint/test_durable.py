@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sharded_ema.checkpoint.writing import durable
-from sharded_ema.checkpoint.writing.durable import new_file
+from sharded_ema.checkpoint import durable
+from sharded_ema.checkpoint.durable import new_file
 
 BLOCKS = [bytes([number]) * (100 + number) for number in range(20)]
 SIZE = sum(map(len, BLOCKS))

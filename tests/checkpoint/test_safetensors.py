@@ -11,7 +11,7 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header, read_header
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
 
 TENSORS = [("a", "F64", (2, 3)), ("ü.b", "F32", ()), ("empty", "F32", (0, 3)), ("c", "U8", (5,))]

@@ -53,9 +53,9 @@ TORCH_FREE = (
     "checkpoint/pointer",
     "checkpoint/removal",
     "checkpoint/run",
-    "checkpoint/safetensors_file",
+    "checkpoint/safetensors",
     "checkpoint/writing/__init__",
-    "checkpoint/writing/durable",
+    "checkpoint/durable",
     "__init__",
 )
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
 from sharded_ema.checkpoint.run import committed
-from sharded_ema.checkpoint.writing import durable
 from sharded_ema.model.pieces import pieces_of
 from sharded_ema.tools.consolidate import consolidate
 

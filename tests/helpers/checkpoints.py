@@ -20,7 +20,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     TensorRecord,
     dump_manifest,
 )
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, build_header
 from sharded_ema.model.layout import Box, FlatRange, Shape
 
 UUID = "00112233445566778899aabbccddeeff"

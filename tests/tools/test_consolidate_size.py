@@ -20,7 +20,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     TensorRecord,
     dump_manifest,
 )
-from sharded_ema.checkpoint.safetensors_file import build_header
+from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.model.layout import Box
 from tests.helpers.checkpoints import UUID, meta, meta_bytes
 

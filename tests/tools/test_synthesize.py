@@ -205,7 +205,7 @@ def test_blocks_files_and_jobs_change_nothing(
     run: Path, tmp_path: Path, budget: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     build(run, tmp_path / "plain", [0.07, 0.12])
-    monkeypatch.setattr("sharded_ema.tools.combining.BUDGET_BYTES", budget)
+    monkeypatch.setattr("sharded_ema.tools.sums.BUDGET_BYTES", budget)
     build(run, tmp_path / "parts", [0.07, 0.12], max_shard_size=300, jobs=3)
     for width in (0.07, 0.12):
         folder = tmp_path / "parts" / f"sigma_rel_{width}"

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.files import OpenFile, open_regular
 from sharded_ema.checkpoint.location import Location
-from sharded_ema.checkpoint.safetensors_file import Entry, build_header, read_header
+from sharded_ema.checkpoint.safetensors import Entry, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
 

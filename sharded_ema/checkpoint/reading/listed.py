@@ -12,7 +12,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     Manifest,
     parse_manifest,
 )
-from sharded_ema.checkpoint.safetensors_file import MAX_HEADER_BYTES, read_header
+from sharded_ema.checkpoint.safetensors import MAX_HEADER_BYTES, read_header
 from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointCorruptError
 

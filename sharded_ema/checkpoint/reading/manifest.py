@@ -17,7 +17,7 @@ from typing import Any
 import xxhash
 
 from sharded_ema.checkpoint.files import is_plain_name
-from sharded_ema.checkpoint.safetensors_file import (
+from sharded_ema.checkpoint.safetensors import (
     ITEMSIZE,
     is_sizes,
     is_text,

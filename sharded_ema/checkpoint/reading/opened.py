@@ -27,7 +27,7 @@ from sharded_ema.checkpoint.reading.stream import (
     verify_chunk,
     verify_file,
 )
-from sharded_ema.checkpoint.safetensors_file import (
+from sharded_ema.checkpoint.safetensors import (
     ITEMSIZE,
 )
 from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY

@@ -15,7 +15,7 @@ from typing import Any
 from sharded_ema.checkpoint.location import entries
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import is_sizes, load_json, read_header
+from sharded_ema.checkpoint.safetensors import is_sizes, load_json, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 

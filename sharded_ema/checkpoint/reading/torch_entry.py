@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 
 from sharded_ema.checkpoint.files import OpenFile
 from sharded_ema.checkpoint.reading.pickles import PERSISTENT, Global, Note, take_apart
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_DIMS, is_sizes
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape, c_strides
 

@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from sharded_ema.checkpoint import removal, retention
+from sharded_ema.checkpoint import durable, removal, retention
 from sharded_ema.checkpoint.location import URL, as_location, driver, entries
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.opened import is_part
-from sharded_ema.checkpoint.writing import durable
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
 
 

@@ -35,7 +35,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     TensorRecord,
 )
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
-from sharded_ema.checkpoint.safetensors_file import build_header
+from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.checkpoint.writing.commit import (
     Commit,
     Place,

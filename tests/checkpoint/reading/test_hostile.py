@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 from sharded_ema import consolidate, inspect, verify
 from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
 from sharded_ema.checkpoint.reading.opened import open_checkpoint
-from sharded_ema.checkpoint.safetensors_file import load_json, read_header
+from sharded_ema.checkpoint.safetensors import load_json, read_header
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from tests.helpers.checkpoints import make, meta, meta_bytes, rows

@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES, Bytes, SourceFiles, stream_tensor
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.writing import durable
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, build_header
 from sharded_ema.errors import CheckpointWriteError, EMAError
 from sharded_ema.tools.casting import caster, round_once, widen
 from sharded_ema.tools.contents import Average
