@@ -12,16 +12,6 @@ from sharded_ema.averaging.schedules import Schedule, as_schedule
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 
 DEFAULT_PROFILE = "ema"
-META_VERSION = 1
-#: Bytes of the ``_meta`` tensor. Fixed, because DCP does not load into a tensor of another size.
-META_BYTES = 1 << 18
-#: Directory of the average in a checkpoint of a DeepSpeed engine, below the tag. DeepSpeed's tools
-#: look at files of the tag only.
-ENGINE_DIRECTORY = "ema"
-#: Key prefixes in a state dict beside the profiles' own.
-FROZEN_PREFIX = "_frozen."
-BUFFERS_PREFIX = "_buffers."
-META_KEY = "_meta"
 
 _PROFILE_NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*")
 _CHOICES = {
@@ -71,6 +61,11 @@ class Settings:
             raise ConfigError(f"total_steps must be at least 1, got {self.total_steps}")
 
 
+def is_profile_name(name: str) -> bool:
+    """Whether a profile may be called so: its name begins the keys of its tensors."""
+    return bool(_PROFILE_NAME.fullmatch(name))
+
+
 def as_profiles(
     schedule: float | str | Schedule | Mapping[str, float | str | Schedule],
 ) -> dict[str, Schedule]:
@@ -84,7 +79,7 @@ def as_profiles(
     if not schedule:
         raise ConfigError("at least one profile is needed, got an empty dict")
     for name in schedule:
-        if not _PROFILE_NAME.fullmatch(name):
+        if not is_profile_name(name):
             raise ConfigError(
                 f"profile name {name!r} must consist of letters, digits, '_' and '-' and must not "
                 "begin with '_'"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sharded_ema.checkpoint.names import temporary
+
 #: So much of a file waits in memory before its way to the disk begins.
 FLUSH_BYTES = 1 << 26
 
@@ -99,6 +101,14 @@ def write_durably(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old bytes or the new ones."""
+    new = temporary(path)
+    write_durably(new, data)
+    new.replace(path)
+    fsync(path.parent)
 
 
 def fsync(path: Path) -> None:

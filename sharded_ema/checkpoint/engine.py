@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sharded_ema.config import ENGINE_DIRECTORY
+from sharded_ema.checkpoint.names import ENGINE_DIRECTORY
 from sharded_ema.model.steps import MethodWrap
 
 

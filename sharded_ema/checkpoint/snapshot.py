@@ -11,17 +11,16 @@ from torch import Tensor
 
 from sharded_ema.averaging.schedules import Schedule
 from sharded_ema.averaging.shadow import Clock, Shadow
-from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
-from sharded_ema.checkpoint.reading.opened import Catalog
-from sharded_ema.config import (
+from sharded_ema.checkpoint.names import (
     BUFFERS_PREFIX,
     FROZEN_PREFIX,
     META_BYTES,
     META_KEY,
     META_VERSION,
-    Settings,
-    check_schedules,
 )
+from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.config import Settings, check_schedules
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import Piece, pieces_of, whole
@@ -128,7 +127,7 @@ class LoadPlan:
 
 
 def plan_load(
-    catalog: Catalog,
+    catalog: Checkpoint,
     own: Mapping[str, Tensor],
     profiles: Mapping[str, Schedule] | None,
     *,

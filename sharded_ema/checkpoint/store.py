@@ -13,7 +13,7 @@ from torch import Tensor
 from sharded_ema.averaging.average import Averager
 from sharded_ema.averaging.health import squared_distance
 from sharded_ema.checkpoint import snapshot
-from sharded_ema.checkpoint.location import as_location
+from sharded_ema.checkpoint.files import as_location
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle

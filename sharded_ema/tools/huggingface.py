@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
+from sharded_ema.checkpoint.checked_json import load_json
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.files import is_plain_name, read_whole
-from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors import load_json, read_header
+from sharded_ema.checkpoint.files import Directory, OpenFiles, read_whole
+from sharded_ema.checkpoint.names import is_plain_name
+from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.model.layout import Box, Shape
 
@@ -67,8 +69,11 @@ def read_model(path: Path) -> Model:
     return Model(path, shapes if files else None, is_adapter)
 
 
-def open_model(path: Path) -> Catalog:
+def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
     """The weights of a model directory, or of one safetensors file; no digest covers them.
+
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
         CheckpointNotFoundError: there is neither.
@@ -76,33 +81,34 @@ def open_model(path: Path) -> Catalog:
     """
     if path.is_dir():
         root, is_adapter = path, (path / ADAPTER_CONFIG).is_file()
-        files = _weight_files(path, is_adapter)
+        names = _weight_files(path, is_adapter)
     else:
         root, is_adapter = path.parent, False
-        files = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
-    if not files:
+        names = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
+    if not names:
         if not path.exists():
             raise CheckpointNotFoundError(f"there is nothing at {path}")
         raise CheckpointNotFoundError(
             f"{path} holds no weights: neither safetensors files nor a DCP checkpoint"
         )
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, tuple[Shape, str]] = {}
     chunks: dict[str, list[Chunk]] = {}
-    for file in files:
+    for file in names:
         entries, _, start = read_header(root / file)
-        for name, entry in entries.items():
-            tensors[name] = StoredTensor(name, entry.shape, entry.dtype)
+        for key, entry in entries.items():
+            tensors[key] = (entry.shape, entry.dtype)
             whole = Chunk(
                 Box.whole(entry.shape), file, start + entry.start, entry.stop - entry.start, None
             )
-            chunks[name] = [whole] if whole.num_bytes else []
-    name = "adapter" if is_adapter else "safetensors"
-    return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
+            chunks[key] = [whole] if whole.num_bytes else []
+    index = KnownChunks("adapter" if is_adapter else "safetensors", tensors, chunks)
+    return Checkpoint(Directory(root, files), index)
 
 
-def model_header(model: Catalog) -> dict[str, str]:
+def model_header(model: Checkpoint) -> dict[str, str]:
     """What the files of a model say of it, such as that it is an average, and of which step."""
-    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
+    files = (chunk.file for tensor in model.tensors.values() for chunk in tensor.chunks())
+    file = next(files, None)
     return {} if file is None else read_header(model.path / file)[1]
 
 
@@ -150,9 +156,9 @@ def _description(path: Path) -> list[Path]:
     ]
 
 
-def index_bytes(files: Sequence[tuple[str, Sequence[Named]]]) -> bytes:
+def index_bytes(files: Mapping[str, Sequence[Named]]) -> bytes:
     """The index of a model in several files, given with what each of them holds."""
-    total = sum(output.num_bytes for _, group in files for output in group)
-    weight_map = {output.name: name for name, group in files for output in group}
+    total = sum(output.num_bytes for group in files.values() for output in group)
+    weight_map = {output.name: name for name, group in files.items() for output in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sharded_ema import ShardedEMA, consolidate, verify
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, EMAError, StateError
 from sharded_ema.model.pieces import FlatShard
 from tests.helpers.checkpoints import flip, make, meta, rows
@@ -198,7 +198,7 @@ def extended(path: Path, other: Path) -> None:
 
 def flipped(path: Path, other: Path) -> None:
     """One bit of a weight."""
-    chunk = open_checkpoint(path).chunks("ema.one.weight")[0]
+    chunk = open_checkpoint(path).tensors["ema.one.weight"].chunks()[0]
     flip(path / chunk.file, chunk.byte_offset + 5)
 
 
@@ -415,7 +415,7 @@ def test_a_disk_that_cannot_read(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str
 ) -> None:
     path, real = saved / f"{format}-1", os.preadv
-    (file,) = {chunk.file for chunk in open_checkpoint(path).chunks("ema.scale")}
+    (file,) = {chunk.file for chunk in open_checkpoint(path).tensors["ema.scale"].chunks()}
     number = (path / file).stat().st_ino
 
     def fails(descriptor: int, buffers: list, position: int) -> int:

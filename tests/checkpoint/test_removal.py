@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from sharded_ema import ShardedEMA, consolidate, latest_checkpoint
-from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint import durable, removal
 from sharded_ema.checkpoint.removal import Occupied
 from sharded_ema.checkpoint.run import committed
+from sharded_ema.checkpoint.writing import target
 from sharded_ema.errors import (
     CheckpointExistsError,
     CheckpointNotFoundError,
@@ -90,7 +91,7 @@ def test_trouble_beside_a_commit_is_a_warning(
     def fails(path: Path, data: bytes) -> None:
         raise OSError("no room for a name")
 
-    monkeypatch.setattr(removal, "replace_durably", fails)
+    monkeypatch.setattr(durable, "replace_durably", fails)
     with pytest.warns(EMAWarning, match="is committed, but .* no room for a name"):
         ema.save(tmp_path / "a", step=1)
     assert ema.load(tmp_path / "a", verify=True) == 1
@@ -154,13 +155,13 @@ def test_what_another_save_is_writing_is_not_a_leftover(ema: ShardedEMA, tmp_pat
 def test_a_save_whose_directory_was_removed_cannot_commit(
     ema: ShardedEMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = removal.publish
+    publish = target.publish
 
     def robbed(staging: Path, path: Path, *, replace: bool) -> None:
         removal.remove(staging)
         publish(staging, path, replace=replace)
 
-    monkeypatch.setattr(removal, "publish", robbed)
+    monkeypatch.setattr(target, "publish", robbed)
     with pytest.raises(CheckpointWriteError, match="No such file or directory"):
         ema.save(tmp_path / "a", step=1)
     assert not (tmp_path / "a").exists()

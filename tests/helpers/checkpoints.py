@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import (
-    CHUNKS_NAME,
-    MANIFEST_NAME,
     FileRecord,
     Manifest,
     TensorRecord,

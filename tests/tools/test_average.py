@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -166,7 +166,7 @@ def test_wrong_use_and_damage_leave_nothing(tmp_path: Path) -> None:
         mean(inputs, tmp_path / "out", profile="slow")
     with pytest.raises(CheckpointExistsError):
         mean(inputs, tmp_path)
-    chunk = open_checkpoint(tmp_path / "a").chunks("ema.w")[-1]
+    chunk = open_checkpoint(tmp_path / "a").tensors["ema.w"].chunks()[-1]
     flip(tmp_path / "a" / chunk.file, chunk.byte_offset)
     with pytest.raises(CheckpointCorruptError, match=r"ema\."):
         mean(inputs, tmp_path / "out")

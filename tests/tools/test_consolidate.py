@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from safetensors.torch import load_file as load_torch
 
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -234,8 +234,8 @@ def test_absent_tensors_are_told(tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunking", ALL)
 def test_a_changed_byte_anywhere_is_found(tmp_path: Path, chunking: Chunking) -> None:
     source = make(tmp_path / "c", {"ema.w": np.ones((6, 5), "f4")}, chunking)
-    catalog = open_checkpoint(source)
-    stored = {(c.file, c.byte_offset, c.num_bytes) for c in catalog.chunks("ema.w")}
+    opened = open_checkpoint(source)
+    stored = {(c.file, c.byte_offset, c.num_bytes) for c in opened.tensors["ema.w"].chunks()}
     places = []
     for file in source.iterdir():
         size = file.stat().st_size
@@ -253,7 +253,7 @@ def test_a_changed_byte_anywhere_is_found(tmp_path: Path, chunking: Chunking) ->
 
 def test_damage_is_named(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c", rows(3))
-    chunk = open_checkpoint(source).chunks("ema.bias")[1]
+    chunk = open_checkpoint(source).tensors["ema.bias"].chunks()[1]
     flip(source / chunk.file, chunk.byte_offset)
     with pytest.raises(CheckpointCorruptError) as caught:
         run(source, tmp_path / "out")
@@ -362,7 +362,7 @@ def test_a_changed_byte_of_the_stock_format_is_found(tmp_path: Path, crc: bool) 
         source = save_stock(tmp_path / "c")
     finally:
         torch.serialization.set_crc32_options(True)
-    (chunk,) = open_checkpoint(source).chunks("ema.w")
+    (chunk,) = open_checkpoint(source).tensors["ema.w"].chunks()
     for position in (chunk.byte_offset, chunk.byte_offset - 5, chunk.byte_offset + 60):
         flip(source / chunk.file, position)
         with pytest.raises(CheckpointError):
@@ -433,7 +433,7 @@ def test_progress_tells_rate_and_remaining_time(
 
 def test_an_error_in_one_of_several_jobs_stops_all(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "c", rows(2))
-    chunk = open_checkpoint(source).chunks("ema.layers.10.w")[0]
+    chunk = open_checkpoint(source).tensors["ema.layers.10.w"].chunks()[0]
     flip(source / chunk.file, chunk.byte_offset)
     with pytest.raises(CheckpointCorruptError, match="layers"):
         run(source, tmp_path / "out", max_shard_size=100, jobs=4)

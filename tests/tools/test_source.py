@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.tools.consolidate import consolidate
 from tests.dist.pool import WorkerPool
@@ -182,7 +182,7 @@ def test_broken_shards(saved: tuple, fault: str, tmp_path: Path) -> None:
 
 def test_a_changed_byte(saved: tuple, tmp_path: Path) -> None:
     shutil.copytree(saved[0] / "flat", tmp_path / "c")
-    chunk = open_checkpoint(tmp_path / "c").chunks("last.weight")[1]
+    chunk = open_checkpoint(tmp_path / "c").tensors["last.weight"].chunks()[1]
     flip(tmp_path / "c" / chunk.file, chunk.byte_offset + 3)
     with pytest.raises(CheckpointCorruptError, match="last"):
         run(tmp_path / "c", tmp_path / "out", prefix="")

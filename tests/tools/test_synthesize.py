@@ -20,7 +20,7 @@ from safetensors.torch import load_file as load_torch
 
 from sharded_ema.averaging.schedules import Power
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.cli import main
 from sharded_ema.errors import (
@@ -370,7 +370,7 @@ def test_damage_and_taken_targets_leave_nothing(run: Path, tmp_path: Path) -> No
         build(run, tmp_path / "taken")
     with pytest.raises(ConfigError, match="inside the checkpoint"):
         build(run, run / "step_60" / "out")
-    chunk = open_checkpoint(run / "step_60").chunks("b.conv")[-1]
+    chunk = open_checkpoint(run / "step_60").tensors["b.conv"].chunks()[-1]
     flip(run / "step_60" / chunk.file, chunk.byte_offset + chunk.num_bytes - 1)
     with pytest.raises(CheckpointCorruptError, match=r"b\.conv"):
         build(run, tmp_path / "out", [0.07, 0.12])
@@ -436,15 +436,15 @@ def test_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 PEAK = """
 import os, re, sys
 from pathlib import Path
-from sharded_ema.checkpoint.reading.stream import SourceFiles
+from sharded_ema.checkpoint.files import Directory
 from sharded_ema.tools.synthesize import synthesize
 most = 0
-read = SourceFiles.read_into
+read = Directory.read_into
 def counted(self, *arguments):
     global most
     read(self, *arguments)
     most = max(most, len(os.listdir("/proc/self/fd")))
-SourceFiles.read_into = counted
+Directory.read_into = counted
 widths = [0.05 + 0.005 * i for i in range(int(sys.argv[3]))]
 assert synthesize(sys.argv[1], sigma_rel=widths, out=sys.argv[2], progress=False).ok
 assert "torch" not in sys.modules

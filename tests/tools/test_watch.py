@@ -21,7 +21,9 @@ from safetensors.numpy import load_file, save_file
 
 from sharded_ema import watch
 from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
+from sharded_ema.checkpoint.writing import target
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError
 from sharded_ema.tools import watch as module
@@ -244,8 +246,8 @@ def test_what_a_killed_watch_has_left(tmp_path: Path, monkeypatch: pytest.Monkey
     save(run / "step_1", 1)
     once(run, out)
     (out / "latest").unlink()  # killed between the export and the link
-    removal.temporary(out / "latest").symlink_to("step_1")
-    half = removal.temporary(out / "step_2")
+    temporary(out / "latest").symlink_to("step_1")
+    half = temporary(out / "step_2")
     half.mkdir()
     (half / "model.safetensors").write_bytes(b"half")
     (out / "notes").mkdir()
@@ -275,7 +277,7 @@ def test_an_interrupted_export_leaves_nothing(
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(removal, "publish", interrupted)
+    monkeypatch.setattr(target, "publish", interrupted)
     command = ["watch", str(run), "--out", str(out)]
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command) == 0

@@ -18,8 +18,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
+from sharded_ema.checkpoint import removal
 from sharded_ema.errors import CheckpointExistsError
-from sharded_ema.tools import workplace
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
 from tests.dist.crash import PRELOADED, TIMEOUT, serve_consolidations
@@ -265,18 +265,18 @@ def test_a_directory_that_went_while_waiting_for_its_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Another process may have finished, or cleaned up, and a third begun, at this very moment."""
-    plan, lock = "0" * 32, workplace._lock
+    plan, lock = "0" * 32, removal.lock_alone
     path = tmp_path / f"out.tmp-{plan}"
     calls = []
 
-    def late(descriptor: int) -> bool:
+    def late(descriptor: int) -> bool | None:
         calls.append(descriptor)
         if len(calls) == 1:
             path.rename(tmp_path / "gone")
             (path / "model").mkdir(parents=True)
         return lock(descriptor)
 
-    monkeypatch.setattr(workplace, "_lock", late)
+    monkeypatch.setattr(removal, "lock_alone", late)
     with Workplace(tmp_path / "out", plan) as place:
         assert len(calls) == 2
         assert not lock(os.open(path, os.O_RDONLY)), "what is locked is what has the name"

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from sharded_ema.checkpoint.names import META_KEY, is_meta_key
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
     FileRecord,
@@ -22,9 +23,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     decode_meta,
     dump_manifest,
 )
-from sharded_ema.checkpoint.reading.opened import is_meta_key
 from sharded_ema.checkpoint.writing.target import make_target
-from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.version import __version__
 

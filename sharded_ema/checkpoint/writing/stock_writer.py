@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
+from sharded_ema.checkpoint.names import METADATA_NAME
 from sharded_ema.checkpoint.reading.manifest import FileRecord, Manifest, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.writing.commit import (

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.removal import temporary
+from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.safetensors import read_header
 
 

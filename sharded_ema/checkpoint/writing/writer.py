@@ -27,13 +27,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
+from sharded_ema.checkpoint.names import CHUNKS_NAME, shard_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
-from sharded_ema.checkpoint.reading.manifest import (
-    CHUNKS_NAME,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-)
+from sharded_ema.checkpoint.reading.manifest import FileRecord, Manifest, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.checkpoint.writing.commit import (
@@ -150,7 +146,7 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
         name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
-    file_name = f"shard-{place.position:05d}.safetensors"
+    file_name = shard_name(place.position)
     total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
     written: list[Written] = []

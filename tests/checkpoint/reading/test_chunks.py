@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from sharded_ema.checkpoint.names import CHUNKS_NAME
 from sharded_ema.checkpoint.reading.chunks import Chunk, tiles, write_chunk_table
-from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 from tests.helpers.checkpoints import Chunking, flip, grid, make, ranges, rows, whole
@@ -43,11 +43,11 @@ def test_a_table_without_rows() -> None:
 
 @pytest.mark.parametrize("chunking", [whole, rows(3), grid, ranges(3)])
 def test_chunks_cover_their_tensors(tmp_path: Path, chunking: Chunking) -> None:
-    catalog = open_checkpoint(make(tmp_path / "c", arrays(), chunking))
-    assert catalog.verified_metadata and catalog.format == "safetensors"
+    opened = open_checkpoint(make(tmp_path / "c", arrays(), chunking))
+    assert opened.verified_metadata and opened.format == "safetensors"
     for key, array in arrays().items():
         filled = np.zeros(array.shape, array.dtype)
-        for chunk in catalog.chunks(key):
+        for chunk in opened.tensors[key].chunks():
             data = (tmp_path / "c" / chunk.file).read_bytes()
             block = data[chunk.byte_offset : chunk.byte_offset + chunk.num_bytes]
             slices = tuple(
@@ -73,7 +73,7 @@ def test_rows_that_cannot_be(tmp_path: Path, change) -> None:
 
     tensors = {"ema.w": np.ones((5, 4), "f4")}
     with pytest.raises(CheckpointCorruptError, match=r"ema\.w"):
-        open_checkpoint(make(tmp_path / "c", tensors, change=wrong)).chunks("ema.w")
+        open_checkpoint(make(tmp_path / "c", tensors, change=wrong)).tensors["ema.w"].chunks()
 
 
 @pytest.mark.parametrize("shape", [(6,), (6, 4), (4, 6)])
@@ -84,7 +84,7 @@ def test_overlap_is_found_although_the_volume_fits(tmp_path: Path, shape: tuple[
 
     path = make(tmp_path / "c", {"ema.w": np.ones(shape, "f4")}, rows(2), change=wrong)
     with pytest.raises(CheckpointCorruptError, match=r"ema\.w"):
-        open_checkpoint(path).chunks("ema.w")
+        open_checkpoint(path).tensors["ema.w"].chunks()
 
 
 def test_every_changed_byte_of_the_table_is_found(tmp_path: Path) -> None:
@@ -100,8 +100,8 @@ def test_every_changed_byte_of_the_table_is_found(tmp_path: Path) -> None:
 
 def test_many_row_shards_are_checked_in_no_time(tmp_path: Path) -> None:
     tensors = {"ema.a": np.zeros((4096, 2), "f4"), "ema.b": np.zeros((4096,), "f4")}
-    catalog = open_checkpoint(make(tmp_path / "c", tensors, rows(2048)))
-    assert len(catalog.chunks("ema.a")) == len(catalog.chunks("ema.b")) == 2048
+    opened = open_checkpoint(make(tmp_path / "c", tensors, rows(2048)))
+    assert len(opened.tensors["ema.a"].chunks()) == len(opened.tensors["ema.b"].chunks()) == 2048
 
 
 def test_blocks_with_too_many_corners_are_refused() -> None:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from sharded_ema.checkpoint.reading.opened import Catalog, open_checkpoint
+from sharded_ema.checkpoint.files import Directory
+from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.stream import verify_chunk
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -45,15 +47,15 @@ def state() -> dict:
     }
 
 
-def read(catalog: Catalog, key: str) -> torch.Tensor:
+def read(opened: Checkpoint, key: str) -> torch.Tensor:
     """Put a tensor together from its chunks, much as the loading side does."""
-    stored = catalog.tensors[key]
+    stored = opened.tensors[key]
     dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "I64": torch.int64, "BOOL": torch.bool,
              "F8_E4M3": torch.float8_e4m3fn, "U16": torch.uint16}[stored.dtype]  # fmt: skip
     whole = torch.empty(stored.shape, dtype=dtype)
-    for chunk in catalog.chunks(key):
-        verify_chunk(catalog.path, chunk, key)
-        data = (catalog.path / chunk.file).read_bytes()
+    for chunk in opened.tensors[key].chunks():
+        verify_chunk(opened.directory, chunk, key)
+        data = (opened.path / chunk.file).read_bytes()
         raw = bytearray(data[chunk.byte_offset : chunk.byte_offset + chunk.num_bytes])
         flat = torch.frombuffer(raw, dtype=dtype)
         if chunk.strides is None:
@@ -68,18 +70,18 @@ def read(catalog: Catalog, key: str) -> torch.Tensor:
 
 
 def test_tensors_of_all_kinds(tmp_path: Path) -> None:
-    catalog = open_checkpoint(save(tmp_path / "c", {**state(), "number": 3, "nested": {"x": [1]}}))
-    assert catalog.format == "dcp" and not catalog.verified_metadata
-    assert set(catalog.tensors) == set(state())
+    opened = open_checkpoint(save(tmp_path / "c", {**state(), "number": 3, "nested": {"x": [1]}}))
+    assert opened.format == "dcp" and not opened.verified_metadata
+    assert set(opened.tensors) == set(state())
     for key, tensor in state().items():
-        assert torch.equal(read(catalog, key), tensor), key
+        assert torch.equal(read(opened, key), tensor), key
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16])
 def test_dtypes_that_torch_stores_in_its_newer_way(tmp_path: Path, dtype: torch.dtype) -> None:
     tensor = torch.arange(6).to(dtype)
-    catalog = open_checkpoint(save(tmp_path / "c", {"w": tensor}))
-    assert torch.equal(read(catalog, "w").to(torch.int64), tensor.to(torch.int64))
+    opened = open_checkpoint(save(tmp_path / "c", {"w": tensor}))
+    assert torch.equal(read(opened, "w").to(torch.int64), tensor.to(torch.int64))
 
 
 def test_metadata_of_early_python_3_11(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,23 +92,23 @@ def test_metadata_of_early_python_3_11(tmp_path: Path, monkeypatch: pytest.Monke
     path = save(tmp_path / "c", state())
     monkeypatch.undo()
     assert b"getattr" in (path / ".metadata").read_bytes()
-    catalog = open_checkpoint(path)
+    opened = open_checkpoint(path)
     for key, value in state().items():
-        assert torch.equal(read(catalog, key), value)
+        assert torch.equal(read(opened, key), value)
 
 
 def test_a_dtype_we_do_not_know_does_not_hide_the_rest(tmp_path: Path) -> None:
     values = {"model": {"c": torch.zeros(2, dtype=torch.complex64)}, "ema": {"w": torch.ones(2)}}
-    catalog = open_checkpoint(save(tmp_path / "c", values))
-    assert torch.equal(read(catalog, "ema.w"), torch.ones(2))
+    opened = open_checkpoint(save(tmp_path / "c", values))
+    assert torch.equal(read(opened, "ema.w"), torch.ones(2))
 
 
 def test_an_average_nested_in_a_users_checkpoint(tmp_path: Path) -> None:
     average = {"ema.w": torch.randn(3), "_meta": torch.from_numpy(meta_bytes(step=5).copy())}
     path = save(tmp_path / "c", {"model": {"w": torch.zeros(3)}, "ema": average})
-    catalog = open_checkpoint(path)
-    assert catalog.prefixes() == ["ema."]
-    assert catalog.meta("ema.")["step"] == 5
+    opened = open_checkpoint(path)
+    assert opened.prefixes() == ["ema."]
+    assert opened.meta("ema.")["step"] == 5
 
 
 def test_a_checkpoint_without_an_average(tmp_path: Path) -> None:
@@ -151,7 +153,7 @@ def test_poisoned_entry_runs_nothing(tmp_path: Path) -> None:
     data.write_bytes(data.read_bytes() + entry)
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointCorruptError):
-        open_checkpoint(path).chunks("plain")
+        open_checkpoint(path).tensors["plain"].chunks()
     assert not mark.exists()
 
 
@@ -164,7 +166,7 @@ def test_paths_that_leave_the_directory(tmp_path: Path, name: str) -> None:
         info.relative_path = name
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointCorruptError):
-        open_checkpoint(path).chunks("plain")
+        open_checkpoint(path).tensors["plain"].chunks()
 
 
 def test_links_that_leave_the_directory(tmp_path: Path) -> None:
@@ -172,7 +174,7 @@ def test_links_that_leave_the_directory(tmp_path: Path) -> None:
     (path / "__0_0.distcp").rename(tmp_path / "outside")
     (path / "__0_0.distcp").symlink_to(tmp_path / "outside")
     with pytest.raises(CheckpointCorruptError):
-        open_checkpoint(path).chunks("plain")
+        open_checkpoint(path).tensors["plain"].chunks()
 
 
 @pytest.mark.parametrize(
@@ -185,7 +187,7 @@ def test_places_that_cannot_be(tmp_path: Path, offset: int, length: int) -> None
         info.offset, info.length = offset, length
     (path / ".metadata").write_bytes(pickle.dumps(metadata))
     with pytest.raises(CheckpointCorruptError):
-        open_checkpoint(path).chunks("plain")
+        open_checkpoint(path).tensors["plain"].chunks()
 
 
 @pytest.mark.parametrize("fault", ["truncated", "missing"])
@@ -197,18 +199,18 @@ def test_files_that_are_not_whole(tmp_path: Path, fault: str) -> None:
     else:
         data.unlink()
     with pytest.raises(CheckpointError, match="plain"):
-        open_checkpoint(path).chunks("plain")
+        open_checkpoint(path).tensors["plain"].chunks()
 
 
 def test_a_changed_byte_of_the_data_is_found(tmp_path: Path) -> None:
     path = save(tmp_path / "c", {"plain": torch.ones(1000)})
-    (chunk,) = open_checkpoint(path).chunks("plain")
+    (chunk,) = open_checkpoint(path).tensors["plain"].chunks()
     for position in (0, 1999, 3999):
         flip(path / chunk.file, chunk.byte_offset + position)
         with pytest.raises(CheckpointCorruptError, match="plain"):
-            verify_chunk(path, chunk, "plain")
+            verify_chunk(Directory(path), chunk, "plain")
         flip(path / chunk.file, chunk.byte_offset + position)
-    verify_chunk(path, chunk, "plain")
+    verify_chunk(Directory(path), chunk, "plain")
 
 
 def test_no_changed_byte_of_the_metadata_crashes_the_reader(tmp_path: Path) -> None:
@@ -220,9 +222,9 @@ def test_no_changed_byte_of_the_metadata_crashes_the_reader(tmp_path: Path) -> N
         changed[position] ^= 1 << int(random.integers(8))
         (path / ".metadata").write_bytes(changed)
         try:
-            catalog = open_checkpoint(path)
-            for key in catalog.tensors:
-                catalog.chunks(key)
+            opened = open_checkpoint(path)
+            for tensor in opened.tensors.values():
+                tensor.chunks()
         except CheckpointError:
             pass
 

@@ -29,8 +29,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from sharded_ema import ShardedEMA, consolidate, inspect, verify
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
+from sharded_ema.checkpoint.names import MANIFEST_NAME
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import EMAError
 from tests.checkpoint.reading.test_hostile import signed, zipped
 from tests.helpers.checkpoints import make, meta_bytes, rows
@@ -285,9 +285,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def read_in_every_way(path: Path, out: Path) -> None:
     """Nothing but errors of this library may come out."""
     with suppress(EMAError):
-        catalog = open_checkpoint(path)
-        for key in catalog.tensors:
-            catalog.chunks(key)
+        opened = open_checkpoint(path)
+        for tensor in opened.tensors.values():
+            tensor.chunks()
     for tool in (verify, inspect):
         with suppress(EMAError):
             tool(path).text()

@@ -23,9 +23,10 @@ import xxhash
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
 from sharded_ema import consolidate, inspect, verify
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
-from sharded_ema.checkpoint.safetensors import load_json, read_header
+from sharded_ema.checkpoint.checked_json import load_json
+from sharded_ema.checkpoint.names import MANIFEST_NAME
+from sharded_ema.checkpoint.run import open_checkpoint
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError, EMAError
 from tests.helpers.checkpoints import make, meta, meta_bytes, rows
@@ -44,9 +45,9 @@ def stock(path: Path) -> Path:
 def refused_everywhere(path: Path, out: Path) -> str:
     """Every tool says no by a named error, or by a report; the message of the first."""
     with pytest.raises(CheckpointError) as caught:
-        catalog = open_checkpoint(path)
-        for key in catalog.tensors:
-            catalog.chunks(key)
+        opened = open_checkpoint(path)
+        for tensor in opened.tensors.values():
+            tensor.chunks()
     with suppress(EMAError):
         assert not verify(path).ok
     with pytest.raises(EMAError):
@@ -304,9 +305,9 @@ def test_tricks_with_zip_archives(tmp_path: Path, name: str) -> None:
     first = ["archive/data.pkl"] if name != "overlapping" else []
     ordered = {key: records[key] for key in [*first, *records]}
     replace_entry(path, "ema.ema.w", TRICKS[name](ordered))
-    catalog = open_checkpoint(path)
+    opened = open_checkpoint(path)
     with pytest.raises(CheckpointCorruptError, match=r"ema\.ema\.w"):
-        catalog.chunks("ema.ema.w")
+        opened.tensors["ema.ema.w"].chunks()
     assert not verify(path).ok
     with pytest.raises(EMAError):
         consolidate(path, tmp_path / "out", progress=False)
@@ -622,7 +623,7 @@ def test_cells_that_only_the_data_can_refute(
     tmp_path: Path, column: str, value: int | bytes
 ) -> None:
     path = tampered(plain(tmp_path), column, value)
-    open_checkpoint(path).chunks("ema.w")
+    open_checkpoint(path).tensors["ema.w"].chunks()
     assert not verify(path).ok
     with pytest.raises(CheckpointCorruptError):
         consolidate(path, tmp_path / "out", progress=False)
