@@ -11,6 +11,7 @@ import stat
 import threading
 import weakref
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.names import is_plain_name
 from sharded_ema.errors import CheckpointCorruptError, CheckpointError, ConfigError
 
-# Idle files of one OpenFiles.
+# Names of files that OpenFiles keeps open; of one, as many as there are threads.
 _MAX_OPEN_FILES = 32
 
 Bytes = NDArray[np.uint8]
@@ -287,7 +288,8 @@ class OpenFiles:
     """
 
     def __init__(self) -> None:
-        self._idle: list[OpenFile] = []  # what was used last comes last
+        # By directory and name; what was used last comes last.
+        self._idle: OrderedDict[tuple[Location, str], list[OpenFile]] = OrderedDict()
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._idle)
 
@@ -303,37 +305,40 @@ class OpenFiles:
             _close_all(self._idle)
 
     @contextmanager
-    def open(self, location: Location) -> Iterator[OpenFile]:
-        """A file to read, for the time of a block.
+    def open(self, root: Location, name: str) -> Iterator[OpenFile]:
+        """The file ``root / name`` to read, for the time of a block.
 
         Raises:
             CheckpointCorruptError, CheckpointError: see :func:`open_regular`.
         """
-        file = self._take(location) or open_regular(location)
+        key = (root, name)
+        with self._lock:
+            idle = self._idle.pop(key, None)
+            file = idle.pop() if idle else None
+            if idle:
+                self._idle[key] = idle
+        if file is None:
+            file = open_regular(root / name)
         try:
             yield file
         except BaseException:
             file.close()
             raise
-        self._keep(file)
-
-    def _take(self, location: Location) -> OpenFile | None:
         with self._lock:
-            for number in reversed(range(len(self._idle))):
-                if self._idle[number].location == location:
-                    return self._idle.pop(number)
-        return None
-
-    def _keep(self, file: OpenFile) -> None:
-        with self._lock:
-            self._idle.append(file)
+            self._idle.setdefault(key, []).append(file)
+            self._idle.move_to_end(key)
             if len(self._idle) > _MAX_OPEN_FILES:
-                self._idle.pop(0).close()
+                _close_first(self._idle)
 
 
-def _close_all(files: list[OpenFile]) -> None:
-    while files:
-        files.pop().close()
+def _close_first(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+    for file in idle.popitem(last=False)[1]:
+        file.close()
+
+
+def _close_all(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+    while idle:
+        _close_first(idle)
 
 
 class Directory:
@@ -356,11 +361,14 @@ class Directory:
     def open(self, name: str) -> Iterator[OpenFile]:
         """A file in it, for the time of a block.
 
+        Args:
+            name: that does not come from the checkpoint, or was checked by :func:`inside`.
+
         Raises:
-            CheckpointCorruptError: it is missing, no regular file, or not in the directory.
+            CheckpointCorruptError: it is missing, or no regular file.
             CheckpointError: it cannot be opened.
         """
-        with self.files.open(inside(self.location, name)) as file:
+        with self.files.open(self.location, name) as file:
             yield file
 
     def read_into(self, name: str, buffer: Bytes, position: int) -> None:
@@ -369,5 +377,5 @@ class Directory:
         Raises:
             CheckpointCorruptError: the file is not there or too short.
         """
-        with self.files.open(self.location / name) as file:
+        with self.files.open(self.location, name) as file:
             file.fill(buffer.data, position)

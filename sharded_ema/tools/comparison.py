@@ -8,12 +8,12 @@ from typing import Any
 
 from sharded_ema.averaging.schedules import schedule_from_dict
 from sharded_ema.checkpoint.files import OpenFiles
+from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, adapter_tensors, find_average
 from sharded_ema.tools.diff import Distance, distance, prefix_of_names
-from sharded_ema.tools.huggingface import model_header
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_weights
 
@@ -29,13 +29,12 @@ def open_raw(path: str | os.PathLike[str], files: OpenFiles) -> Checkpoint:
         CheckpointMismatchError: the files say that they are an average.
     """
     weights = open_weights(path, files)
-    if weights.format in ("safetensors", "adapter") and weights.manifest is None:
-        header = model_header(weights)
-        if header.get("kind") in ("ema", "average"):
-            raise CheckpointMismatchError(
-                f"{path} is an average itself; pass the raw weights that it was made of, or take "
-                "sharded-ema diff, which compares two averages"
-            )
+    said = weights.index.texts if isinstance(weights.index, KnownChunks) else {}
+    if said.get("kind") in ("ema", "average"):
+        raise CheckpointMismatchError(
+            f"{path} is an average itself; pass the raw weights that it was made of, or take "
+            "sharded-ema diff, which compares two averages"
+        )
     return weights
 
 

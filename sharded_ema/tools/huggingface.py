@@ -93,23 +93,20 @@ def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
         )
     tensors: dict[str, tuple[Shape, str]] = {}
     chunks: dict[str, list[Chunk]] = {}
+    texts: dict[str, dict[str, str]] = {}
     for file in names:
-        entries, _, start = read_header(root / file)
+        entries, texts[file], start = read_header(root / file)
         for key, entry in entries.items():
             tensors[key] = (entry.shape, entry.dtype)
             whole = Chunk(
                 Box.whole(entry.shape), file, start + entry.start, entry.stop - entry.start, None
             )
             chunks[key] = [whole] if whole.num_bytes else []
-    index = KnownChunks("adapter" if is_adapter else "safetensors", tensors, chunks)
+    first = next((chunk.file for of_one in chunks.values() for chunk in of_one), "")
+    index = KnownChunks(
+        "adapter" if is_adapter else "safetensors", tensors, chunks, texts=texts.get(first, {})
+    )
     return Checkpoint(Directory(root, files), index)
-
-
-def model_header(model: Checkpoint) -> dict[str, str]:
-    """What the files of a model say of it, such as that it is an average, and of which step."""
-    files = (chunk.file for tensor in model.tensors.values() for chunk in tensor.chunks())
-    file = next(files, None)
-    return {} if file is None else read_header(model.path / file)[1]
 
 
 def holds_model(path: Path) -> bool:

@@ -14,12 +14,13 @@ from typing import Any
 from sharded_ema.averaging.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
 from sharded_ema.checkpoint.files import as_location
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, LATEST_NAME
+from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.checkpoint.run import Committed, Run, locate, open_checkpoint, read_run
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.model.layout import Box, Shape
-from sharded_ema.tools.huggingface import model_header, open_model
+from sharded_ema.tools.huggingface import open_model
 from sharded_ema.tools.report import Report
 
 
@@ -121,8 +122,8 @@ def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) 
             "a checkpoint of torch.distributed.checkpoint not written by this library: only its "
             "data can have checksums"
         )
-    elif checkpoint.manifest is None:
-        report.facts["header"] = header = model_header(checkpoint)
+    elif isinstance(checkpoint.index, KnownChunks):
+        report.facts["header"] = header = dict(checkpoint.index.texts)
         if "kind" not in header:
             report.notes.append("its files do not say whether it is an average")
     if not checkpoint.prefixes() and (checkpoint.manifest or is_dcp):

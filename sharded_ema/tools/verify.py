@@ -249,7 +249,7 @@ def _spans_of_entries(
     """The records in the entries of a ``.distcp`` file, in its order."""
     found: list[Span] = []
     end = 0
-    file = directory.location / name
+    file = inside(directory.location, name)
     with directory.open(name) as opened:
         for offset, length, key in entries:
             with _noting(report):

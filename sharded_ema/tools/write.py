@@ -222,26 +222,50 @@ def _write_group(
     """Write one file of every model."""
     tally = Tally()
     described = [(o.name, o.dtype, o.source.shape) for o in group]
-    files = []
+    files: list[_NewFile] = []
     with ExitStack() as stack:
         for folder, texts in folders.items():
             header, _ = build_header(described, dict(texts))
             new, size = temporary(folder / name), len(header) + group_bytes(group)
             write = stack.enter_context(durable.new_file(new, size))
-            write(memoryview(header))
-            files.append((new, size, write, xxhash.xxh3_128(header)))
+            files.append(_NewFile(new, size, write))
+            files[-1].add(memoryview(header))
         for output in group:
             for block in blocks(output, tally):
-                for (_, _, write, digest), data in zip(files, block, strict=True):
-                    digest.update(data.data)
-                    write(data.data.cast("B"))
+                for file, data in zip(files, block, strict=True):
+                    file.add(data.data.cast("B"))
                     advance(data.nbytes)
-    for folder, (new, size, _, digest) in zip(folders, files, strict=True):
+    for file in files:
         # The name says that the file is whole, so it comes last.
-        os.rename(new, folder / name)
-        durable.fsync(folder)
-        place.record(name, size, digest.hexdigest(), tally.unchecked, tally.overflowed)
+        os.rename(file.path, file.path.with_name(name))
+        durable.fsync(file.path.parent)
+        place.record(name, file.size, file.digest(), tally.unchecked, tally.overflowed)
     return tally
+
+
+class _NewFile:
+    """A file while it is written, under a temporary name.
+
+    Args:
+        path: where it is written.
+        size: in bytes, once it is whole.
+        write: writes the next bytes.
+    """
+
+    def __init__(self, path: Path, size: int, write: Callable[[memoryview], None]) -> None:
+        self.path = path
+        self.size = size
+        self._write = write
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, data: memoryview) -> None:
+        """Write the next bytes, which are hashed while they are in cache."""
+        self._digest.update(data)
+        self._write(data)
+
+    def digest(self) -> str:
+        """xxh3-128 in hex of what was written."""
+        return str(self._digest.hexdigest())
 
 
 def run_jobs(

@@ -92,11 +92,13 @@ class KnownChunks:
     Attributes:
         format, tensors, unsupported: see :class:`Index`.
         places: the chunks by key.
+        texts: what the files say of their tensors, such as that they are an average.
     """
 
     format: str
     tensors: Mapping[str, tuple[Shape, str]]
     places: Mapping[str, list[Chunk]]
+    texts: Mapping[str, str] = field(default_factory=dict)
     unsupported: Mapping[str, str] = field(default_factory=dict)
 
     def chunks(self, key: str) -> list[Chunk]:

@@ -143,6 +143,7 @@ class DcpIndex:
         where = f"{key} at {box.offsets} in {self._root / location.file}"
         with ExitStack() as stack:
             try:
+                inside(self._root, location.file)
                 file = stack.enter_context(self._directory.open(location.file))
             except CheckpointError as error:
                 raise type(error)(f"{where}: {error}") from None

@@ -74,18 +74,17 @@ class StoredTensor:
             CheckpointCorruptError: the blocks do not fit the tensor or the files.
         """
         chunks = self.checkpoint.index.chunks(self.key)
-        where = f"{self.checkpoint.path}: {self.key}"
         for chunk in chunks:
             if not chunk.box.fits(self.shape) or not chunk.box.numel:
                 raise CheckpointCorruptError(
-                    f"{where} has shape {self.shape} and a chunk at {chunk.box.offsets} of size "
-                    f"{chunk.box.sizes}"
+                    f"{self.checkpoint.path}: {self.key} has shape {self.shape} and a chunk at "
+                    f"{chunk.box.offsets} of size {chunk.box.sizes}"
                 )
             size = chunk.box.numel * self.itemsize
             if chunk.num_bytes != size:
                 raise CheckpointCorruptError(
-                    f"{where} has a chunk of {chunk.num_bytes} bytes, {self.dtype} of shape "
-                    f"{chunk.box.sizes} takes {size}"
+                    f"{self.checkpoint.path}: {self.key} has a chunk of {chunk.num_bytes} bytes, "
+                    f"{self.dtype} of shape {chunk.box.sizes} takes {size}"
                 )
         if not tiles((chunk.box for chunk in chunks), self.shape):
             stored = sum(chunk.num_bytes for chunk in chunks)
