@@ -6,13 +6,15 @@ import json
 import os
 import subprocess
 import sys
+from argparse import _SubParsersAction
+from inspect import Parameter, signature
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from sharded_ema.cli import main
+from sharded_ema.cli import COMMANDS, build_parser, main
 from sharded_ema.version import __version__
 from tests.helpers.checkpoints import flip, make, meta
 
@@ -130,7 +132,7 @@ def test_closed_streams(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-from sharded_ema.cli import main
+from sharded_ema.cli import COMMANDS, build_parser, main
 write = os.write
 def interrupt(descriptor, data):
     os.kill(os.getpid(), signal.SIGINT)
@@ -170,6 +172,8 @@ def test_version_and_help() -> None:
 def test_no_torch_is_loaded() -> None:
     script = """
 import sys
+from argparse import _SubParsersAction
+from inspect import Parameter, signature
 from sharded_ema import cli
 from sharded_ema.tools import consolidate
 try:
@@ -179,3 +183,16 @@ except SystemExit:
 assert "torch" not in sys.modules and "numpy" in sys.modules
 """
     python("-c", script)
+
+
+def test_flags_are_the_parameters_of_the_tools() -> None:
+    """With the same defaults; each tool is called with all that its command has."""
+    commands = next(a for a in build_parser()._actions if isinstance(a, _SubParsersAction))
+    for name, parser in commands.choices.items():
+        parameters = signature(COMMANDS[name].tool).parameters
+        for action in parser._actions:
+            if action.dest in ("help", "json") or not action.option_strings:
+                continue
+            wanted = parameters[action.dest].default
+            if wanted is not Parameter.empty:
+                assert action.default == (list(wanted) if wanted == () else wanted), action.dest
