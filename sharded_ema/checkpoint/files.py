@@ -256,6 +256,15 @@ def read_whole(location: Location, limit: int) -> bytes:
         return file.read(0, file.size)
 
 
+def read_if_file(location: Location, limit: int) -> bytes | None:
+    """The same if there is a file, and no link; else ``None``.
+
+    Raises:
+        CheckpointCorruptError: it is larger.
+    """
+    return read_whole(location, limit) if is_file(location) else None
+
+
 def inside(root: Location, name: str) -> Location:
     """Where a file of the checkpoint lies.
 

@@ -22,7 +22,7 @@ from sharded_ema.checkpoint.files import (
     entries,
     exists,
     is_file,
-    read_whole,
+    read_if_file,
 )
 from sharded_ema.checkpoint.names import (
     CHECKPOINTS_DIRECTORY,
@@ -135,12 +135,12 @@ def follow(location: Location) -> Location:
     Raises:
         CheckpointNotFoundError: it names nothing that could lie beside it.
     """
-    if location.name != LATEST_NAME or not is_file(location):
+    name = _named_by(location) if location.name == LATEST_NAME else None
+    if name is None:
         return location
-    named = _named_by(location)
-    if named is None:
+    if not is_plain_name(name):
         raise CheckpointNotFoundError(f"{location} names no checkpoint beside it")
-    return named
+    return location.parent / name
 
 
 def is_pointer(location: Location) -> bool:
@@ -150,16 +150,20 @@ def is_pointer(location: Location) -> bool:
     """
     if not exists(location):
         return True
-    target = _named_by(location) if is_file(location) else None
-    return target is not None and (not exists(target) or is_file(target / MANIFEST_NAME))
+    name = _named_by(location)
+    if not is_plain_name(name):
+        return False
+    target = location.parent / str(name)
+    return not exists(target) or is_file(target / MANIFEST_NAME)
 
 
-def _named_by(pointer: Location) -> Location | None:
+def _named_by(pointer: Location) -> str | None:
+    """What a file ``latest`` says, which need not be a name; ``None`` if it is no file."""
     try:
-        name = read_whole(pointer, _MAX_POINTER_BYTES).decode(errors="replace").strip()
+        data = read_if_file(pointer, _MAX_POINTER_BYTES)
     except CheckpointCorruptError:
-        return None
-    return pointer.parent / name if is_plain_name(name) else None
+        return ""
+    return None if data is None else data.decode(errors="replace").strip()
 
 
 def find_set_aside(path: Path) -> Path | None:

@@ -12,8 +12,9 @@ from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
-from sharded_ema.tools.contents import Average, adapter_tensors, find_average
+from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.diff import Distance, distance, prefix_of_names
+from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_weights
 

@@ -1,4 +1,4 @@
-"""Which stored tensors make up one averaged model, or an adapter of it, and under which names."""
+"""Which stored tensors make up one averaged model, and under which names."""
 
 from __future__ import annotations
 
@@ -9,12 +9,6 @@ from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError
-
-# In training a parameter's name has the adapter's in it, as in
-# ``base_model.model.q_proj.lora_A.default.weight``. PEFT's files leave it out, because whoever
-# loads one chooses a name.
-_ADAPTER_PREFIX = "base_model.model."
-_WRAPPED = ".modules_to_save."
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,33 +146,3 @@ def find_tensors(checkpoint: Checkpoint, profile: str, prefix: str | None) -> Av
             f"keys begin with {parts[:10]}, averages lie under {checkpoint.prefixes()}"
         )
     return Average(checkpoint, start, "", {}, tensors)
-
-
-def adapter_tensors(average: Average, adapter: str | None) -> dict[str, StoredTensor]:
-    """The tensors of one adapter by the names that PEFT gives them in a file.
-
-    Args:
-        adapter: its name in training; ``None`` if there was only one.
-
-    Raises:
-        CheckpointMismatchError: the average has no such adapter, or several and none was chosen.
-    """
-    known = average.meta.get("adapters", [])
-    if adapter is None and len(known) == 1:
-        adapter = known[0]
-    if adapter not in known:
-        raise CheckpointMismatchError(
-            f"the average was made of a model with the adapters {known}, and "
-            f"{'none was chosen' if adapter is None else f'{adapter!r} is not one of them'}; pass "
-            "adapter (--adapter)"
-        )
-    found = {}
-    for name, tensor in average.tensors.items():
-        path = name.split(".")
-        if adapter not in path:
-            continue
-        path.remove(adapter)
-        bare = ".".join(path).replace(_WRAPPED, ".")
-        # Models that hold adapters without a PeftModel around them have no such prefix.
-        found[bare if bare.startswith(_ADAPTER_PREFIX) else _ADAPTER_PREFIX + bare] = tensor
-    return found

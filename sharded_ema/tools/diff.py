@@ -18,7 +18,8 @@ from sharded_ema.checkpoint.safetensors import ITEMSIZE
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING, Bytes, widen
-from sharded_ema.tools.contents import Average, adapter_tensors, find_average
+from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_weights
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint.checked_json import load_json
-from sharded_ema.checkpoint.durable import fsync
+from sharded_ema.checkpoint.durable import fsync, write_durably
 from sharded_ema.checkpoint.files import Directory, OpenFiles, read_whole
 from sharded_ema.checkpoint.names import is_plain_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
@@ -153,9 +153,12 @@ def _description(path: Path) -> list[Path]:
     ]
 
 
-def index_bytes(files: Mapping[str, Sequence[Named]]) -> bytes:
-    """The index of a model in several files, given with what each of them holds."""
+def write_index(target: Path, files: Mapping[str, Sequence[Named]]) -> None:
+    """Write the index of a model, given what each of its files holds; a single file needs none."""
+    if len(files) == 1:
+        return
     total = sum(output.num_bytes for group in files.values() for output in group)
     weight_map = {output.name: name for name, group in files.items() for output in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    text = json.dumps(index, indent=2, sort_keys=True)
+    write_durably(target / INDEX, f"{text}\n".encode())

@@ -25,7 +25,7 @@ from sharded_ema.checkpoint.durable import replace_durably
 from sharded_ema.checkpoint.files import Location
 from sharded_ema.checkpoint.names import JOURNAL_NAME, MODEL_DIRECTORY, is_plain_name, temporary
 from sharded_ema.checkpoint.reading.stream import verify_file
-from sharded_ema.checkpoint.writing import target as publishing
+from sharded_ema.checkpoint.writing.target import publish
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
@@ -118,7 +118,7 @@ class Workplace:
         if self._target.is_dir() and not any(self._target.iterdir()):
             removal.remove_empty(self._target)
         try:
-            publishing.publish(self.model, self._target, replace=False)
+            publish(self.model, self._target, replace=False)
         except CheckpointExistsError:
             raise _taken(self._target) from None
 

@@ -30,10 +30,9 @@ from sharded_ema.tools.casting import Bytes, caster, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import (
     ADAPTER_STEM,
-    INDEX,
     Model,
     copy_description,
-    index_bytes,
+    write_index,
 )
 from sharded_ema.tools.plan import Output, Plan, group_bytes
 from sharded_ema.tools.workplace import Workplace, check_space
@@ -169,10 +168,10 @@ def write_models(
         tally = _write_files(plan, place, folders, blocks, what=what, jobs=jobs, progress=progress)
         names: list[str] = []
         for folder in folders:
-            if format != "safetensors":
+            if format == "safetensors":
+                write_index(folder, plan.files)
+            else:
                 _convert([folder / name for name in plan.files], folder, format)
-            elif len(plan.files) > 1:
-                durable.write_durably(folder / INDEX, index_bytes(plan.files))
             names = copy_description(like, folder) if like is not None else []
             durable.fsync(folder)
         place.publish()

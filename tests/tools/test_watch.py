@@ -23,10 +23,10 @@ from sharded_ema import watch
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
-from sharded_ema.checkpoint.writing import target
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError
 from sharded_ema.tools import watch as module
+from sharded_ema.tools import workplace
 from sharded_ema.tools.report import Report
 from tests.helpers.checkpoints import flip, make, meta, rows
 
@@ -277,7 +277,7 @@ def test_an_interrupted_export_leaves_nothing(
         monkeypatch.undo()
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(target, "publish", interrupted)
+    monkeypatch.setattr(workplace, "publish", interrupted)
     command = ["watch", str(run), "--out", str(out)]
     handler = signal.getsignal(signal.SIGTERM)
     assert main(command) == 0
