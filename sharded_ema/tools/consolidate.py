@@ -18,12 +18,7 @@ from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import (
-    CheckpointMismatchError,
-    CheckpointWriteError,
-    ConfigError,
-    EMAError,
-)
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.contents import find_tensors
 from sharded_ema.tools.huggingface import open_model, read_model
 from sharded_ema.tools.naming import Renaming
@@ -31,7 +26,7 @@ from sharded_ema.tools.plan import Wanted, group_bytes, parse_size, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
 from sharded_ema.tools.workplace import check_target
-from sharded_ema.tools.write import copied, write_models
+from sharded_ema.tools.write import as_write_error, copied, write_models
 
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -112,6 +107,7 @@ def consolidate(
         average = find_tensors(checkpoint, profile, prefix)
         target = as_path(dst, "dst")
         check_target(target, checkpoint.path)
+        weights = None if base is None else stack.enter_context(open_model(as_path(base, "base")))
         wanted = Wanted(
             dtype=dtype,
             max_shard_size=limit,
@@ -120,9 +116,7 @@ def consolidate(
             rename=Renaming(rename),
             include=include,
             exclude=exclude,
-            base=stack.enter_context(open_model(as_path(base, "base")))
-            if base is not None
-            else None,
+            base=weights,
             model=read_model(as_path(like, "like")) if like is not None else None,
         )
         _check_shapes_known(checkpoint, wanted)
@@ -146,7 +140,7 @@ def consolidate(
                 for name, group in planned.files.items()
             }
         elif report.ok:
-            try:
+            with as_write_error(f"{src} could not be written to {target}"):
                 written = write_models(
                     planned,
                     target,
@@ -159,12 +153,6 @@ def consolidate(
                     resume=True,
                     format=format,
                 )
-            except EMAError:
-                raise
-            except OSError as error:
-                raise CheckpointWriteError(
-                    f"{src} could not be written to {target}: {error}"
-                ) from error
             report.notes += written.tally.notes()
             report.facts |= {"copied": len(written.copied), "taken_over": written.taken_over}
     report.facts["seconds"] = round(time.monotonic() - started, 3)

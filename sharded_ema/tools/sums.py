@@ -17,13 +17,12 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.safetensors import ITEMSIZE
-from sharded_ema.errors import CheckpointWriteError, EMAError
 from sharded_ema.tools.casting import Bytes, round_once, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import Model
 from sharded_ema.tools.plan import Output, Plan
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.write import Tally, copied, write_models
+from sharded_ema.tools.write import Tally, as_write_error, copied, write_models
 
 #: Of blocks and sums in memory, whatever the sizes and numbers of models.
 BUDGET_BYTES = 1 << 26
@@ -132,7 +131,7 @@ def write_sums(
         CheckpointCorruptError: an input is damaged.
         CheckpointWriteError: the target could not be written.
     """
-    try:
+    with as_write_error(f"{target} could not be written"):
         written = write_models(
             plan,
             target,
@@ -143,10 +142,6 @@ def write_sums(
             jobs=jobs,
             progress=progress,
         )
-    except EMAError:
-        raise
-    except OSError as error:
-        raise CheckpointWriteError(f"{target} could not be written: {error}") from error
     report.notes += written.tally.notes()
     report.facts |= {
         "tensors": len(sums.sources),

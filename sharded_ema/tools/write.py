@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.removal import remove_files
 from sharded_ema.checkpoint.safetensors import build_header
+from sharded_ema.errors import CheckpointWriteError, EMAError
 from sharded_ema.tools.casting import Bytes, caster, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import (
@@ -125,6 +126,21 @@ class Written:
     taken_over: int
     copied: list[str]
     tally: Tally
+
+
+@contextmanager
+def as_write_error(what: str) -> Iterator[None]:
+    """Turn what the disk says inside into an error of ours.
+
+    Raises:
+        CheckpointWriteError: ``what``, and why.
+    """
+    try:
+        yield
+    except EMAError:  # some of which are OSErrors as well
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(f"{what}: {error}") from error
 
 
 def write_models(
