@@ -40,7 +40,7 @@ class StepListener:
     removed: Callable[[], None]
 
 
-class AppliedSteps(Protocol):
+class StepHooks(Protocol):
     """Tells a listener of every applied optimizer step, until removed.
 
     Attributes:

@@ -15,11 +15,11 @@ from typing import Any
 
 import xxhash
 
+from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
 from sharded_ema.checkpoint.files import Location, inside, open_regular, read_whole
 from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, META_VERSION, is_plain_name
 from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, read_header
-from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
