@@ -11,8 +11,9 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 from sharded_ema.config import DEFAULT_PROFILE
@@ -29,189 +30,34 @@ from sharded_ema.tools.watch import watch
 from sharded_ema.version import __version__
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their flags."""
-    parser = argparse.ArgumentParser(
-        prog="sharded-ema",
-        description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
-        "torchrun and no PyTorch.",
-    )
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+@dataclass(frozen=True, slots=True)
+class Argument:
+    """One argument of a command.
 
-    look = commands.add_parser("inspect", help="say what is in a checkpoint")
-    look.add_argument(
-        "checkpoint",
-        metavar="CKPT",
-        help="checkpoint, directory of a run, model directory or safetensors file",
-    )
-    look.add_argument("--tensors", action="store_true", help="list every tensor")
-    look.add_argument("--json", action="store_true", help="print the report as JSON")
+    Attributes:
+        name: ``"src"``, or of a flag ``"--dtype"``: that of the tool's parameter.
+        settings: for ``add_argument``.
+    """
 
-    check = commands.add_parser(
-        "verify", help="check every byte of a checkpoint, and that its averages are averages"
-    )
-    check.add_argument("checkpoint", metavar="CKPT", help="directory of a checkpoint")
-    check.add_argument(
-        "--model",
-        metavar="DIR",
-        help="raw weights to compare with: a Hugging Face directory, a safetensors file or a DCP "
-        "checkpoint",
-    )
-    check.add_argument("--json", action="store_true", help="print the report as JSON")
-
-    merge = commands.add_parser(
-        "consolidate", help="write one average as a model that from_pretrained loads"
-    )
-    merge.add_argument("src", metavar="SRC", help="directory of a checkpoint")
-    merge.add_argument("dst", metavar="DST", help="directory to create")
-    merge.add_argument("--profile", default=DEFAULT_PROFILE, help="(default: %(default)s)")
-    merge.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
-    merge.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
-    merge.add_argument(
-        "--prefix",
-        help="key prefix of the average inside a larger checkpoint, or of tensors that other "
-        "software has stored ('' for all)",
-    )
-    merge.add_argument(
-        "--like",
-        metavar="DIR",
-        help="model or PEFT adapter directory to take configuration from "
-        "and, if it has weights, to check names and shapes against",
-    )
-    merge.add_argument("--adapter", help="PEFT adapter to write, if the model had several")
-    for flag, metavar, text in (
-        ("--include", "PATTERN", "only tensors whose names in the output fit; may be repeated"),
-        ("--exclude", "PATTERN", "no tensors whose names in the output fit; may be repeated"),
-        ("--rename", "s/A/B/", "substitution in the names, as in Python's re; may be repeated"),
-    ):
-        merge.add_argument(flag, action="append", default=[], metavar=metavar, help=text)
-    merge.add_argument(
-        "--base", metavar="DIR", help="model directory to take what is not stored from"
-    )
-    merge.add_argument(
-        "--format",
-        choices=FORMATS,
-        default=FORMATS[0],
-        help="torch: one pytorch_model.bin; dcp: a checkpoint of torch.distributed.checkpoint; "
-        "both need PyTorch (default: %(default)s)",
-    )
-    merge.add_argument("--plan", action="store_true", help="only say what would be written")
-    merge.add_argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
-    merge.add_argument(
-        "--tied",
-        choices=("drop", "emit"),
-        default="drop",
-        help="tied weights under one name, or under all (default: %(default)s)",
-    )
-    merge.add_argument("--no-progress", action="store_true", help="no progress bar")
-    merge.add_argument("--json", action="store_true", help="print the report as JSON")
-    _add_diff(commands)
-    _add_watch(commands)
-    _add_synthesize(commands)
-    _add_average(commands)
-    return parser
+    name: str
+    settings: dict[str, Any]
 
 
-def _add_diff(commands: Any) -> None:
-    compare = commands.add_parser("diff", help="say how far apart two sets of weights are")
-    side = "checkpoint, Hugging Face directory, safetensors file or DCP checkpoint"
-    compare.add_argument("a", metavar="A", help=side)
-    compare.add_argument("b", metavar="B", help=side)
-    compare.add_argument(
-        "--profile", default=DEFAULT_PROFILE, help="average of a checkpoint (default: %(default)s)"
-    )
-    compare.add_argument("--prefix", help="key prefix of the average if a checkpoint holds several")
-    compare.add_argument("--tensors", action="store_true", help="list every tensor")
-    compare.add_argument(
-        "--tolerance",
-        type=float,
-        default=0.0,
-        metavar="R",
-        help="relative distance that any tensor may have (default: all bits equal)",
-    )
-    compare.add_argument("--json", action="store_true", help="print the report as JSON")
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command: the function behind it, and its arguments in the order of the help.
+
+    Attributes:
+        tool: called with the arguments that are no flags in their order, and the flags by name.
+    """
+
+    tool: Callable[..., Any]
+    help: str
+    arguments: tuple[Argument, ...]
 
 
-def _add_watch(commands: Any) -> None:
-    follow = commands.add_parser(
-        "watch", help="consolidate each new checkpoint of a run, for an evaluator or a server"
-    )
-    follow.add_argument("run", metavar="RUN", help="directory of checkpoints; may be missing yet")
-    follow.add_argument("--out", required=True, metavar="DIR", help="directory for the exports")
-    follow.add_argument("--profile", default=DEFAULT_PROFILE, help="(default: %(default)s)")
-    follow.add_argument("--dtype", choices=DTYPES, help="of floating tensors (default: as stored)")
-    follow.add_argument("--like", metavar="DIR", help="as for consolidate")
-    follow.add_argument("--keep", type=int, default=2, help="exports (default: %(default)s)")
-    follow.add_argument(
-        "--interval", type=float, default=10.0, metavar="S", help="seconds (default: %(default)g)"
-    )
-    follow.add_argument("--once", action="store_true", help="export what is missing, and end")
-    follow.add_argument("--json", action="store_true", help="print a line of JSON for each export")
-
-
-def _add_synthesize(commands: Any) -> None:
-    build = commands.add_parser(
-        "synthesize", help="build averages of any length out of the power-function ones of a run"
-    )
-    build.add_argument("run", metavar="RUN", help="directory with the checkpoints of a run")
-    build.add_argument(
-        "--sigma-rel",
-        type=_numbers,
-        required=True,
-        metavar="S,...",
-        help="relative widths, such as 0.05,0.10,0.15",
-    )
-    build.add_argument("--step", type=int, help="checkpoint to end at (default: the last)")
-    build.add_argument(
-        "--profiles",
-        type=lambda text: text.split(","),
-        metavar="NAME,...",
-        help="stored averages to use (default: all power functions)",
-    )
-    build.add_argument(
-        "--max-residual",
-        type=float,
-        default=0.05,
-        help="refuse what is missed by more than this share (default: %(default)s)",
-    )
-    _add_writing(build, stored="as stored")
-
-
-def _add_average(commands: Any) -> None:
-    mean = commands.add_parser(
-        "average", help="write the mean of several checkpoints or models, uniform or weighted"
-    )
-    mean.add_argument(
-        "checkpoints",
-        metavar="CKPT",
-        nargs="+",
-        help="checkpoint, Hugging Face directory, safetensors file or DCP checkpoint",
-    )
-    mean.add_argument("--weights", type=_numbers, metavar="W,...", help="such as 1,2,1")
-    mean.add_argument(
-        "--profile", default=DEFAULT_PROFILE, help="of our checkpoints (default: %(default)s)"
-    )
-    mean.add_argument("--prefix", help="key prefix of the average or model in a larger checkpoint")
-    _add_writing(mean, stored="that of the last input")
-
-
-def _add_writing(parser: argparse.ArgumentParser, *, stored: str) -> None:
-    """The flags of commands that write models made of several checkpoints."""
-    parser.add_argument("--out", metavar="DIR", required=True, help="directory to create")
-    parser.add_argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
-    parser.add_argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
-    parser.add_argument(
-        "--like",
-        metavar="DIR",
-        help="model directory to take configuration from and, if it has weights, to check names "
-        "and shapes against",
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="files at a time (default: %(default)s)"
-    )
-    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+def _argument(name: str, **settings: Any) -> Argument:
+    return Argument(name, settings)
 
 
 def _numbers(text: str) -> list[float]:
@@ -221,64 +67,226 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"numbers with commas between, got {text!r}") from None
 
 
-def run(arguments: argparse.Namespace) -> Report:
-    """Call the tool that the command names."""
-    if arguments.command == "inspect":
-        return inspect(arguments.checkpoint, tensors=arguments.tensors)
-    if arguments.command == "verify":
-        return verify(arguments.checkpoint, model=arguments.model)
-    if arguments.command == "diff":
-        return diff(
-            arguments.a,
-            arguments.b,
-            profile=arguments.profile,
-            prefix=arguments.prefix,
-            tensors=arguments.tensors,
-            tolerance=arguments.tolerance,
-        )
-    if arguments.command == "synthesize":
-        return synthesize(
-            arguments.run,
-            sigma_rel=arguments.sigma_rel,
-            step=arguments.step,
-            profiles=arguments.profiles,
-            max_residual=arguments.max_residual,
-            **_writing(arguments),
-        )
-    if arguments.command == "average":
-        return average(
-            arguments.checkpoints,
-            weights=arguments.weights,
-            profile=arguments.profile,
-            prefix=arguments.prefix,
-            **_writing(arguments),
-        )
-    return consolidate(
-        arguments.src,
-        arguments.dst,
-        profile=arguments.profile,
-        dtype=arguments.dtype,
-        max_shard_size=arguments.max_shard_size,
-        prefix=arguments.prefix,
-        like=arguments.like,
-        jobs=arguments.jobs,
-        tied=arguments.tied,
-        adapter=arguments.adapter,
-        include=arguments.include,
-        exclude=arguments.exclude,
-        rename=arguments.rename,
-        base=arguments.base,
-        format=arguments.format,
-        plan=arguments.plan,
-        progress=not arguments.no_progress,
+def _profile(help: str = "") -> Argument:
+    return _argument(
+        "--profile", default=DEFAULT_PROFILE, help=f"{help} (default: %(default)s)".strip()
     )
 
 
-def _writing(arguments: argparse.Namespace) -> dict[str, Any]:
-    names = ("out", "dtype", "max_shard_size", "like", "jobs")
-    return {name: getattr(arguments, name) for name in names} | {
-        "progress": not arguments.no_progress
-    }
+def _dtype(stored: str = "as stored") -> Argument:
+    return _argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
+
+
+def _repeated(name: str, metavar: str, help: str) -> Argument:
+    return _argument(
+        name, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated"
+    )
+
+
+def _writing(stored: str) -> tuple[Argument, ...]:
+    """What the commands take that write models made of several checkpoints."""
+    like = (
+        "model directory to take configuration from and, if it has weights, to check names and "
+        "shapes against"
+    )
+    return (
+        _argument("--out", metavar="DIR", required=True, help="directory to create"),
+        _dtype(stored),
+        _SIZE,
+        _argument("--like", metavar="DIR", help=like),
+        _JOBS,
+        _NO_PROGRESS,
+        _JSON,
+    )
+
+
+_JSON = _argument("--json", action="store_true", help="print the report as JSON")
+_TENSORS = _argument("--tensors", action="store_true", help="list every tensor")
+_SIZE = _argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
+_JOBS = _argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
+_NO_PROGRESS = _argument(
+    "--no-progress", dest="progress", action="store_false", help="no progress bar"
+)
+_SIDE = "checkpoint, Hugging Face directory, safetensors file or DCP checkpoint"
+
+COMMANDS = {
+    "inspect": Command(
+        inspect,
+        "say what is in a checkpoint",
+        (
+            _argument(
+                "checkpoint",
+                metavar="CKPT",
+                help="checkpoint, directory of a run, model directory or safetensors file",
+            ),
+            _TENSORS,
+            _JSON,
+        ),
+    ),
+    "verify": Command(
+        verify,
+        "check every byte of a checkpoint, and that its averages are averages",
+        (
+            _argument("checkpoint", metavar="CKPT", help="directory of a checkpoint"),
+            _argument(
+                "--model",
+                metavar="DIR",
+                help="raw weights to compare with: a Hugging Face directory, a safetensors file or "
+                "a DCP checkpoint",
+            ),
+            _JSON,
+        ),
+    ),
+    "consolidate": Command(
+        consolidate,
+        "write one average as a model that from_pretrained loads",
+        (
+            _argument("src", metavar="SRC", help="directory of a checkpoint"),
+            _argument("dst", metavar="DST", help="directory to create"),
+            _profile(),
+            _dtype(),
+            _SIZE,
+            _argument(
+                "--prefix",
+                help="key prefix of the average inside a larger checkpoint, or of tensors that "
+                "other software has stored ('' for all)",
+            ),
+            _argument(
+                "--like",
+                metavar="DIR",
+                help="model or PEFT adapter directory to take configuration from and, if it has "
+                "weights, to check names and shapes against",
+            ),
+            _argument("--adapter", help="PEFT adapter to write, if the model had several"),
+            _repeated("--include", "PATTERN", "only tensors whose names in the output fit"),
+            _repeated("--exclude", "PATTERN", "no tensors whose names in the output fit"),
+            _repeated("--rename", "s/A/B/", "substitution in the names, as in Python's re"),
+            _argument(
+                "--base", metavar="DIR", help="model directory to take what is not stored from"
+            ),
+            _argument(
+                "--format",
+                choices=FORMATS,
+                default=FORMATS[0],
+                help="torch: one pytorch_model.bin; dcp: a checkpoint of torch.distributed."
+                "checkpoint; both need PyTorch (default: %(default)s)",
+            ),
+            _argument("--plan", action="store_true", help="only say what would be written"),
+            _JOBS,
+            _argument(
+                "--tied",
+                choices=("drop", "emit"),
+                default="drop",
+                help="tied weights under one name, or under all (default: %(default)s)",
+            ),
+            _NO_PROGRESS,
+            _JSON,
+        ),
+    ),
+    "diff": Command(
+        diff,
+        "say how far apart two sets of weights are",
+        (
+            _argument("a", metavar="A", help=_SIDE),
+            _argument("b", metavar="B", help=_SIDE),
+            _profile("average of a checkpoint"),
+            _argument("--prefix", help="key prefix of the average if a checkpoint holds several"),
+            _TENSORS,
+            _argument(
+                "--tolerance",
+                type=float,
+                default=0.0,
+                metavar="R",
+                help="relative distance that any tensor may have (default: all bits equal)",
+            ),
+            _JSON,
+        ),
+    ),
+    "watch": Command(
+        watch,
+        "consolidate each new checkpoint of a run, for an evaluator or a server",
+        (
+            _argument("run", metavar="RUN", help="directory of checkpoints; may be missing yet"),
+            _argument("--out", required=True, metavar="DIR", help="directory for the exports"),
+            _profile(),
+            _dtype(),
+            _argument("--like", metavar="DIR", help="as for consolidate"),
+            _argument("--keep", type=int, default=2, help="exports (default: %(default)s)"),
+            _argument(
+                "--interval",
+                type=float,
+                default=10.0,
+                metavar="S",
+                help="seconds (default: %(default)g)",
+            ),
+            _argument("--once", action="store_true", help="export what is missing, and end"),
+            _argument("--json", action="store_true", help="print a line of JSON for each export"),
+        ),
+    ),
+    "synthesize": Command(
+        synthesize,
+        "build averages of any length out of the power-function ones of a run",
+        (
+            _argument("run", metavar="RUN", help="directory with the checkpoints of a run"),
+            _argument(
+                "--sigma-rel",
+                type=_numbers,
+                required=True,
+                metavar="S,...",
+                help="relative widths, such as 0.05,0.10,0.15",
+            ),
+            _argument("--step", type=int, help="checkpoint to end at (default: the last)"),
+            _argument(
+                "--profiles",
+                type=lambda text: text.split(","),
+                metavar="NAME,...",
+                help="stored averages to use (default: all power functions)",
+            ),
+            _argument(
+                "--max-residual",
+                type=float,
+                default=0.05,
+                help="refuse what is missed by more than this share (default: %(default)s)",
+            ),
+            *_writing("as stored"),
+        ),
+    ),
+    "average": Command(
+        average,
+        "write the mean of several checkpoints or models, uniform or weighted",
+        (
+            _argument("checkpoints", metavar="CKPT", nargs="+", help=_SIDE),
+            _argument("--weights", type=_numbers, metavar="W,...", help="such as 1,2,1"),
+            _profile("of our checkpoints"),
+            _argument("--prefix", help="key prefix of the average or model in a larger checkpoint"),
+            *_writing("that of the last input"),
+        ),
+    ),
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and their flags."""
+    parser = argparse.ArgumentParser(
+        prog="sharded-ema",
+        description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
+        "torchrun and no PyTorch.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        sub = commands.add_parser(name, help=command.help)
+        for argument in command.arguments:
+            sub.add_argument(argument.name, **argument.settings)
+    return parser
+
+
+def call(arguments: argparse.Namespace) -> Any:
+    """Call the tool that the command names; what it returns."""
+    command = COMMANDS[arguments.command]
+    values = {k: v for k, v in vars(arguments).items() if k not in ("command", "json")}
+    names = [each.name for each in command.arguments if not each.name.startswith("-")]
+    return command.tool(*[values.pop(name) for name in names], **values)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -290,7 +298,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "watch":
             return _watch(arguments)
-        report = run(arguments)
+        report = call(arguments)
         if arguments.json:
             _say(json.dumps(report.to_dict(), indent=1))
         else:
@@ -330,16 +338,7 @@ def _watch(arguments: argparse.Namespace) -> int:
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     ok = True
     try:
-        reports = watch(
-            arguments.run,
-            arguments.out,
-            dtype=arguments.dtype,
-            profile=arguments.profile,
-            like=arguments.like,
-            keep=arguments.keep,
-            interval=arguments.interval,
-            once=arguments.once,
-        )
+        reports = call(arguments)
         with closing(reports):
             for report in reports:
                 ok &= report.ok

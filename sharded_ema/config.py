@@ -7,16 +7,6 @@ from dataclasses import dataclass
 from sharded_ema.errors import ConfigError
 
 DEFAULT_PROFILE = "ema"
-META_VERSION = 1
-#: Bytes of the ``_meta`` tensor. Fixed, because DCP does not load into a tensor of another size.
-META_BYTES = 1 << 18
-#: Directory of the average in a checkpoint of a DeepSpeed engine, below the tag. DeepSpeed's tools
-#: look at files of the tag only.
-ENGINE_DIRECTORY = "ema"
-#: Key prefixes in a state dict beside the profiles' own.
-FROZEN_PREFIX = "_frozen."
-BUFFERS_PREFIX = "_buffers."
-META_KEY = "_meta"
 
 _CHOICES = {
     "buffers": ("copy", "average", "ignore"),

@@ -31,7 +31,7 @@ from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
 from sharded_ema.model.sources import make_source
-from sharded_ema.model.steps import AppliedSteps, StepListener, StepWatch
+from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
 
 class ShardedEMA:
@@ -152,9 +152,7 @@ class ShardedEMA:
 
     # ------------------------------------------------------------------ following the optimizer
 
-    def attach(
-        self, *optimizers: Any, checkpoint: bool = True, strict: bool = False
-    ) -> AppliedSteps:
+    def attach(self, *optimizers: Any, checkpoint: bool = True, strict: bool = False) -> StepHooks:
         """Update after every step that the optimizers apply; all of them in one call.
 
         The ranks check here once that they hold the same replicated parameters, and under

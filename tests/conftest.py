@@ -1,4 +1,4 @@
-"""Worlds of 2, 3 and 4 ranks that live for the whole test session."""
+"""Worlds of ranks that live for the whole test session."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from tests.helpers.pool import WorkerPool
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[dict[int, WorkerPool]]:
+    """Worlds of 2, 3 and 4 ranks."""
     pools = {size: WorkerPool(size) for size in (2, 3, 4)}
     yield pools
     for pool in pools.values():

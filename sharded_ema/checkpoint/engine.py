@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-from sharded_ema.config import ENGINE_DIRECTORY
+from sharded_ema.checkpoint.names import ENGINE_DIRECTORY
 from sharded_ema.model.steps import MethodWrap
 
 

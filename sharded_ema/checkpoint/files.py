@@ -1,17 +1,119 @@
-"""Opening the files of a checkpoint: regular files inside its directory and nothing else."""
+"""Paths and URLs, and the files that lie there: opened with care, held open, read at any position.
+
+A checkpoint may have been made to harm, so only regular files inside its directory are opened, and
+without waiting. Under a URL there are objects, which fsspec has a driver for.
+"""
 
 from __future__ import annotations
 
 import os
 import stat
+import threading
+import weakref
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from sharded_ema.checkpoint.location import URL, Location, driver
-from sharded_ema.errors import CheckpointCorruptError, CheckpointError
+import numpy as np
+from numpy.typing import NDArray
 
-_MAX_NAME_BYTES = 255
+from sharded_ema.checkpoint.names import is_plain_name
+from sharded_ema.errors import CheckpointCorruptError, CheckpointError, ConfigError
+
+# Names of files that OpenFiles keeps open; of one, as many as there are threads.
+_MAX_OPEN_FILES = 32
+
+Bytes = NDArray[np.uint8]
+
+# ---------------------------------------------------------------------- where
+
+
+class URL(str):
+    """A URL without a slash at its end, with as much of ``Path`` as is needed here."""
+
+    __slots__ = ()
+
+    def __truediv__(self, name: str) -> URL:
+        return URL(f"{self}/{name}")
+
+    @property
+    def name(self) -> str:
+        """The last part."""
+        return self.rpartition("/")[2]
+
+    @property
+    def parent(self) -> URL:
+        """All but the last part."""
+        return URL(self.rpartition("/")[0])
+
+
+Location = Path | URL
+
+
+def as_location(location: str | os.PathLike[str]) -> Location:
+    """A URL such as ``s3://bucket/run`` as such (``file://`` is one as well), else a path."""
+    text = os.fspath(location)
+    return URL(text.rstrip("/")) if "://" in text else Path(text)
+
+
+def as_path(location: str | os.PathLike[str], what: str) -> Path:
+    """A path of this machine.
+
+    Raises:
+        ConfigError: it is a URL, which as a path would name a directory here.
+    """
+    if isinstance(as_location(location), URL):
+        raise ConfigError(f"{what} must lie on this machine, got the URL {location}")
+    return Path(location)
+
+
+def driver(url: str) -> tuple[Any, str]:
+    """fsspec's file system for a URL, without what it remembers of earlier looks, and the path.
+
+    Raises:
+        ConfigError: fsspec has no driver for it.
+    """
+    try:
+        import fsspec  # not needed by those who have files
+
+        fs, path = fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(f"{url} cannot be reached: {error}") from error
+    fs.invalidate_cache()
+    return fs, path
+
+
+def entries(location: Location) -> set[str]:
+    """Names in a directory; none if there is no such directory."""
+    if isinstance(location, Path):
+        return {entry.name for entry in location.iterdir()} if location.is_dir() else set()
+    fs, path = driver(location)
+    if not fs.isdir(path):
+        return set()
+    return {found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)}
+
+
+def is_file(location: Location) -> bool:
+    """Whether there is a file, and no link."""
+    if isinstance(location, Path):
+        return location.is_file() and not location.is_symlink()
+    fs, path = driver(location)
+    return bool(fs.isfile(path))
+
+
+def exists(location: Location) -> bool:
+    """Whether there is anything, and be it a broken link."""
+    if isinstance(location, Path):
+        return os.path.lexists(location)
+    fs, path = driver(location)
+    return bool(fs.exists(path))
+
+
+# ---------------------------------------------------------------------- one file
 
 
 class OpenFile(ABC):
@@ -154,14 +256,13 @@ def read_whole(location: Location, limit: int) -> bytes:
         return file.read(0, file.size)
 
 
-def is_plain_name(name: object) -> bool:
-    """Whether a value can be the name of a file, and stays inside the directory it is joined to."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
-        return False
-    try:
-        return len(os.fsencode(name)) <= _MAX_NAME_BYTES
-    except UnicodeEncodeError:
-        return False
+def read_if_file(location: Location, limit: int) -> bytes | None:
+    """The same if there is a file, and no link; else ``None``.
+
+    Raises:
+        CheckpointCorruptError: it is larger.
+    """
+    return read_whole(location, limit) if is_file(location) else None
 
 
 def inside(root: Location, name: str) -> Location:
@@ -182,3 +283,108 @@ def inside(root: Location, name: str) -> Location:
     if leaves:
         raise CheckpointCorruptError(f"{root}: the file name {name!r} leads out of the directory")
     return path
+
+
+# ---------------------------------------------------------------------- many files
+
+
+class OpenFiles:
+    """Files that stay open from one read to the next, 32 at the most; a context manager.
+
+    Threads may share it: a file that one of them reads is not there for another, which opens it
+    once more. What was closed is opened again when it is needed. Nobody who forgets to close it
+    loses the files for good.
+    """
+
+    def __init__(self) -> None:
+        # By directory and name; what was used last comes last.
+        self._idle: OrderedDict[tuple[Location, str], list[OpenFile]] = OrderedDict()
+        self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._idle)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close what nobody is reading."""
+        with self._lock:
+            _close_all(self._idle)
+
+    @contextmanager
+    def open(self, root: Location, name: str) -> Iterator[OpenFile]:
+        """The file ``root / name`` to read, for the time of a block.
+
+        Raises:
+            CheckpointCorruptError, CheckpointError: see :func:`open_regular`.
+        """
+        key = (root, name)
+        with self._lock:
+            idle = self._idle.pop(key, None)
+            file = idle.pop() if idle else None
+            if idle:
+                self._idle[key] = idle
+        if file is None:
+            file = open_regular(root / name)
+        try:
+            yield file
+        except BaseException:
+            file.close()
+            raise
+        with self._lock:
+            self._idle.setdefault(key, []).append(file)
+            self._idle.move_to_end(key)
+            if len(self._idle) > _MAX_OPEN_FILES:
+                _close_first(self._idle)
+
+
+def _close_first(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+    for file in idle.popitem(last=False)[1]:
+        file.close()
+
+
+def _close_all(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+    while idle:
+        _close_first(idle)
+
+
+class Directory:
+    """The directory of a checkpoint, or what lies under a URL, as a place to read pieces from.
+
+    Args:
+        location: where it lies.
+        files: holds its files open; one for several directories makes them share its limit.
+            ``None`` for one of its own.
+
+    Attributes:
+        location, files: see above.
+    """
+
+    def __init__(self, location: Location, files: OpenFiles | None = None) -> None:
+        self.location = location
+        self.files = OpenFiles() if files is None else files
+
+    @contextmanager
+    def open(self, name: str) -> Iterator[OpenFile]:
+        """A file in it, for the time of a block.
+
+        Args:
+            name: that does not come from the checkpoint, or was checked by :func:`inside`.
+
+        Raises:
+            CheckpointCorruptError: it is missing, or no regular file.
+            CheckpointError: it cannot be opened.
+        """
+        with self.files.open(self.location, name) as file:
+            yield file
+
+    def read_into(self, name: str, buffer: Bytes, position: int) -> None:
+        """Fill ``buffer`` with a file's bytes from ``position`` on.
+
+        Raises:
+            CheckpointCorruptError: the file is not there or too short.
+        """
+        with self.files.open(self.location, name) as file:
+            file.fill(buffer.data, position)

@@ -1,42 +1,132 @@
-"""How a directory becomes a checkpoint: written beside its target, made durable, renamed.
+"""What may be removed, and removing it: nothing in this library deletes in any other way.
 
-``<path>.tmp-<uuid>`` is where all ranks write. Once every byte is on disk and the manifest says
-so, one rename makes it ``<path>``; a crash at any moment leaves the target absent or whole. With
-``replace`` the old checkpoint first steps aside as ``<path>.old-<uuid>``, where readers and the
-next save find it if the process dies between the two renames.
+Nothing is removed but this:
 
-Whoever writes below a directory holds a shared lock on it, which the system drops when the process
-dies. Who gets the lock alone knows that what lies there half-written is nobody's, and removes it.
+1. **What was begun and not finished.** It bears the mark of a temporary name with the digits of a
+   save or a plan; it holds nothing but what a save or a consolidation writes, or lies in the
+   directory that the user gave to a watch; and nobody is at work on it.
+2. **A committed checkpoint that the user has given up.** It was set aside by ``replace=True``, and
+   what replaces it is committed; or ``keep_last`` leaves room for others of its kind only.
+3. **An export of a watch** that is one too many, in the directory that the user gave to it.
+4. What the caller has begun itself, and what lies where it alone is at work.
+5. A directory in which there is nothing, if something will take its place.
+
+Who is at work is known by locks: whoever saves holds a shared lock on the directory around the
+checkpoint, whoever consolidates, one on the directory that is worked in, a watch, one on the
+directory of its exports. The system drops a lock when its process dies, so who gets it alone knows
+that what is half-written there is nobody's.
+
+A directory is renamed before it is removed. So a reader never meets half of it under its name, and
+a save that, against all locks, is still writing into it cannot rename it to a checkpoint any more.
+Under a URL nothing can be renamed and there are no locks; there the manifest goes first, and what
+is left without it is no checkpoint.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
-from uuid import uuid4
 
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import is_part, set_aside
-from sharded_ema.checkpoint.writing.durable import fsync, write_durably
-from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
+from sharded_ema.checkpoint.durable import fsync
+from sharded_ema.checkpoint.files import URL, Location, driver, entries
+from sharded_ema.checkpoint.names import (
+    MANIFEST_NAME,
+    is_of_workplace,
+    is_part,
+    is_set_aside,
+    is_temporary,
+    set_aside,
+    temporary,
+    without_mark,
+)
+from sharded_ema.checkpoint.run import committed, find_set_aside
 
-_TEMPORARY = re.compile(r"(?P<name>.+)\.tmp-[0-9a-f]{32}")
-_SET_ASIDE = re.compile(r"(?P<name>.+)\.old-[0-9a-f]{32}")
+# ---------------------------------------------------------------------- removing
 
 
-def temporary(path: Path) -> Path:
-    """A new name beside ``path`` for what will be renamed to it, or is about to be removed."""
-    return path.with_name(f"{path.name}.tmp-{uuid4().hex}")
+def remove(location: Location) -> None:
+    """Remove a directory that no longer counts; what cannot be removed is only in the way.
+
+    Raises:
+        OSError: it lies under a URL, and an object cannot be removed.
+    """
+    if isinstance(location, URL):
+        _remove_objects(location)
+        return
+    # Without the mark that it may have, so that names do not grow.
+    doomed = temporary(location.with_name(without_mark(location.name)))
+    try:
+        os.rename(location, doomed)
+    except OSError:
+        return
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _remove_objects(url: URL) -> None:
+    fs, path = driver(url)
+    for name in sorted(entries(url), key=lambda name: name != MANIFEST_NAME):
+        fs.rm_file(f"{path}/{name}")
+    # Where directories are real (drivers without any raise NotImplementedError); never the
+    # bucket itself.
+    if "/" in path.strip("/"):
+        with suppress(OSError, NotImplementedError):
+            fs.rmdir(path)
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files that lie where the caller alone is at work."""
+    for path in paths:
+        path.unlink()
+
+
+def remove_empty(path: Path) -> None:
+    """Remove a directory in which there is nothing.
+
+    Raises:
+        OSError: there is something.
+    """
+    path.rmdir()
+
+
+# ---------------------------------------------------------------------- who is at work
+
+
+def lock_alone(descriptor: int) -> bool | None:
+    """Whether nobody else is at work in an open directory; from now on, the caller is.
+
+    Returns:
+        ``None`` if nobody can tell: not every file system has locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _holds_only(path: Path, known: Callable[[str], bool]) -> bool:
+    """Whether all names in a directory are such as this library gives."""
+    try:
+        return all(known(entry.name) for entry in path.iterdir())
+    except FileNotFoundError:  # of somebody else, who removed it at this moment
+        return False
+
+
+# ---------------------------------------------------------------------- saves
 
 
 class Occupied:
     """A directory in which a save is under way, until closed.
+
+    If no other is under way there, what killed saves have left is removed first.
 
     Args:
         folder: the directory; it must exist.
@@ -44,11 +134,7 @@ class Occupied:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            pass  # another save is under way, or this file system has no locks: nothing is removed
-        else:
+        if lock_alone(self._descriptor):
             _remove_leftovers(folder)
         # Without locks a save whose directory another one removes fails at its rename.
         with suppress(OSError):
@@ -68,136 +154,91 @@ class Occupied:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what killed saves have left: temporary directories, and what they have replaced.
+    """Remove temporary directories, and what was replaced.
 
-    What they were about to replace takes its place again.
+    What was about to be replaced takes its place again.
     """
     for path in list(folder.iterdir()):
-        old = _SET_ASIDE.fullmatch(path.name)
-        if old:
-            recover(folder / old["name"])
-            if (folder / old["name"] / MANIFEST_NAME).is_file():
+        if is_set_aside(path.name):
+            successor = folder / without_mark(path.name)
+            recover(successor)
+            if (successor / MANIFEST_NAME).is_file():
                 remove(path)
-        elif _TEMPORARY.fullmatch(path.name) and not path.is_symlink():
+        elif is_temporary(path.name) and not path.is_symlink():
             if path.is_file():
                 with suppress(OSError):
                     path.unlink()
-            elif path.is_dir() and _holds_only_parts(path):
+            elif path.is_dir() and _holds_only(path, is_part):
                 remove(path)
 
 
-def _holds_only_parts(path: Path) -> bool:
-    try:
-        return all(is_part(entry.name) for entry in path.iterdir())
-    except FileNotFoundError:  # of somebody else, who removed it at this moment
-        return False
-
-
-def remove(path: Path) -> None:
-    """Remove a directory that no longer counts; what cannot be removed is only in the way.
-
-    It is renamed first. So a reader never meets half of it under its name, and a save that, against
-    all locks, is still writing into it cannot rename it to a checkpoint any more.
-    """
-    doomed = temporary(_bare(path))
-    try:
-        os.rename(path, doomed)
-    except OSError:
-        return
-    shutil.rmtree(doomed, ignore_errors=True)
-
-
-def _bare(path: Path) -> Path:
-    """Without the marks of a temporary or replaced directory, so that names do not grow."""
-    match = _TEMPORARY.fullmatch(path.name) or _SET_ASIDE.fullmatch(path.name)
-    return path.with_name(match["name"]) if match else path
-
-
-def begin(path: Path, *, replace: bool) -> tuple[Path, Occupied]:
-    """Make the directory to write into; run by the coordinator only.
-
-    Returns:
-        The directory, and the lock to close when it has been published or abandoned.
-
-    Raises:
-        CheckpointExistsError: something is at ``path`` and ``replace`` is not set.
-        CheckpointWriteError: the directory cannot be made.
-    """
-    staging = temporary(path)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        recover(path)
-        refuse_existing(path, replace=replace)
-        occupied = Occupied(path.parent)
-        staging.mkdir()
-    except OSError as error:
-        if isinstance(error, CheckpointExistsError):
-            raise
-        raise CheckpointWriteError(f"cannot create {staging}: {error}") from error
-    return staging, occupied
-
-
-def refuse_existing(path: Path, *, replace: bool) -> None:
-    """Refuse a target that is taken, or that is no directory.
-
-    Raises:
-        CheckpointExistsError: see above.
-    """
-    if not os.path.lexists(path):
-        return
-    if not path.is_dir() or path.is_symlink():
-        raise CheckpointExistsError(f"{path} exists and is not a directory; nothing was written")
-    names = {entry.name for entry in path.iterdir()}
-    if replace and names and MANIFEST_NAME not in names:
-        raise CheckpointExistsError(
-            f"{path} holds {len(names)} entries but no {MANIFEST_NAME}: it is no checkpoint of "
-            "this library, and replace=True removes nothing else"
-        )
-    if not replace:
-        raise CheckpointExistsError(
-            f"{path} already exists and is left as it is; save to a new path, or pass "
-            "replace=True to replace the checkpoint there"
-        )
-
-
-def publish(staging: Path, path: Path, *, replace: bool) -> None:
-    """Make ``staging``, whose files are durable, the checkpoint at ``path``.
-
-    Raises:
-        CheckpointExistsError: something came to ``path`` while the save was running.
-    """
-    fsync(staging)
-    refuse_existing(path, replace=replace)
-    aside = None
-    if replace and os.path.lexists(path):
-        aside = path.with_name(f"{path.name}.old-{uuid4().hex}")
-        os.rename(path, aside)
-    try:
-        # A directory can be renamed onto an empty one; that one would vanish unseen.
-        refuse_existing(path, replace=False)
-        os.rename(staging, path)
-    except OSError as error:
-        if aside is not None:
-            recover(path)
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # it came in this very moment
-            refuse_existing(path, replace=False)
-        raise
-    fsync(path.parent)
-    if aside is not None:
-        remove(aside)
+def put_aside(path: Path) -> Path:
+    """Rename a checkpoint that is about to be replaced; where it lies now."""
+    aside = set_aside(path)
+    os.rename(path, aside)
+    return aside
 
 
 def recover(path: Path) -> None:
     """Undo an interrupted replacement: the old checkpoint takes its place again."""
-    old = set_aside(path)
+    old = find_set_aside(path)
     if old is not None and not os.path.lexists(path):
         os.rename(old, path)
         fsync(path.parent)
 
 
-def replace_durably(path: Path, data: bytes) -> None:
-    """Write a file so that a reader finds the old bytes or the new ones."""
-    new = temporary(path)
-    write_durably(new, data)
-    new.replace(path)
-    fsync(path.parent)
+def remove_outdated(newest: Location, keep_last: int) -> None:
+    """Remove all but the last checkpoints beside a new one whose names differ in digits only.
+
+    So a ``best`` beside ``step_100`` stays, and so does the new one.
+
+    Raises:
+        OSError: see :func:`remove`.
+    """
+    kind = _kind(newest)
+    others = [c.path for c in committed(newest.parent) if _kind(c.path) == kind]
+    others = [other for other in others if other.name != newest.name]
+    for old in others[: max(0, len(others) - (keep_last - 1))]:
+        remove(old)
+
+
+def _kind(location: Location) -> str:
+    return re.sub(r"\d+", "0", location.name)
+
+
+# ---------------------------------------------------------------------- consolidations
+
+
+def remove_workplaces(target: Path, *, but: Path | None = None) -> None:
+    """Remove what killed consolidations into ``target`` have left; one directory stays."""
+    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
+        if path != but and is_temporary(path.name) and without_mark(path.name) == target.name:
+            # What cannot be removed is only in the way.
+            with suppress(OSError):
+                _remove_if_left(path)
+
+
+def _remove_if_left(path: Path) -> None:
+    with suppress(OSError):
+        remove_empty(path)  # killed before there was anything in it, or after
+        return
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        if _holds_only(path, is_of_workplace) and lock_alone(descriptor) is not False:
+            remove(path)
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------------- watches
+
+
+def sweep(folder: Path) -> None:
+    """Remove what is half-written in the directory of a watch that holds its lock."""
+    for path in folder.iterdir():
+        if not is_temporary(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

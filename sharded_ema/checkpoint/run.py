@@ -1,16 +1,205 @@
-"""The checkpoints of a run: directories side by side, of which the last one counts."""
+"""Where checkpoints are found: the one that a path means, and those of a run.
+
+One grammar for all that look for checkpoints. Those of a run lie in its directory side by side
+(``RUN/step_100``), or each in the directory of a step that holds more (``RUN/step_100/ema``, as
+DeepSpeed engines save), or either below ``RUN/checkpoints``. A file ``latest`` beside them names
+one. What bears the mark of a save that has not finished, or of a replacement, is none of them.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from sharded_ema.checkpoint.location import Location, as_location, entries, is_file
-from sharded_ema.checkpoint.reading.listed import read_manifest
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import is_temporary
-from sharded_ema.errors import CheckpointError, CheckpointNotFoundError
+from sharded_ema.checkpoint.files import (
+    Directory,
+    Location,
+    OpenFiles,
+    as_location,
+    entries,
+    exists,
+    is_file,
+    read_if_file,
+)
+from sharded_ema.checkpoint.names import (
+    CHECKPOINTS_DIRECTORY,
+    COMMITTED_NAMES,
+    ENGINE_DIRECTORY,
+    LATEST_NAME,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    TEMPORARY_MARK,
+    is_marked,
+    is_part,
+    is_plain_name,
+    is_set_aside,
+    looks_temporary,
+    without_mark,
+)
+from sharded_ema.checkpoint.reading.manifest import read_manifest
+from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointNotFoundError,
+    CheckpointUncommittedError,
+)
+
+# Larger than any name can be.
+_MAX_POINTER_BYTES = 4096
+
+# ---------------------------------------------------------------------- the one that a path means
+
+
+def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:
+    """Open a committed checkpoint of this library, or one of torch.distributed.checkpoint.
+
+    Args:
+        path: see :func:`find_checkpoint`.
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CheckpointUncommittedError: a save that did not finish.
+        CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
+        CheckpointMismatchError: written by a later version of this library.
+    """
+    where, names = find_checkpoint(path)
+    return open_directory(Directory(where, files), names)
+
+
+def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
+    """The directory that holds a committed checkpoint, and the names in it.
+
+    It is ``path`` itself, or what a file ``latest`` at ``path`` names, or what an interrupted
+    replacement of ``path`` has set aside.
+
+    Raises:
+        CheckpointNotFoundError: nothing is there.
+        CheckpointUncommittedError: a save that did not finish.
+    """
+    where = follow(as_location(path))
+    if isinstance(where, Path) and not where.is_dir():
+        where = _interrupted_replacement(where)
+    if looks_temporary(where.name):
+        raise CheckpointUncommittedError(
+            f"{where} is the temporary directory of a save that did not finish; use an earlier "
+            "checkpoint"
+        )
+    names = entries(where)
+    if names & COMMITTED_NAMES:
+        return where, names
+    if any(map(is_part, names)):
+        raise CheckpointUncommittedError(
+            f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
+            "or the manifest was not copied; use an earlier checkpoint"
+        )
+    inner = sorted(name for name in names if is_file(where / name / MANIFEST_NAME))
+    raise CheckpointNotFoundError(
+        f"{where} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
+        + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
+    )
+
+
+def locate(path: str | os.PathLike[str]) -> Location:
+    """Where the checkpoint lies that is meant: ``path``, or the average that an engine has saved.
+
+    Of the directory that DeepSpeed saves to, the tag counts that its ``latest`` names.
+
+    Raises:
+        CheckpointNotFoundError: it is a checkpoint of DeepSpeed without an average.
+    """
+    where = follow(as_location(path))
+    names = entries(where)
+    if not names or names & COMMITTED_NAMES:
+        return where
+    tag = where
+    if ENGINE_DIRECTORY not in names and LATEST_NAME in names:
+        tag = follow(where / LATEST_NAME)
+    if entries(tag / ENGINE_DIRECTORY):
+        return tag / ENGINE_DIRECTORY
+    if any(name.endswith("_model_states.pt") for name in entries(tag)):
+        raise CheckpointNotFoundError(
+            f"{tag} is a checkpoint of DeepSpeed without an average of this library in "
+            f"{tag / ENGINE_DIRECTORY}; its weights come out with DeepSpeed's zero_to_fp32.py"
+        )
+    return where
+
+
+def follow(location: Location) -> Location:
+    """What the file ``latest`` at ``location`` names; any other location as it is.
+
+    Raises:
+        CheckpointNotFoundError: it names nothing that could lie beside it.
+    """
+    name = _named_by(location) if location.name == LATEST_NAME else None
+    if name is None:
+        return location
+    if not is_plain_name(name):
+        raise CheckpointNotFoundError(f"{location} names no checkpoint beside it")
+    return location.parent / name
+
+
+def is_pointer(location: Location) -> bool:
+    """Whether a file ``latest`` may be replaced: there is none, or it names one of ours.
+
+    One that is gone counts as ours.
+    """
+    if not exists(location):
+        return True
+    name = _named_by(location)
+    if not is_plain_name(name):
+        return False
+    target = location.parent / str(name)
+    return not exists(target) or is_file(target / MANIFEST_NAME)
+
+
+def _named_by(pointer: Location) -> str | None:
+    """What a file ``latest`` says, which need not be a name; ``None`` if it is no file."""
+    try:
+        data = read_if_file(pointer, _MAX_POINTER_BYTES)
+    except CheckpointCorruptError:
+        return ""
+    return None if data is None else data.decode(errors="replace").strip()
+
+
+def find_set_aside(path: Path) -> Path | None:
+    """The checkpoint that an interrupted save with ``replace=True`` has left beside ``path``.
+
+    Only names with the uuid of a save count: what a user calls ``<name>.old-1`` is his own.
+    """
+    found = [
+        sibling
+        for sibling in _siblings(path)
+        if is_set_aside(sibling.name)
+        and without_mark(sibling.name) == path.name
+        and (sibling / MANIFEST_NAME).is_file()
+    ]
+    return max(found, key=lambda p: p.stat().st_mtime_ns) if found else None
+
+
+def _interrupted_replacement(path: Path) -> Path:
+    """The checkpoint set aside for one at ``path`` that never came."""
+    aside = None if os.path.lexists(path) else find_set_aside(path)
+    if aside is None:
+        unfinished = [
+            p.name for p in _siblings(path) if p.name.startswith(path.name + TEMPORARY_MARK)
+        ]
+        raise CheckpointNotFoundError(
+            f"{path} is not a directory with a checkpoint"
+            + (f"; {unfinished[0]} beside it is a save that did not finish" if unfinished else "")
+        )
+    return aside
+
+
+def _siblings(path: Path) -> Iterator[Path]:
+    return path.parent.iterdir() if path.parent.is_dir() else iter(())
+
+
+# ---------------------------------------------------------------------- committed ones
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +219,21 @@ class Committed:
     saved_at: int
     uuid: str
     num_bytes: int
+
+    @property
+    def name(self) -> str:
+        """What to call it: the name of its step."""
+        return checkpoint_name(self.path)
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What the checkpoints of a run are sorted by: after going back, steps fall."""
+        return self.saved_at, self.step
+
+
+def checkpoint_name(path: Location) -> str:
+    """What to call a checkpoint of a run: the name of its step."""
+    return path.parent.name if path.name == ENGINE_DIRECTORY else path.name
 
 
 def committed_at(path: Location) -> Committed | None:
@@ -56,21 +260,16 @@ def committed_at(path: Location) -> Committed | None:
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
-    """The committed checkpoints in the directory ``run`` that hold an average, oldest first.
+    """The committed checkpoints side by side in the directory ``run`` that hold an average.
 
-    Only manifests are read. One that is damaged does not count.
+    Oldest first. Only manifests are read. One that is damaged does not count.
     """
     found = []
     for name in entries(as_location(run)):
         with suppress(CheckpointError):
-            at = None if is_temporary(name) else committed_at(as_location(run) / name)
+            at = None if looks_temporary(name) else committed_at(as_location(run) / name)
             found += [at] if at else []
-    return sorted(found, key=in_order)
-
-
-def in_order(checkpoint: Committed) -> tuple[int, int]:
-    """What the checkpoints of a run are sorted by: after going back, steps fall."""
-    return checkpoint.saved_at, checkpoint.step
+    return sorted(found, key=lambda checkpoint: checkpoint.order)
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
@@ -91,3 +290,98 @@ def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
     if not found:
         raise CheckpointNotFoundError(f"{run} holds no committed checkpoint of an average")
     return found[-1].path
+
+
+# ---------------------------------------------------------------------- those of a run
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What lies in the directory of a run.
+
+    Attributes:
+        checkpoints: the committed ones that hold an average, oldest first.
+        damaged: what is wrong with a manifest, by the name of its checkpoint.
+        leftovers: paths below the run of saves that did not finish, or are under way.
+        latest: the name that the file ``latest`` holds; ``None`` without such a file.
+    """
+
+    checkpoints: list[Committed]
+    damaged: dict[str, str]
+    leftovers: list[str]
+    latest: str | None
+
+
+def read_run(run: str | os.PathLike[str]) -> Run:
+    """Look at the manifests in a run; links are not followed."""
+    root = as_location(run)
+    found = Run([], {}, [], _latest(root) or _latest(root / CHECKPOINTS_DIRECTORY))
+    for path in _places(root, links=False):
+        if _is_unfinished(path):
+            found.leftovers.append(str(path).removeprefix(f"{root}/"))
+            continue
+        try:
+            checkpoint = committed_at(path)
+        except CheckpointError as error:
+            found.damaged[checkpoint_name(path)] = str(error)
+            continue
+        if checkpoint is not None:
+            found.checkpoints.append(checkpoint)
+    found.checkpoints.sort(key=lambda checkpoint: checkpoint.order)
+    return found
+
+
+def checkpoints_of(run: Location) -> Iterator[Location]:
+    """Where the committed checkpoints of a run lie, DCP's among them, or the one at ``run`` itself.
+
+    Links are followed; what several lead to comes once.
+    """
+    seen = set()
+    for path in (run, *_places(run, links=True)):
+        if is_marked(path.name) and path != run:
+            continue
+        # launch/train.py has a link to the last one.
+        itself = path.resolve() if isinstance(path, Path) else path
+        if itself not in seen and _names(path) & COMMITTED_NAMES:
+            seen.add(itself)
+            yield path
+
+
+def _places(run: Location, *, links: bool) -> Iterator[Location]:
+    """Where checkpoints of a run may lie, and what saves have left there."""
+    for folder in (run, run / CHECKPOINTS_DIRECTORY):
+        for name in sorted(_names(folder)):
+            path = folder / name
+            if isinstance(path, Path) and not (path.is_dir() and (links or not path.is_symlink())):
+                continue
+            yield path
+            if not is_marked(name) and name != CHECKPOINTS_DIRECTORY:
+                yield from (path / inner for inner in sorted(filter(_is_engines, _names(path))))
+
+
+def _is_engines(name: str) -> bool:
+    return name == ENGINE_DIRECTORY or (is_marked(name) and name.startswith(f"{ENGINE_DIRECTORY}."))
+
+
+def _names(folder: Location) -> set[str]:
+    try:
+        return entries(folder)
+    except FileNotFoundError:  # removed just now
+        return set()
+
+
+def _is_unfinished(path: Location) -> bool:
+    """Whether a directory belongs to a save that has not finished, or was replaced by one."""
+    if is_marked(path.name):
+        return True
+    names = _names(path)
+    return not names & COMMITTED_NAMES and any(map(is_part, names))
+
+
+def _latest(folder: Location) -> str | None:
+    pointer = folder / LATEST_NAME
+    try:
+        named = follow(pointer)
+    except CheckpointError:
+        return None
+    return named.name if named != pointer else None

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import Schedule
-from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
-from sharded_ema.checkpoint.reading.opened import Catalog
-from sharded_ema.config import (
+from sharded_ema.checkpoint.names import (
     BUFFERS_PREFIX,
     FROZEN_PREFIX,
     META_BYTES,
     META_KEY,
     META_VERSION,
-    Settings,
 )
+from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
@@ -113,16 +113,16 @@ class Stored:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def stored_in_checkpoint(catalog: Catalog) -> Stored:
+def stored_in_checkpoint(checkpoint: Checkpoint) -> Stored:
     """The one average in a checkpoint.
 
     Raises:
         CheckpointMismatchError: there is none, or several.
     """
-    prefixes = catalog.prefixes()
+    prefixes = checkpoint.prefixes()
     if len(prefixes) != 1:
         raise CheckpointMismatchError(
-            f"{catalog.path} holds {len(prefixes)} averages of this library"
+            f"{checkpoint.path} holds {len(prefixes)} averages of this library"
             + (
                 f", under the prefixes {prefixes}; load the one you mean with dcp.load"
                 if prefixes
@@ -134,10 +134,10 @@ def stored_in_checkpoint(catalog: Catalog) -> Stored:
     (prefix,) = prefixes
     shapes = {
         key.removeprefix(prefix): tensor.shape
-        for key, tensor in catalog.tensors.items()
+        for key, tensor in checkpoint.tensors.items()
         if key.startswith(prefix)
     }
-    return Stored(str(catalog.path), prefix, catalog.meta(prefix), shapes)
+    return Stored(str(checkpoint.path), prefix, checkpoint.meta(prefix), shapes)
 
 
 def stored_in_state(state: Mapping[str, Any]) -> Stored:

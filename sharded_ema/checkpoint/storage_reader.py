@@ -1,8 +1,8 @@
 """A ``StorageReader`` of torch.distributed.checkpoint for our format and for DCP's own.
 
-It never unpickles: what it knows of a checkpoint comes from the torch-free catalog, and tensors are
-read as byte ranges. DCP plans which part of which chunk goes where, so a checkpoint loads into any
-other sharding.
+It never unpickles: what it knows of a checkpoint comes from :mod:`.reading`, which has no torch,
+and tensors are read as byte ranges. DCP plans which part of which chunk goes where, so a checkpoint
+loads into any other sharding.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.files import open_regular
-from sharded_ema.checkpoint.location import Location, as_location
+from sharded_ema.checkpoint.files import Directory, as_location
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.opened import Catalog, open_checkpoint
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError
 
 # Bytes read at a time; a row of a tensor that is longer is read whole.
@@ -51,7 +51,7 @@ class SafetensorsStorageReader(StorageReader):
         super().__init__()
         self._path = as_location(path)
         self._verify = verify
-        self._catalog: Catalog | None = None
+        self._catalog: Checkpoint | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -59,7 +59,7 @@ class SafetensorsStorageReader(StorageReader):
             self._catalog = None
 
     @property
-    def catalog(self) -> Catalog:
+    def catalog(self) -> Checkpoint:
         """What is in the checkpoint; opened on first use."""
         if self._catalog is None:
             self._catalog = open_checkpoint(self._path)
@@ -73,7 +73,7 @@ class SafetensorsStorageReader(StorageReader):
                 size=torch.Size(tensor.shape),
                 chunks=[
                     ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes))
-                    for c in self.catalog.chunks(key)
+                    for c in tensor.chunks()
                 ],
             )
         return Metadata(state_dict_metadata=stored)  # type: ignore[arg-type]
@@ -90,17 +90,18 @@ class SafetensorsStorageReader(StorageReader):
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        chunks = self._chunks_of(plan)
-        if self._verify:
-            # Several items may read from one chunk.
-            self.catalog.verify(
-                {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
-            )
-        for item, chunk in zip(plan.items, chunks, strict=True):
-            target = planner.resolve_tensor(item).detach()
-            dtype = TORCH_DTYPE[self.catalog.tensors[item.storage_index.fqn].dtype]
-            _read_block(self.catalog.path / chunk.file, chunk, dtype, item, target)
-            planner.commit_tensor(item, target)
+        with self.catalog as checkpoint:
+            chunks = self._chunks_of(plan)
+            if self._verify:
+                # Several items may read from one chunk.
+                checkpoint.verify(
+                    {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
+                )
+            for item, chunk in zip(plan.items, chunks, strict=True):
+                target = planner.resolve_tensor(item).detach()
+                dtype = TORCH_DTYPE[checkpoint.tensors[item.storage_index.fqn].dtype]
+                _read_block(checkpoint.directory, chunk, dtype, item, target)
+                planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -114,7 +115,7 @@ class SafetensorsStorageReader(StorageReader):
             if item.type is LoadItemType.BYTE_IO:
                 raise CheckpointCorruptError(f"{key} is stored as a pickle, which is never read")
             if key not in known:
-                known[key] = {c.box.offsets: c for c in self.catalog.chunks(key)}
+                known[key] = {c.box.offsets: c for c in self.catalog.tensors[key].chunks()}
             found.append(known[key][tuple(item.storage_index.offset or ())])
         return found
 
@@ -124,12 +125,12 @@ class SafetensorsStorageReader(StorageReader):
 
 
 def _read_block(
-    path: Location, chunk: Chunk, dtype: torch.dtype, item: ReadItem, target: Tensor
+    directory: Directory, chunk: Chunk, dtype: torch.dtype, item: ReadItem, target: Tensor
 ) -> None:
     """Copy ``lengths`` elements from ``storage_offsets`` of a chunk into ``target``."""
     sizes, start, lengths = chunk.box.sizes, item.storage_offsets, item.lengths
     if chunk.strides is not None or not sizes:
-        whole = _read(path, chunk.byte_offset, chunk.num_bytes, dtype)
+        whole = _read(directory, chunk, 0, chunk.num_bytes, dtype)
         block = whole.as_strided(sizes, chunk.strides or ())
         for dim, (offset, length) in enumerate(zip(start, lengths, strict=True)):
             block = block.narrow(dim, offset, length)
@@ -140,15 +141,18 @@ def _read_block(
     rows = max(1, BLOCK_BYTES // row_bytes)
     for first in range(0, lengths[0], rows):
         count = min(rows, lengths[0] - first)
-        position = chunk.byte_offset + (start[0] + first) * row_bytes
-        block = _read(path, position, count * row_bytes, dtype).view(count, *sizes[1:])
+        position = (start[0] + first) * row_bytes
+        block = _read(directory, chunk, position, count * row_bytes, dtype)
+        block = block.view(count, *sizes[1:])
         for dim in range(1, len(sizes)):
             block = block.narrow(dim, start[dim], lengths[dim])
         target.narrow(0, first, count).copy_(block)
 
 
-def _read(path: Location, position: int, num_bytes: int, dtype: torch.dtype) -> Tensor:
+def _read(
+    directory: Directory, chunk: Chunk, position: int, num_bytes: int, dtype: torch.dtype
+) -> Tensor:
+    """Elements of a chunk, from its byte ``position`` on."""
     buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device="cpu")
-    with open_regular(path) as file:
-        file.fill(buffer.view(torch.uint8).numpy().data, position)
+    directory.read_into(chunk.file, buffer.view(torch.uint8).numpy(), chunk.byte_offset + position)
     return buffer

@@ -14,7 +14,7 @@ from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.distance import partial_distances, relative_distance
 from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
-from sharded_ema.checkpoint.location import as_location
+from sharded_ema.checkpoint.files import as_location
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle

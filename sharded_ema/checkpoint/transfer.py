@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from sharded_ema.checkpoint.location import URL, Location
+from sharded_ema.checkpoint.files import URL, Location
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.checkpoint.writing.target import make_target

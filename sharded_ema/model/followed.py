@@ -17,7 +17,7 @@ from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
-from sharded_ema.model.steps import AppliedSteps, StepListener, StepWatch
+from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
 #: Blocks that are equal wherever they lie, by name, with digests of their elements.
 Record = dict[str, tuple[Box, str]]
@@ -41,7 +41,7 @@ class FollowedModel:
 
     # What a copy does not share: it is attached to nothing.
     not_copied = ("_steps",)
-    _steps: AppliedSteps | None = None
+    _steps: StepHooks | None = None
 
     def __init__(self, source: Source, timeout: float) -> None:
         self._source = source
@@ -85,11 +85,11 @@ class FollowedModel:
     # ------------------------------------------------------------------ steps
 
     @property
-    def steps(self) -> AppliedSteps | None:
+    def steps(self) -> StepHooks | None:
         """What tells of applied steps; ``None`` while nothing is attached."""
         return self._steps
 
-    def attach(self, optimizers: Sequence[Any], listener: StepListener) -> AppliedSteps:
+    def attach(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
         """Follow the steps of optimizers, or of the engine that trains the model. Collective.
 
         Raises:

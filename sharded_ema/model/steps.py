@@ -42,7 +42,7 @@ class StepListener:
     removed: Callable[[], None]
 
 
-class AppliedSteps(Protocol):
+class StepHooks(Protocol):
     """Tells a listener of every applied optimizer step, until removed.
 
     Attributes:

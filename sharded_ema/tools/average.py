@@ -7,21 +7,23 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from sharded_ema.checkpoint.location import URL, Location, as_location, as_path
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
+from sharded_ema.checkpoint.files import URL, Location, OpenFiles, as_location, as_path
+from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX
+from sharded_ema.checkpoint.reading.opened import StoredTensor
+from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
-from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.huggingface import holds_model, open_model, read_model
+from sharded_ema.tools.plan import Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
+from sharded_ema.tools.sums import Sums, write_sums
 from sharded_ema.tools.workplace import check_target
 
 
@@ -31,12 +33,10 @@ class _Input:
 
     Attributes:
         path: as given.
-        catalog: where its tensors are.
         average: the tensors that count, by name.
     """
 
     path: str
-    catalog: Catalog
     average: Average
 
     @property
@@ -104,49 +104,44 @@ def average(
     if jobs < 1:
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     shares = _shares(weights, len(checkpoints))
-    inputs = [_open(as_location(path), profile, prefix) for path in checkpoints]
-    last, target = inputs[-1], as_path(out, "out")
-    for each in inputs:
-        named = Path(each.path)
-        check_target(target, named if named.suffix == ".safetensors" else each.catalog.path)
-    report = Report("average", ", ".join(each.path for each in inputs))
-    if like is None and last.catalog.format != "dcp" and not last.described:
-        like = last.path if Path(last.path).is_dir() else None
-    model = read_model(as_path(like, "like")) if like is not None else None
-    files = plan_model(
-        last.catalog,
-        last.average,
-        report,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        model=model,
-    )
-    if not report.ok:
-        return report
-    outputs = {output.name: output.source for _, group in files for output in group}
-    sources = _sources(inputs, outputs)
-    header = {
-        "format": "pt",
-        "kind": "average",
-        "sources": json.dumps([each.path for each in inputs]),
-        "weights": json.dumps(shares),
-    }
-    report.facts |= {
-        "output": str(target),
-        "checkpoints": len(inputs),
-        "weights": shares,
-        "averaged_tensors": sum(len(found) > 1 for found in sources.values()),
-    }
-    publish_sums(
-        Plan(files, sources, np.array([shares])),
-        target,
-        {"": header},
-        inputs=[(each.catalog, each.average) for each in inputs],
-        model=model,
-        report=report,
-        jobs=jobs,
-        progress=progress,
-    )
+    with OpenFiles() as files:
+        inputs = [_open(as_location(path), profile, prefix, files) for path in checkpoints]
+        last, target = inputs[-1], as_path(out, "out")
+        for each in inputs:
+            named = Path(each.path)
+            is_file = named.suffix == ".safetensors"
+            check_target(target, named if is_file else each.average.checkpoint.path)
+        report = Report("average", ", ".join(each.path for each in inputs))
+        if like is None and last.average.checkpoint.format != "dcp" and not last.described:
+            like = last.path if Path(last.path).is_dir() else None
+        model = read_model(as_path(like, "like")) if like is not None else None
+        wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)
+        plan = plan_model(last.average, wanted, report)
+        if not report.ok:
+            return report
+        sources = _sources(inputs, {output.name: output.source for output in plan.outputs})
+        header = {
+            "format": "pt",
+            "kind": "average",
+            "sources": json.dumps([each.path for each in inputs]),
+            "weights": json.dumps(shares),
+        }
+        report.facts |= {
+            "output": str(target),
+            "checkpoints": len(inputs),
+            "weights": shares,
+            "averaged_tensors": sum(len(found) > 1 for found in sources.values()),
+        }
+        write_sums(
+            Sums(sources, np.array([shares])),
+            replace(plan, headers={"": header}),
+            target,
+            inputs=[each.average for each in inputs],
+            like=model,
+            report=report,
+            jobs=jobs,
+            progress=progress,
+        )
     report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
@@ -164,27 +159,26 @@ def _shares(weights: Sequence[float] | None, count: int) -> list[float]:
     return [weight / total for weight in given]
 
 
-def _open(path: Location, profile: str, prefix: str | None) -> _Input:
+def _open(path: Location, profile: str, prefix: str | None, files: OpenFiles) -> _Input:
     """One input.
 
     Raises:
         CheckpointError: there is none, it is damaged, or nothing in it can be averaged.
     """
     if isinstance(path, URL) or not holds_model(path):
-        catalog = open_source(path)
-        return _Input(str(path), catalog, find_tensors(catalog, profile, prefix))
-    catalog = open_model(path)
-    if catalog.format == "adapter":
+        return _Input(str(path), find_tensors(open_source(path, files), profile, prefix))
+    model = open_model(path, files)
+    if model.format == "adapter":
         raise CheckpointMismatchError(
             f"{path} is a PEFT adapter; only adapters in checkpoints of this library can be "
             "averaged, with like (--like)"
         )
-    return _Input(str(path), catalog, find_tensors(catalog, DEFAULT_PROFILE, ""))
+    return _Input(str(path), find_tensors(model, DEFAULT_PROFILE, ""))
 
 
 def _sources(
     inputs: Sequence[_Input], outputs: Mapping[str, StoredTensor]
-) -> dict[str, list[Source]]:
+) -> dict[str, list[StoredTensor]]:
     """A tensor of each input for every output, or of the last one alone.
 
     Raises:
@@ -195,9 +189,7 @@ def _sources(
     names: dict[str, list[str]] = {}
     for name, tensor in last.named().items():
         names.setdefault(tensor.key, []).append(name)
-    found: dict[str, list[Source]] = {
-        name: [(last.catalog, tensor)] for name, tensor in outputs.items()
-    }
+    found = {name: [tensor] for name, tensor in outputs.items()}
     for each in reversed(inputs[:-1]):
         named, used = each.named(), set()
         for name, tensor in outputs.items():
@@ -214,7 +206,7 @@ def _sources(
                     raise CheckpointMismatchError(
                         f"{name} is {other.dtype} in {each.path} and {tensor.dtype} in {last.path}"
                     )
-                found[name].insert(0, (each.catalog, other))
+                found[name].insert(0, other)
         if extra := [n for n, t in each.average.tensors.items() if t.key not in used]:
             raise CheckpointMismatchError(
                 f"{each.path} has {len(extra)} tensors that {last.path} lacks, such as {extra[0]}"

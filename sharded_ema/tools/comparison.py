@@ -3,72 +3,57 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from sharded_ema.averaging.schedules import schedule_from_dict
-from sharded_ema.checkpoint.location import URL, as_location
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
-from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError, ConfigError
-from sharded_ema.tools.adapters import adapter_tensors
+from sharded_ema.checkpoint.files import OpenFiles
+from sharded_ema.checkpoint.reading.chunks import KnownChunks
+from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import FLOATING
 from sharded_ema.tools.contents import Average, find_average
-from sharded_ema.tools.distance import Distance, distance
-from sharded_ema.tools.huggingface import model_header, open_model
+from sharded_ema.tools.diff import Distance, distance, prefix_of_names
+from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.source import open_source
+from sharded_ema.tools.source import open_weights
 
 
-def open_weights(path: str | os.PathLike[str]) -> Catalog:
-    """Raw weights: a DCP checkpoint; on this machine also a Hugging Face directory or a
-    safetensors file.
+def open_raw(path: str | os.PathLike[str], files: OpenFiles) -> Checkpoint:
+    """Weights that no tool of this library has averaged.
 
-    Raises:
-        CheckpointNotFoundError: none of these is there.
-        CheckpointCorruptError: it cannot be read.
-    """
-    try:
-        return open_source(path)
-    except CheckpointNotFoundError:
-        if isinstance(as_location(path), URL):
-            raise
-        return open_model(Path(path))
-
-
-def open_raw(path: str | os.PathLike[str]) -> Catalog:
-    """Weights that no tool of this library has averaged; see :func:`open_weights`.
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
+        CheckpointError: see :func:`~sharded_ema.tools.source.open_weights`.
         CheckpointMismatchError: the files say that they are an average.
     """
-    weights = open_weights(path)
-    if weights.format in ("safetensors", "adapter") and weights.manifest is None:
-        header = model_header(weights)
-        if header.get("kind") in ("ema", "average"):
-            raise CheckpointMismatchError(
-                f"{path} is an average itself; pass the raw weights that it was made of, or take "
-                "sharded-ema diff, which compares two averages"
-            )
+    weights = open_weights(path, files)
+    said = weights.index.texts if isinstance(weights.index, KnownChunks) else {}
+    if said.get("kind") in ("ema", "average"):
+        raise CheckpointMismatchError(
+            f"{path} is an average itself; pass the raw weights that it was made of, or take "
+            "sharded-ema diff, which compares two averages"
+        )
     return weights
 
 
-def compare(catalog: Catalog, weights: Catalog, report: Report) -> None:
+def compare(checkpoint: Checkpoint, weights: Checkpoint, report: Report) -> None:
     """Add the distance of every average from the weights to a report, and what it means.
 
     Raises:
         CheckpointMismatchError: the weights are those of another model, or there is no average.
         CheckpointCorruptError: data is damaged.
     """
-    if not catalog.prefixes():
-        raise CheckpointMismatchError(f"{catalog.path} holds no average to compare with a model")
-    for prefix in catalog.prefixes():
-        for profile in catalog.meta(prefix)["profiles"]:
-            _compare_average(catalog, find_average(catalog, profile, prefix), weights, report)
+    if not checkpoint.prefixes():
+        raise CheckpointMismatchError(f"{checkpoint.path} holds no average to compare with a model")
+    for prefix in checkpoint.prefixes():
+        for profile in checkpoint.meta(prefix)["profiles"]:
+            _compare_average(find_average(checkpoint, profile, prefix), weights, report)
 
 
-def _compare_average(catalog: Catalog, average: Average, weights: Catalog, report: Report) -> None:
+def _compare_average(average: Average, weights: Checkpoint, report: Report) -> None:
     name = f"{average.prefix}{average.profile}"
     averaged = _averaged(average, weights)
     start = prefix_of_names(averaged, average.aliases, weights)
@@ -80,7 +65,7 @@ def _compare_average(catalog: Catalog, average: Average, weights: Catalog, repor
         if there is None:
             missing.append(key)
             continue
-        apart = _distance(catalog, tensor, weights, there)
+        apart = _distance(tensor, there)
         distances[key] = apart.relative
         equal += apart.equal
         total.add(apart)
@@ -107,7 +92,7 @@ def _compare_average(catalog: Catalog, average: Average, weights: Catalog, repor
         )
 
 
-def _averaged(average: Average, weights: Catalog) -> dict[str, StoredTensor]:
+def _averaged(average: Average, weights: Checkpoint) -> dict[str, StoredTensor]:
     """The averaged tensors by the names that they have in the weights."""
     start = f"{average.prefix}{average.profile}."
     if weights.format == "adapter":
@@ -116,50 +101,7 @@ def _averaged(average: Average, weights: Catalog) -> dict[str, StoredTensor]:
     return {name: t for name, t in average.tensors.items() if t.key.startswith(start)}
 
 
-def prefix_of_names(
-    averaged: Mapping[str, StoredTensor], aliases: Mapping[str, list[str]], weights: Catalog
-) -> str:
-    """What stands before the names in the weights, such as ``"model."`` in a DCP checkpoint.
-
-    Raises:
-        CheckpointMismatchError: no tensor is there under any prefix, or as many under several.
-    """
-    taken = tuple(
-        f"{prefix}{part}"
-        for prefix in weights.prefixes()
-        for part in (
-            *(f"{profile}." for profile in weights.meta(prefix)["profiles"]),
-            FROZEN_PREFIX,
-            BUFFERS_PREFIX,
-            META_KEY,
-        )
-    )
-    known = {key for key in weights.tensors if not key.startswith(taken)}
-    first = next(iter(averaged), "")
-    starts = {
-        key.removesuffix(name)
-        for name in (first, *aliases.get(first, ()))
-        for key in known
-        if f".{key}".endswith(f".{name}")
-    }
-    found = {
-        start: sum(
-            any(start + n in known for n in (name, *aliases.get(name, ()))) for name in averaged
-        )
-        for start in sorted(starts)
-    }
-    best = [start for start, count in found.items() if count == max(found.values())]
-    if len(best) != 1:
-        raise CheckpointMismatchError(
-            f"{weights.path} holds {'several models' if best else 'none of the averaged tensors'}"
-            + (f", under the prefixes {best}" if best else f", such as {first}")
-        )
-    return best[0]
-
-
-def _distance(
-    catalog: Catalog, tensor: StoredTensor, weights: Catalog, other: StoredTensor
-) -> Distance:
+def _distance(tensor: StoredTensor, other: StoredTensor) -> Distance:
     """How far an average is from its weights.
 
     Raises:
@@ -167,10 +109,10 @@ def _distance(
     """
     if tensor.shape != other.shape or not {tensor.dtype, other.dtype} <= FLOATING:
         raise CheckpointMismatchError(
-            f"{tensor.key} is {tensor.dtype} of shape {tensor.shape}, and in {weights.path} "
-            f"{other.dtype} of shape {other.shape}; is it another model?"
+            f"{tensor.key} is {tensor.dtype} of shape {tensor.shape}, and in "
+            f"{other.checkpoint.path} {other.dtype} of shape {other.shape}; is it another model?"
         )
-    return distance(catalog, tensor, weights, other)
+    return distance(tensor, other)
 
 
 def _had_zero_decay(average: Average) -> bool:

@@ -11,35 +11,22 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import ExitStack
 
-from sharded_ema.checkpoint.location import as_path
-from sharded_ema.checkpoint.reading.opened import Catalog
+from sharded_ema.checkpoint.files import as_path
+from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
-from sharded_ema.checkpoint.writing import durable
 from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import (
-    CheckpointMismatchError,
-    CheckpointWriteError,
-    ConfigError,
-    EMAError,
-)
-from sharded_ema.tools.contents import Average, find_tensors
-from sharded_ema.tools.huggingface import (
-    ADAPTER_STEM,
-    INDEX,
-    copy_description,
-    index_bytes,
-    open_model,
-    read_model,
-)
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.tools.contents import find_tensors
+from sharded_ema.tools.huggingface import open_model, read_model
 from sharded_ema.tools.naming import Renaming
-from sharded_ema.tools.plan import Wanted, digest_plan, parse_size, plan_files, plan_outputs
+from sharded_ema.tools.plan import Wanted, group_bytes, parse_size, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
-from sharded_ema.tools.tally import Tally
-from sharded_ema.tools.workplace import Workplace, check_space, check_target
-from sharded_ema.tools.write import Files, verify_rest, write_files
+from sharded_ema.tools.workplace import check_target
+from sharded_ema.tools.write import as_write_error, copied, write_models
 
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -114,114 +101,70 @@ def consolidate(
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
     limit = parse_size(max_shard_size)
-    catalog = open_source(src)
-    average = find_tensors(catalog, profile, prefix)
-    target = as_path(dst, "dst")
-    check_target(target, catalog.path)
-    wanted = Wanted(
-        dtype=dtype,
-        tied=tied,
-        adapter=adapter,
-        rename=Renaming(rename),
-        include=include,
-        exclude=exclude,
-        base=open_model(as_path(base, "base")) if base is not None else None,
-        model=read_model(as_path(like, "like")) if like is not None else None,
-    )
-    _check_shapes_known(catalog, wanted)
     report = Report("consolidate", str(src))
-    if not average.meta and catalog.index is not None:
-        left = sum(key.startswith(average.prefix) for key in catalog.index.values)
-        if left:
-            report.notes.append(f"{left} values that are no tensors are left out, unread")
-    outputs = plan_outputs(catalog, average, wanted, report)
-    total = sum(output.num_bytes for output in outputs)
-    if wanted.is_adapter:  # PEFT reads one file
-        files = plan_files(outputs, total, ADAPTER_STEM)
-    else:
-        files = plan_files(outputs, limit)
-    report.facts |= {
-        "output": str(target),
-        "format": format,
-        **average.facts(),
-        "tensors": len(outputs),
-        "bytes": total,
-        "files": len(files) if format == "safetensors" else 1,
-        "metadata": "verified" if catalog.verified_metadata else "unverified",
-    }
-    if plan:
-        report.facts["plan"] = {
-            name: f"{len(group)} tensors, {sum(o.num_bytes for o in group):,} bytes"
-            for name, group in files
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_source(src))
+        average = find_tensors(checkpoint, profile, prefix)
+        target = as_path(dst, "dst")
+        check_target(target, checkpoint.path)
+        weights = None if base is None else stack.enter_context(open_model(as_path(base, "base")))
+        wanted = Wanted(
+            dtype=dtype,
+            max_shard_size=limit,
+            tied=tied,
+            adapter=adapter,
+            rename=Renaming(rename),
+            include=include,
+            exclude=exclude,
+            base=weights,
+            model=read_model(as_path(like, "like")) if like is not None else None,
+        )
+        _check_shapes_known(checkpoint, wanted)
+        if not average.meta and isinstance(checkpoint.index, DcpIndex):
+            left = sum(key.startswith(average.prefix) for key in checkpoint.index.values)
+            if left:
+                report.notes.append(f"{left} values that are no tensors are left out, unread")
+        planned = plan_model(average, wanted, report)
+        report.facts |= {
+            "output": str(target),
+            "format": format,
+            **average.facts(),
+            "tensors": len(planned.outputs),
+            "bytes": planned.num_bytes,
+            "files": len(planned.files) if format == "safetensors" else 1,
+            "metadata": "verified" if checkpoint.verified_metadata else "unverified",
         }
-    if report.ok and not plan:
-        try:
-            _write(catalog, average, files, target, wanted, report, format, jobs, progress)
-        except EMAError:
-            raise
-        except OSError as error:
-            raise CheckpointWriteError(
-                f"{src} could not be written to {target}: {error}"
-            ) from error
+        if plan:
+            report.facts["plan"] = {
+                name: f"{len(group)} tensors, {group_bytes(group):,} bytes"
+                for name, group in planned.files.items()
+            }
+        elif report.ok:
+            with as_write_error(f"{src} could not be written to {target}"):
+                written = write_models(
+                    planned,
+                    target,
+                    copied,
+                    inputs=[average],
+                    like=wanted.model,
+                    what="consolidate",
+                    jobs=jobs,
+                    progress=progress,
+                    resume=True,
+                    format=format,
+                )
+            report.notes += written.tally.notes()
+            report.facts |= {"copied": len(written.copied), "taken_over": written.taken_over}
     report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
 
-def _check_shapes_known(catalog: Catalog, wanted: Wanted) -> None:
-    if catalog.format == RANK_SHARDS and wanted.shapes is None:
+def _check_shapes_known(checkpoint: Checkpoint, wanted: Wanted) -> None:
+    if checkpoint.format == RANK_SHARDS and wanted.shapes is None:
         raise CheckpointMismatchError(
-            f"{catalog.path} holds shards without metadata, which do not say how large the tensors "
-            "are, so that a missing shard would not be noticed; pass a directory of the model with "
-            "safetensors weights as like (--like)"
+            f"{checkpoint.path} holds shards without metadata, which do not say how large the "
+            "tensors are, so that a missing shard would not be noticed; pass a directory of the "
+            "model with safetensors weights as like (--like)"
         )
     if wanted.is_adapter and wanted.base is not None:
         raise ConfigError("an adapter takes nothing from a base model; leave base (--base) out")
-
-
-def _write(
-    catalog: Catalog,
-    average: Average,
-    files: Files,
-    target: Path,
-    wanted: Wanted,
-    report: Report,
-    format: str,
-    jobs: int,
-    progress: bool,
-) -> None:
-    """Write the planned files, those of PyTorch out of them if wanted, and publish."""
-    header = {"format": "pt", **average.header()}
-    header["source"] = catalog.manifest.uuid if catalog.manifest else "unknown"
-    if wanted.base is not None:
-        header["base"] = wanted.base.path.name
-    with Workplace(target, digest_plan(files, header, format)) as place:
-        finished = [line.bytes for line in place.finished.values()]
-        total = sum(output.num_bytes for _, group in files for output in group)
-        needed = total if format == "safetensors" else 2 * total
-        check_space(target, needed - sum(finished))
-        verify_rest(catalog, average)
-        write_files(files, place, header, jobs=jobs, progress=progress)
-        if format != "safetensors":
-            _convert([place.model / name for name, _ in files], place.model, format)
-        elif len(files) > 1:
-            durable.write_durably(place.model / INDEX, index_bytes(files))
-        copied = copy_description(wanted.model, place.model) if wanted.model is not None else []
-        place.publish()
-    tally = Tally()
-    for line in place.finished.values():
-        tally.add(Tally(line.unchecked, line.overflowed))
-    report.notes += tally.notes()
-    report.facts |= {"copied": len(copied), "taken_over": len(finished)}
-
-
-def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
-    """Replace safetensors files by those of PyTorch."""
-    from sharded_ema.checkpoint.writing.torch_files import write_dcp, write_torch  # imports PyTorch
-
-    if format == "dcp":
-        write_dcp(written, folder)
-    else:
-        is_adapter = written[0].name.startswith(ADAPTER_STEM)
-        write_torch(written, folder / f"{ADAPTER_STEM if is_adapter else 'pytorch_model'}.bin")
-    for path in written:
-        path.unlink()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE
-from sharded_ema.config import BUFFERS_PREFIX, DEFAULT_PROFILE, FROZEN_PREFIX
+from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
+from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
+from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError
 
 
@@ -17,12 +16,14 @@ class Average:
     """One profile of one average in a checkpoint, or tensors that other software has stored.
 
     Attributes:
+        checkpoint: that holds it.
         prefix: of its keys.
         profile: its name.
         meta: what the average says of itself; empty for tensors of other software.
         tensors: averaged, frozen and buffers, by the name in the bare model's ``state_dict()``.
     """
 
+    checkpoint: Checkpoint
     prefix: str
     profile: str
     meta: dict[str, Any]
@@ -48,91 +49,100 @@ class Average:
         return {"kind": "ema", "profile": self.profile, "step": step, "updates": updates}
 
     def header(self) -> dict[str, str]:
-        """What a file that holds it says of itself, beside the format."""
+        """What a file that holds it says of itself."""
         said = {name: str(value) for name, value in self.facts().items()}
         if self.meta:
             said["num_updates"] = said.pop("updates")
             said["decay"] = repr(self.meta["profiles"][self.profile]["decay"])
-        return said
+        manifest = self.checkpoint.manifest
+        return {"format": "pt", **said, "source": manifest.uuid if manifest else "unknown"}
+
+    def verify_rest(self) -> None:
+        """Check what an export does not read but depends on, or cannot check as it streams.
+
+        Raises:
+            CheckpointCorruptError: it is not what was written.
+        """
+        if self.meta:
+            self.checkpoint.tensors[self.prefix + META_KEY].verify()
+        if self.checkpoint.format == "dcp":
+            # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
+            self.checkpoint.verify_files()
 
 
-def find_prefix(catalog: Catalog, prefix: str | None) -> str:
+def find_prefix(checkpoint: Checkpoint, prefix: str | None) -> str:
     """The key prefix of the average that is meant.
 
     Raises:
         CheckpointMismatchError: none, or several and none was chosen.
     """
-    known = catalog.prefixes()
+    known = checkpoint.prefixes()
     if prefix is not None:
         wanted = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
         if wanted in known:
             return wanted
         raise CheckpointMismatchError(
-            f"{catalog.path} has no average under the prefix {prefix!r}; it has {known}"
+            f"{checkpoint.path} has no average under the prefix {prefix!r}; it has {known}"
         )
     if len(known) != 1:
         what = f"averages under several prefixes, choose one: {known}" if known else "no average"
-        raise CheckpointMismatchError(f"{catalog.path} holds {what}")
+        raise CheckpointMismatchError(f"{checkpoint.path} holds {what}")
     return known[0]
 
 
-def find_average(catalog: Catalog, profile: str, prefix: str | None) -> Average:
+def find_average(checkpoint: Checkpoint, profile: str, prefix: str | None) -> Average:
     """Collect the tensors of a profile.
 
     Raises:
         CheckpointMismatchError: there is no such prefix or profile.
     """
-    prefix = find_prefix(catalog, prefix)
-    meta = catalog.meta(prefix)
+    prefix = find_prefix(checkpoint, prefix)
+    meta = checkpoint.meta(prefix)
     if profile not in meta["profiles"]:
         raise CheckpointMismatchError(
-            f"{catalog.path} has no profile {profile!r}; it has {sorted(meta['profiles'])}"
+            f"{checkpoint.path} has no profile {profile!r}; it has {sorted(meta['profiles'])}"
         )
     tensors: dict[str, StoredTensor] = {}
     for part in (f"{profile}.", FROZEN_PREFIX, BUFFERS_PREFIX):
         start = prefix + part
-        for key, tensor in catalog.tensors.items():
+        for key, tensor in checkpoint.tensors.items():
             if key.startswith(start):
                 tensors[key.removeprefix(start)] = tensor
-    return Average(prefix, profile, meta, tensors)
+    return Average(checkpoint, prefix, profile, meta, tensors)
 
 
-def find_tensors(catalog: Catalog, profile: str, prefix: str | None) -> Average:
+def find_tensors(checkpoint: Checkpoint, profile: str, prefix: str | None) -> Average:
     """The average that is meant; under a prefix that holds none, the tensors that it holds.
 
     Raises:
         CheckpointMismatchError: there is neither; the prefix holds what this library does not read.
     """
-    if prefix is None and not catalog.prefixes():
-        parts = sorted({key.partition(".")[0] for key in catalog.tensors})
+    if prefix is None and not checkpoint.prefixes():
+        parts = sorted({key.partition(".")[0] for key in checkpoint.tensors})
         raise CheckpointMismatchError(
-            f"{catalog.path} holds no average of this library; to take tensors of other software "
-            f"as they are, pass a prefix (--prefix), '' for all; keys begin with {parts[:10]}"
+            f"{checkpoint.path} holds no average of this library; to take tensors of other "
+            f"software as they are, pass a prefix (--prefix), '' for all; keys begin with "
+            f"{parts[:10]}"
         )
     start = prefix if not prefix or prefix.endswith(".") else f"{prefix}."
-    if start is None or start in catalog.prefixes():
-        return find_average(catalog, profile, prefix)
+    if start is None or start in checkpoint.prefixes():
+        return find_average(checkpoint, profile, prefix)
     if profile != DEFAULT_PROFILE:
         raise CheckpointMismatchError(
-            f"{catalog.path} has no average under {prefix!r}, so no profile {profile!r} either"
+            f"{checkpoint.path} has no average under {prefix!r}, so no profile {profile!r} either"
         )
-    unknown = {k: d for k, d in catalog.unsupported.items() if k.startswith(start)}
+    unknown = {k: d for k, d in checkpoint.index.unsupported.items() if k.startswith(start)}
     if unknown:
         key, dtype = next(iter(unknown.items()))
         raise CheckpointMismatchError(
-            f"{catalog.path}: {len(unknown)} tensors under {prefix!r} have a dtype that this "
+            f"{checkpoint.path}: {len(unknown)} tensors under {prefix!r} have a dtype that this "
             f"library does not read, such as {key} with torch.{dtype}; choose a longer prefix"
         )
-    tensors = {k[len(start) :]: t for k, t in catalog.tensors.items() if k.startswith(start)}
+    tensors = {k[len(start) :]: t for k, t in checkpoint.tensors.items() if k.startswith(start)}
     if not tensors:
-        parts = sorted({key.partition(".")[0] for key in catalog.tensors})
+        parts = sorted({key.partition(".")[0] for key in checkpoint.tensors})
         raise CheckpointMismatchError(
-            f"{catalog.path} has neither an average nor tensors under the prefix {prefix!r}; keys "
-            f"begin with {parts[:10]}, averages lie under {catalog.prefixes()}"
+            f"{checkpoint.path} has neither an average nor tensors under the prefix {prefix!r}; "
+            f"keys begin with {parts[:10]}, averages lie under {checkpoint.prefixes()}"
         )
-    return Average(start, "", {}, tensors)
-
-
-def num_bytes(tensor: StoredTensor, dtype: str | None = None) -> int:
-    """Size of a tensor in bytes, stored as it is or as ``dtype``."""
-    return math.prod(tensor.shape) * ITEMSIZE[dtype or tensor.dtype]
+    return Average(checkpoint, start, "", {}, tensors)

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from filecmp import cmp
 from pathlib import Path
 from typing import Protocol
 
-from sharded_ema.checkpoint.files import is_plain_name, read_whole
-from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import load_json, read_header
-from sharded_ema.checkpoint.writing.durable import fsync
+from sharded_ema.checkpoint.checked_json import load_json
+from sharded_ema.checkpoint.durable import fsync, write_durably
+from sharded_ema.checkpoint.files import Directory, OpenFiles, read_whole
+from sharded_ema.checkpoint.names import is_plain_name
+from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointNotFoundError
 from sharded_ema.model.layout import Box, Shape
 
@@ -67,8 +69,11 @@ def read_model(path: Path) -> Model:
     return Model(path, shapes if files else None, is_adapter)
 
 
-def open_model(path: Path) -> Catalog:
+def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
     """The weights of a model directory, or of one safetensors file; no digest covers them.
+
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
         CheckpointNotFoundError: there is neither.
@@ -76,34 +81,32 @@ def open_model(path: Path) -> Catalog:
     """
     if path.is_dir():
         root, is_adapter = path, (path / ADAPTER_CONFIG).is_file()
-        files = _weight_files(path, is_adapter)
+        names = _weight_files(path, is_adapter)
     else:
         root, is_adapter = path.parent, False
-        files = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
-    if not files:
+        names = [path.name] if path.suffix == ".safetensors" and path.is_file() else []
+    if not names:
         if not path.exists():
             raise CheckpointNotFoundError(f"there is nothing at {path}")
         raise CheckpointNotFoundError(
             f"{path} holds no weights: neither safetensors files nor a DCP checkpoint"
         )
-    tensors: dict[str, StoredTensor] = {}
+    tensors: dict[str, tuple[Shape, str]] = {}
     chunks: dict[str, list[Chunk]] = {}
-    for file in files:
-        entries, _, start = read_header(root / file)
-        for name, entry in entries.items():
-            tensors[name] = StoredTensor(name, entry.shape, entry.dtype)
+    texts: dict[str, dict[str, str]] = {}
+    for file in names:
+        entries, texts[file], start = read_header(root / file)
+        for key, entry in entries.items():
+            tensors[key] = (entry.shape, entry.dtype)
             whole = Chunk(
                 Box.whole(entry.shape), file, start + entry.start, entry.stop - entry.start, None
             )
-            chunks[name] = [whole] if whole.num_bytes else []
-    name = "adapter" if is_adapter else "safetensors"
-    return Catalog(root, name, None, tensors, {}, chunks.__getitem__)
-
-
-def model_header(model: Catalog) -> dict[str, str]:
-    """What the files of a model say of it, such as that it is an average, and of which step."""
-    file = next((chunk.file for key in model.tensors for chunk in model.chunks(key)), None)
-    return {} if file is None else read_header(model.path / file)[1]
+            chunks[key] = [whole] if whole.num_bytes else []
+    first = next((chunk.file for of_one in chunks.values() for chunk in of_one), "")
+    index = KnownChunks(
+        "adapter" if is_adapter else "safetensors", tensors, chunks, texts=texts.get(first, {})
+    )
+    return Checkpoint(Directory(root, files), index)
 
 
 def holds_model(path: Path) -> bool:
@@ -150,9 +153,12 @@ def _description(path: Path) -> list[Path]:
     ]
 
 
-def index_bytes(files: Sequence[tuple[str, Sequence[Named]]]) -> bytes:
-    """The index of a model in several files, given with what each of them holds."""
-    total = sum(output.num_bytes for _, group in files for output in group)
-    weight_map = {output.name: name for name, group in files for output in group}
+def write_index(target: Path, files: Mapping[str, Sequence[Named]]) -> None:
+    """Write the index of a model, given what each of its files holds; a single file needs none."""
+    if len(files) == 1:
+        return
+    total = sum(output.num_bytes for group in files.values() for output in group)
+    weight_map = {output.name: name for name, group in files.items() for output in group}
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+    text = json.dumps(index, indent=2, sort_keys=True)
+    write_durably(target / INDEX, f"{text}\n".encode())

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.averaging.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
-from sharded_ema.checkpoint.location import as_location
-from sharded_ema.checkpoint.pointer import LATEST_NAME
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor, open_checkpoint
-from sharded_ema.checkpoint.run import Committed
-from sharded_ema.config import BUFFERS_PREFIX, FROZEN_PREFIX
+from sharded_ema.checkpoint.files import as_location
+from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, LATEST_NAME
+from sharded_ema.checkpoint.reading.chunks import KnownChunks
+from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
+from sharded_ema.checkpoint.run import Committed, Run, locate, open_checkpoint, read_run
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.model.layout import Box, Shape
-from sharded_ema.tools.contents import num_bytes
-from sharded_ema.tools.huggingface import model_header, open_model
+from sharded_ema.tools.huggingface import open_model
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.runs import Run, checkpoint_name, read_run
-from sharded_ema.tools.source import locate
 
 
 def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
@@ -45,7 +43,7 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     if as_location(path).name == LATEST_NAME:
         path = locate(path)
     try:
-        return _describe_checkpoint(open_checkpoint(path), tensors, report)
+        checkpoint = open_checkpoint(path)
     except CheckpointNotFoundError:
         run = read_run(path)
         if run.checkpoints or run.damaged or run.leftovers:
@@ -53,17 +51,16 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
         model = _find_model(path)
         if model is None:
             raise
-    return _describe_checkpoint(model, tensors, report)
+        checkpoint = model
+    with checkpoint:
+        return _describe_checkpoint(checkpoint, tensors, report)
 
 
 # ---------------------------------------------------------------------- a run
 
 
 def _describe_run(run: Run, report: Report) -> Report:
-    names = [checkpoint_name(found.path) for found in run.checkpoints]
-    report.facts["checkpoints"] = [
-        _row(name, found, run.latest) for name, found in zip(names, run.checkpoints, strict=True)
-    ]
+    report.facts["checkpoints"] = [_row(found, run.latest) for found in run.checkpoints]
     report.facts["bytes"] = sum(found.num_bytes for found in run.checkpoints)
     if run.leftovers:
         report.facts["uncommitted"] = run.leftovers
@@ -71,24 +68,24 @@ def _describe_run(run: Run, report: Report) -> Report:
             f"{len(run.leftovers)} directories are of saves that are under way or did not finish; "
             "the next save there removes what is nobody's"
         )
-    if not names:
+    if not run.checkpoints:
         report.notes.append("no committed checkpoint of an average is in it")
-    elif run.latest is not None and run.latest != names[-1]:
+    elif run.latest not in (None, run.checkpoints[-1].name):
         report.notes.append(
-            f"the file latest names {run.latest}, the last committed is {names[-1]}"
+            f"the file latest names {run.latest}, the last committed is {run.checkpoints[-1].name}"
         )
     for name, problem in run.damaged.items():
         report.fail(f"{name}: {problem}")
     return report
 
 
-def _row(name: str, found: Committed, latest: str | None) -> dict[str, Any]:
+def _row(found: Committed, latest: str | None) -> dict[str, Any]:
     return {
-        "name": name,
+        "name": found.name,
         "step": found.step,
         "saved_at": _time(found.saved_at),
         "bytes": found.num_bytes,
-        "latest": name == latest,
+        "latest": found.name == latest,
     }
 
 
@@ -104,52 +101,53 @@ def _time(milliseconds: int) -> str | None:
 # ---------------------------------------------------------------------- a checkpoint
 
 
-def _describe_checkpoint(catalog: Catalog, tensors: bool, report: Report) -> Report:
-    report.facts["format"] = catalog.format
-    report.facts["metadata"] = "verified" if catalog.verified_metadata else "unverified"
-    if catalog.manifest is not None:
+def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) -> Report:
+    report.facts["format"] = checkpoint.format
+    report.facts["metadata"] = "verified" if checkpoint.verified_metadata else "unverified"
+    if checkpoint.manifest is not None:
         report.facts |= {
-            "saved_at": _time(catalog.manifest.saved_at),
-            "uuid": catalog.manifest.uuid,
-            "world_size": catalog.manifest.world_size,
-            "files": len(catalog.manifest.files) + 1,
-            "libraries": dict(catalog.manifest.libraries),
+            "saved_at": _time(checkpoint.manifest.saved_at),
+            "uuid": checkpoint.manifest.uuid,
+            "world_size": checkpoint.manifest.world_size,
+            "files": len(checkpoint.manifest.files) + 1,
+            "libraries": dict(checkpoint.manifest.libraries),
         }
-    for prefix in catalog.prefixes():
+    for prefix in checkpoint.prefixes():
         name = f"average under {prefix!r}" if prefix else "average"
-        report.facts[name] = _describe_average(catalog, prefix)
-    if catalog.manifest is None and catalog.index is not None:
-        report.facts["parts"] = _parts(catalog)
+        report.facts[name] = _describe_average(checkpoint, prefix)
+    is_dcp = isinstance(checkpoint.index, DcpIndex)
+    if checkpoint.manifest is None and is_dcp:
+        report.facts["parts"] = _parts(checkpoint)
         report.notes.append(
             "a checkpoint of torch.distributed.checkpoint not written by this library: only its "
             "data can have checksums"
         )
-    elif catalog.manifest is None:
-        report.facts["header"] = header = model_header(catalog)
+    elif isinstance(checkpoint.index, KnownChunks):
+        report.facts["header"] = header = dict(checkpoint.index.texts)
         if "kind" not in header:
             report.notes.append("its files do not say whether it is an average")
-    if not catalog.prefixes() and (catalog.manifest or catalog.index):
+    if not checkpoint.prefixes() and (checkpoint.manifest or is_dcp):
         report.notes.append("no average of this library is in it")
-    if catalog.unsupported:
+    if checkpoint.index.unsupported:
         report.notes.append(
-            f"{len(catalog.unsupported)} tensors have a dtype that is not read, such as "
-            f"{min(catalog.unsupported)}"
+            f"{len(checkpoint.index.unsupported)} tensors have a dtype that is not read, such as "
+            f"{min(checkpoint.index.unsupported)}"
         )
-    boxes = {key: _boxes(catalog, key) for key in sorted(catalog.tensors)}
-    cuts = {key: _cut(found, catalog.tensors[key].shape) for key, found in boxes.items()}
+    boxes = {key: _boxes(checkpoint, key) for key in sorted(checkpoint.tensors)}
+    cuts = {key: _cut(found, checkpoint.tensors[key].shape) for key, found in boxes.items()}
     report.facts |= {
         "tensors": len(boxes),
         "chunks": sum(map(len, boxes.values())),
         "layouts": dict(Counter(cuts.values()).most_common()),
-        "bytes": sum(num_bytes(t) for t in catalog.tensors.values()),
+        "bytes": sum(t.num_bytes for t in checkpoint.tensors.values()),
     }
     if tensors:
         report.facts["list"] = [
             {
                 "name": key,
-                "dtype": catalog.tensors[key].dtype,
-                "shape": list(catalog.tensors[key].shape),
-                "bytes": num_bytes(catalog.tensors[key]),
+                "dtype": checkpoint.tensors[key].dtype,
+                "shape": list(checkpoint.tensors[key].shape),
+                "bytes": checkpoint.tensors[key].num_bytes,
                 "chunks": len(found),
                 "layout": cuts[key],
             }
@@ -158,14 +156,14 @@ def _describe_checkpoint(catalog: Catalog, tensors: bool, report: Report) -> Rep
     return report
 
 
-def _find_model(path: str | os.PathLike[str]) -> Catalog | None:
+def _find_model(path: str | os.PathLike[str]) -> Checkpoint | None:
     with suppress(CheckpointNotFoundError):
         return open_model(Path(path))
     return None
 
 
-def _describe_average(catalog: Catalog, prefix: str) -> dict[str, Any]:
-    meta = catalog.meta(prefix)
+def _describe_average(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
+    meta = checkpoint.meta(prefix)
     facts: dict[str, Any] = {
         "step": meta["step"],
         "updates": meta["num_updates"],
@@ -182,10 +180,13 @@ def _describe_average(catalog: Catalog, prefix: str) -> dict[str, Any]:
             "weight_of_initial_weights": settings["seed_weight"],
             **({"sampled_distance_to_live_weights": meta["sampled_distance"][profile]}
                if profile in meta.get("sampled_distance", {}) else {}),
-            **_total(_under(catalog, f"{prefix}{profile}.")),
+            **_total(_under(checkpoint, f"{prefix}{profile}.")),
         }  # fmt: skip
-    facts["frozen"] = {"policy": meta["frozen"], **_total(_under(catalog, prefix + FROZEN_PREFIX))}
-    buffers = _under(catalog, prefix + BUFFERS_PREFIX)
+    facts["frozen"] = {
+        "policy": meta["frozen"],
+        **_total(_under(checkpoint, prefix + FROZEN_PREFIX)),
+    }
+    buffers = _under(checkpoint, prefix + BUFFERS_PREFIX)
     facts["buffers"] = {"policy": meta["buffers"], **_total(buffers)}
     facts["aliases"] = meta["aliases"]
     facts["absent"] = meta["absent"]
@@ -217,31 +218,31 @@ def _span(settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parts(catalog: Catalog) -> dict[str, dict[str, int]]:
+def _parts(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
     """What lies under each first part of a key, such as ``model`` and ``optimizer``."""
     found: dict[str, list[StoredTensor]] = {}
-    for key, tensor in sorted(catalog.tensors.items()):
+    for key, tensor in sorted(checkpoint.tensors.items()):
         found.setdefault(key.partition(".")[0], []).append(tensor)
     return {name: _total(tensors) for name, tensors in found.items()}
 
 
-def _under(catalog: Catalog, start: str) -> list[StoredTensor]:
-    return [tensor for key, tensor in catalog.tensors.items() if key.startswith(start)]
+def _under(checkpoint: Checkpoint, start: str) -> list[StoredTensor]:
+    return [tensor for key, tensor in checkpoint.tensors.items() if key.startswith(start)]
 
 
 def _total(found: list[StoredTensor]) -> dict[str, int]:
     return {
         "tensors": len(found),
         "parameters": sum(math.prod(t.shape) for t in found),
-        "bytes": sum(num_bytes(t) for t in found),
+        "bytes": sum(t.num_bytes for t in found),
     }
 
 
-def _boxes(catalog: Catalog, key: str) -> list[Box]:
+def _boxes(checkpoint: Checkpoint, key: str) -> list[Box]:
     """The chunks of a tensor; of a DCP checkpoint as its metadata gives them."""
-    if catalog.index is not None:
-        return [at.box for at in catalog.index.locations(key) if at.box is not None]
-    return [chunk.box for chunk in catalog.chunks(key)]
+    if isinstance(checkpoint.index, DcpIndex):
+        return [at.box for at in checkpoint.index.locations(key) if at.box is not None]
+    return [chunk.box for chunk in checkpoint.tensors[key].chunks()]
 
 
 def _cut(boxes: Iterable[Box], shape: Shape) -> str:

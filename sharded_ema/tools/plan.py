@@ -1,44 +1,44 @@
-"""What a consolidation will write: names, dtypes, files; all of it from metadata."""
+"""What will be written: names, dtypes, files; all of it from metadata."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from uuid import uuid4
+from dataclasses import dataclass, field
+from pathlib import Path
 
 import xxhash
 
-from sharded_ema.checkpoint.location import URL
-from sharded_ema.checkpoint.reading.manifest import dump_manifest
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
+from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
+from sharded_ema.checkpoint.safetensors import num_bytes
 from sharded_ema.errors import ConfigError
-from sharded_ema.tools.adapters import adapter_tensors
+from sharded_ema.model.layout import Shape
 from sharded_ema.tools.casting import target_dtype
-from sharded_ema.tools.contents import Average, num_bytes
-from sharded_ema.tools.huggingface import Model
-from sharded_ema.tools.naming import Renaming, rename_all, select
+from sharded_ema.tools.contents import Average
+from sharded_ema.tools.huggingface import ADAPTER_STEM, Model
+from sharded_ema.tools.naming import Renaming, adapter_tensors, rename_all, select
 from sharded_ema.tools.report import Report
 from sharded_ema.version import __version__
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
     """What the user asked for; see :func:`sharded_ema.consolidate`."""
 
     dtype: str | None
-    tied: str
-    adapter: str | None
-    rename: Renaming
-    include: Sequence[str]
-    exclude: Sequence[str]
-    base: Catalog | None
+    max_shard_size: str | int
     model: Model | None
+    tied: str = "drop"
+    adapter: str | None = None
+    rename: Renaming = field(default_factory=lambda: Renaming(()))
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    base: Checkpoint | None = None
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]] | None:
+    def shapes(self) -> Mapping[str, Shape] | None:
         """Of the tensors that the model to be like has, if it has any."""
         return self.model.shapes if self.model is not None else None
 
@@ -53,23 +53,86 @@ class Output:
     """A tensor to write: its name, where it is read from, and its dtype in the file."""
 
     name: str
-    catalog: Catalog
     source: StoredTensor
     dtype: str
 
     @property
     def num_bytes(self) -> int:
-        return num_bytes(self.source, self.dtype)
+        """Of it in the file."""
+        return num_bytes(self.dtype, self.source.shape)
 
 
-def plan_outputs(
-    catalog: Catalog, average: Average, wanted: Wanted, report: Report
-) -> list[Output]:
-    """All tensors in the order in which they will be written; what does not fit is reported.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The files of a model, or of several that differ in values only.
+
+    Attributes:
+        files: what each of them holds, by name, in order.
+        headers: what the files of each model say of it, by its folder; ``""`` is the target itself.
+    """
+
+    files: Mapping[str, Sequence[Output]]
+    headers: Mapping[str, Mapping[str, str]]
+
+    @property
+    def outputs(self) -> list[Output]:
+        """All tensors, in order."""
+        return [output for group in self.files.values() for output in group]
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all tensors of all models."""
+        return len(self.headers) * sum(map(group_bytes, self.files.values()))
+
+    def digest(self, format: str) -> str:
+        """Hex digest of 128 bits of all that decides on the bytes of the output.
+
+        Args:
+            format: of the files; see :func:`sharded_ema.consolidate`.
+
+        Raises:
+            CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
+        """
+        outputs = self.outputs
+        checkpoints = list(dict.fromkeys(o.source.checkpoint for o in outputs))
+        sources = [
+            checkpoint.identity(o.source.key for o in outputs if o.source.checkpoint is checkpoint)
+            for checkpoint in checkpoints
+        ]
+        number = {checkpoint: i for i, checkpoint in enumerate(checkpoints)}
+        said = [
+            (name, [(o.name, number[o.source.checkpoint], o.source.key, o.dtype) for o in group])
+            for name, group in self.files.items()
+        ]
+        headers = {folder: dict(texts) for folder, texts in self.headers.items()}
+        plan = json.dumps([__version__, format, headers, sources, said])
+        return xxhash.xxh3_128_hexdigest(plan.encode())
+
+
+def group_bytes(group: Iterable[Output]) -> int:
+    """Of some tensors."""
+    return sum(output.num_bytes for output in group)
+
+
+def plan_model(average: Average, wanted: Wanted, report: Report) -> Plan:
+    """The files of one model; what does not fit is reported.
 
     Raises:
-        ConfigError, CheckpointMismatchError: names or dtypes that cannot be.
+        ConfigError, CheckpointMismatchError: names, sizes or dtypes that cannot be, or there is no
+            such adapter.
     """
+    limit = parse_size(wanted.max_shard_size)
+    outputs = _outputs(average, wanted, report)
+    header = average.header()
+    if wanted.base is not None:
+        header["base"] = wanted.base.path.name
+    if wanted.is_adapter:  # PEFT reads one file
+        return Plan({f"{ADAPTER_STEM}.safetensors": outputs}, {"": header})
+    return Plan(_files(outputs, limit), {"": header})
+
+
+def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
+    """All tensors in the order in which they will be written."""
     if wanted.tied not in ("drop", "emit"):
         raise ConfigError(f'tied must be "drop" or "emit", got {wanted.tied!r}')
     if wanted.is_adapter:
@@ -77,25 +140,23 @@ def plan_outputs(
         left = len(average.tensors) - len(named)
         if left:
             report.notes.append(f"{left} tensors in the checkpoint are not the adapter's")
-        named = rename_all(named.items(), wanted.rename)
+        found = rename_all(named.items(), wanted.rename)
     else:
-        named = rename_all(_with_tied(average, wanted), wanted.rename)
-    found = {name: (catalog, tensor) for name, tensor in named.items()}
-    if not wanted.is_adapter:
+        found = rename_all(_with_tied(average, wanted), wanted.rename)
         if wanted.base is not None:
-            found |= _fill(named, average, wanted.base, wanted, report)
+            found |= _fill(found, average, wanted.base, wanted, report)
         else:
             _tell_absent(average, wanted, report)
     wanted.rename.check_used()
     found = select(found, wanted.include, wanted.exclude)
     if wanted.base is not None:
-        report.facts["from_base"] = sum(owner is wanted.base for owner, _ in found.values())
+        taken = sum(tensor.checkpoint is wanted.base for tensor in found.values())
+        report.facts["from_base"] = taken
     if wanted.model is not None and wanted.shapes is not None:
-        _compare({name: tensor for name, (_, tensor) in found.items()}, wanted.model, report)
+        _compare(found, wanted.shapes, wanted.model.path, report)
     names = found if wanted.shapes is None else [n for n in wanted.shapes if n in found]
     return [
-        Output(name, *found[name], target_dtype(found[name][1].dtype, wanted.dtype))
-        for name in names
+        Output(name, found[name], target_dtype(found[name].dtype, wanted.dtype)) for name in names
     ]
 
 
@@ -132,14 +193,14 @@ def _tell_absent(average: Average, wanted: Wanted, report: Report) -> None:
 def _fill(
     named: Mapping[str, StoredTensor],
     average: Average,
-    base: Catalog,
+    base: Checkpoint,
     wanted: Wanted,
     report: Report,
-) -> dict[str, tuple[Catalog, StoredTensor]]:
+) -> dict[str, StoredTensor]:
     """What the base has and the checkpoint has not."""
     tied = {wanted.rename(n) for names in average.aliases.values() for n in names}
     filled = {
-        name: (base, tensor)
+        name: tensor
         for name, tensor in base.tensors.items()
         if name not in named
         and name not in tied
@@ -162,25 +223,22 @@ def _fill(
     return filled
 
 
-def _compare(named: Mapping[str, StoredTensor], model: Model, report: Report) -> None:
-    assert model.shapes is not None
-    missing = [name for name in model.shapes if name not in named]
-    extra = [name for name in named if name not in model.shapes]
+def _compare(
+    named: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], model: Path, report: Report
+) -> None:
+    missing = [name for name in shapes if name not in named]
+    extra = [name for name in named if name not in shapes]
     if missing:
-        report.fail(
-            f"{len(missing)} tensors of {model.path} are not in the checkpoint: {missing[:5]}"
-        )
+        report.fail(f"{len(missing)} tensors of {model} are not in the checkpoint: {missing[:5]}")
     if extra:
-        report.fail(f"{len(extra)} tensors are unknown to {model.path}: {extra[:5]}")
+        report.fail(f"{len(extra)} tensors are unknown to {model}: {extra[:5]}")
     for name, tensor in named.items():
-        shape = model.shapes.get(name, tensor.shape)
+        shape = shapes.get(name, tensor.shape)
         if shape != tensor.shape:
-            report.fail(f"{name} is {tensor.shape} here and {shape} in {model.path}")
+            report.fail(f"{name} is {tensor.shape} here and {shape} in {model}")
 
 
-def plan_files(
-    outputs: Sequence[Output], limit: int, stem: str = "model"
-) -> list[tuple[str, list[Output]]]:
+def _files(outputs: Sequence[Output], limit: int) -> dict[str, Sequence[Output]]:
     """Distribute tensors over files in order, none but single tensors larger than ``limit``."""
     groups: list[list[Output]] = [[]]
     filled = 0
@@ -191,11 +249,11 @@ def plan_files(
         groups[-1].append(output)
         filled += output.num_bytes
     if len(groups) == 1:
-        return [(f"{stem}.safetensors", groups[0])]
-    return [
-        (f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors", group)
+        return {"model.safetensors": groups[0]}
+    return {
+        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
         for i, group in enumerate(groups, start=1)
-    ]
+    }
 
 
 def parse_size(size: str | int) -> int:
@@ -209,52 +267,3 @@ def parse_size(size: str | int) -> int:
     if value < 1:
         raise ConfigError(f"max_shard_size must be a size such as 5GB or 500MB, got {size!r}")
     return value
-
-
-def digest_plan(
-    files: Sequence[tuple[str, Sequence[Output]]], header: Mapping[str, str], format: str
-) -> str:
-    """Hex digest of 128 bits of all that decides on the bytes of the output.
-
-    Raises:
-        CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
-    """
-    outputs = [output for _, group in files for output in group]
-    catalogs = {id(output.catalog): output.catalog for output in outputs}
-    sources = [
-        _digest_source(catalog, [o.source.key for o in outputs if o.catalog is catalog])
-        for catalog in catalogs.values()
-    ]
-    number = {identity: i for i, identity in enumerate(catalogs)}
-    said = [
-        (name, [(o.name, number[id(o.catalog)], o.source.key, o.dtype) for o in group])
-        for name, group in files
-    ]
-    plan = json.dumps([__version__, format, dict(header), sources, said])
-    return xxhash.xxh3_128_hexdigest(plan.encode())
-
-
-def _digest_source(catalog: Catalog, keys: Iterable[str]) -> str:
-    """What tells the tensors of one save from those of another.
-
-    That is the manifest, which has a digest of every file. Where there is none it is places, sizes
-    and checksums of the blocks, and sizes and times of the files.
-    """
-    if catalog.manifest is not None:
-        return xxhash.xxh3_128_hexdigest(dump_manifest(catalog.manifest))
-    known = xxhash.xxh3_128()
-    names = set()
-    unchecked = False
-    for key in keys:
-        for chunk in catalog.chunks(key):
-            known.update(repr((key, chunk)).encode())
-            names.add(chunk.file)
-            unchecked |= chunk.crc32 is None
-    for name in sorted(names):
-        path = catalog.path / name
-        if not isinstance(path, URL):
-            found = path.stat()
-            known.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
-        elif unchecked:  # not every store says when an object was written; so nothing is taken over
-            return uuid4().hex
-    return known.hexdigest()

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sharded_ema.averaging.posthoc import Profile
 from sharded_ema.averaging.schedules import Power, schedule_from_dict
-from sharded_ema.checkpoint.location import Location, entries, exists
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import Catalog, is_temporary, open_checkpoint
-from sharded_ema.config import ENGINE_DIRECTORY
+from sharded_ema.checkpoint.files import Location, OpenFiles, exists
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.run import checkpoints_of, open_checkpoint
 from sharded_ema.errors import CheckpointMismatchError, CheckpointNotFoundError
 from sharded_ema.model.layout import Shape
 from sharded_ema.tools.contents import find_prefix
-
-_CHECKPOINTS = "checkpoints"
-_REPLACED = re.compile(r"\.old-[0-9a-f]{32}$")
 
 
 @dataclass(frozen=True)
@@ -28,14 +21,19 @@ class Snapshot:
     """One checkpoint of a run with an average in it.
 
     Attributes:
-        catalog: its contents.
+        checkpoint: its contents.
         prefix: of the average's keys.
         meta: what the average says of itself.
     """
 
-    catalog: Catalog
+    checkpoint: Checkpoint
     prefix: str
     meta: dict[str, Any]
+
+    @property
+    def path(self) -> Location:
+        """Where it lies."""
+        return self.checkpoint.path
 
     @property
     def step(self) -> int:
@@ -75,7 +73,7 @@ class Snapshot:
         start = f"{self.prefix}{profile}."
         return {
             key.removeprefix(start): tensor.shape
-            for key, tensor in self.catalog.tensors.items()
+            for key, tensor in self.checkpoint.tensors.items()
             if key.startswith(start)
         }
 
@@ -100,11 +98,11 @@ class Chosen:
         return list({id(snapshot): snapshot for snapshot, _, _ in self.columns}.values())
 
 
-def find_snapshots(run: Location) -> list[Snapshot]:
+def find_snapshots(run: Location, files: OpenFiles) -> list[Snapshot]:
     """All committed checkpoints of a run that hold an average, by step.
 
-    They lie in ``run`` itself, in ``run/*``, ``run/*/ema``, ``run/checkpoints/*`` or
-    ``run/checkpoints/*/ema``.
+    Args:
+        files: that all of them are read through.
 
     Raises:
         CheckpointNotFoundError: there is none.
@@ -112,15 +110,15 @@ def find_snapshots(run: Location) -> list[Snapshot]:
         CheckpointMismatchError: two are of the same step.
     """
     found: dict[int, Snapshot] = {}
-    for path in _checkpoints(run):
-        catalog = open_checkpoint(path)
-        if not catalog.prefixes():
+    for path in checkpoints_of(run):
+        checkpoint = open_checkpoint(path, files)
+        if not checkpoint.prefixes():
             continue
-        prefix = find_prefix(catalog, None)
-        snapshot = Snapshot(catalog, prefix, catalog.meta(prefix))
+        prefix = find_prefix(checkpoint, None)
+        snapshot = Snapshot(checkpoint, prefix, checkpoint.meta(prefix))
         if snapshot.step in found:
             raise CheckpointMismatchError(
-                f"{path} and {found[snapshot.step].catalog.path} are both of step {snapshot.step}; "
+                f"{path} and {found[snapshot.step].path} are both of step {snapshot.step}; "
                 "move one of them elsewhere"
             )
         found[snapshot.step] = snapshot
@@ -132,26 +130,6 @@ def find_snapshots(run: Location) -> list[Snapshot]:
             "checkpoints/*, checkpoints/*/ema"
         )
     return [found[step] for step in sorted(found)]
-
-
-def _checkpoints(run: Location) -> Iterator[Location]:
-    seen = set()
-    for path in _places(run):
-        # launch/train.py has a link to the last one.
-        itself = path.resolve() if isinstance(path, Path) else path
-        if itself not in seen and entries(path) & {MANIFEST_NAME, METADATA_NAME}:
-            seen.add(itself)
-            yield path
-
-
-def _places(run: Location) -> Iterator[Location]:
-    """Where `save`, a DeepSpeed engine and launch/train.py place the checkpoints of a run."""
-    yield run
-    for folder in (run, run / _CHECKPOINTS):
-        for name in sorted(entries(folder)):
-            if not is_temporary(name) and not _REPLACED.search(name):
-                yield folder / name
-                yield folder / name / ENGINE_DIRECTORY
 
 
 def choose(
@@ -188,14 +166,14 @@ def choose(
                 continue
             if snapshot.shapes(name) != target.shapes(name):
                 raise CheckpointMismatchError(
-                    f"{snapshot.catalog.path} has other tensors in {name} than "
-                    f"{target.catalog.path}: they are not of one run. Move what does not belong to "
+                    f"{snapshot.path} has other tensors in {name} than "
+                    f"{target.path}: they are not of one run. Move what does not belong to "
                     "it elsewhere"
                 )
             if stored.updates > target.updates:
                 raise CheckpointMismatchError(
-                    f"{snapshot.catalog.path} has had {stored.updates} updates, and the later "
-                    f"{target.catalog.path} {target.updates}: they are not of one run"
+                    f"{snapshot.path} has had {stored.updates} updates, and the later "
+                    f"{target.path} {target.updates}: they are not of one run"
                 )
             # Two profiles of one exponent are one average twice, and so are two saves in a row.
             if all(stored != other for _, _, other in columns):
@@ -208,7 +186,9 @@ def choose(
             f"NaN or Inf kept out of the averages up to steps {skipped}: for those elements the "
             "residual says less than the truth"
         )
-    times = [s.catalog.manifest.saved_at for s, _, _ in columns if s.catalog.manifest is not None]
+    times = [
+        s.checkpoint.manifest.saved_at for s, _, _ in columns if s.checkpoint.manifest is not None
+    ]
     if times != sorted(times):
         notes.append(
             "a snapshot is older than the one of an earlier step: if the run was taken up again "
@@ -234,7 +214,7 @@ def _check_clock(snapshot: Snapshot, target: Snapshot) -> None:
     every = snapshot.meta["update_every"]
     if every != target.meta["update_every"] or snapshot.steps_taken_in % every:
         raise CheckpointMismatchError(
-            f"{snapshot.catalog.path} was averaged with update_every={every} up to step "
+            f"{snapshot.path} was averaged with update_every={every} up to step "
             f"{snapshot.meta['last_lerp_step']}, the one of step {target.step} with "
             f"{target.meta['update_every']}: update_every was changed during the run, so their "
             "weightings are not known"
@@ -246,8 +226,7 @@ def _check_schedule(snapshot: Snapshot, target: Snapshot, name: str, *, asked: b
     schedule, last = snapshot.schedule(name), target.schedule(name)
     if last is None or (asked and last.get("type") != "Power"):
         raise CheckpointMismatchError(
-            f"{target.catalog.path} has no power-function profile {name!r}; it has "
-            f"{_profiles(target)}"
+            f"{target.path} has no power-function profile {name!r}; it has {_profiles(target)}"
         )
     if (
         schedule is not None
@@ -259,23 +238,23 @@ def _check_schedule(snapshot: Snapshot, target: Snapshot, name: str, *, asked: b
         )
     ):
         raise CheckpointMismatchError(
-            f"profile {name} has the schedule {schedule} in {snapshot.catalog.path} and {last} in "
-            f"{target.catalog.path}: its weighting is not known. Leave it out with profiles "
+            f"profile {name} has the schedule {schedule} in {snapshot.path} and {last} in "
+            f"{target.path}: its weighting is not known. Leave it out with profiles "
             "(--profiles)"
         )
 
 
 def _why_none(target: Snapshot, names: Sequence[str]) -> str:
     if not target.updates:
-        return f"the average in {target.catalog.path} has had no update yet"
+        return f"the average in {target.path} has had no update yet"
     begun_later = [n for n in names if (target.schedule(n) or {}).get("type") == "Power"]
     if begun_later:
         return (
-            f"the profiles {begun_later} in {target.catalog.path} did not begin at the seed of the "
+            f"the profiles {begun_later} in {target.path} did not begin at the seed of the "
             "others, so they are no power functions"
         )
     return (
-        f"{target.catalog.path} has no power-function profile; it has {_profiles(target)}. Train "
+        f"{target.path} has no power-function profile; it has {_profiles(target)}. Train "
         'with, for example, {"a": "power:0.05", "b": "power:0.10"}'
     )
 

@@ -1,58 +1,55 @@
-"""Where in a directory that a user names the checkpoint to read lies."""
+"""Opening whatever a user names as a source.
+
+A further format is an :class:`~sharded_ema.checkpoint.reading.chunks.Index` and a branch here.
+"""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-from sharded_ema.checkpoint.location import Location, as_location, entries
-from sharded_ema.checkpoint.pointer import LATEST_NAME, follow
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import Catalog, open_checkpoint
-from sharded_ema.checkpoint.reading.rank_shards import open_rank_shards, rank_shards
-from sharded_ema.config import ENGINE_DIRECTORY
+from sharded_ema.checkpoint.files import URL, Directory, OpenFiles, as_location, entries
+from sharded_ema.checkpoint.names import COMMITTED_NAMES
+from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.reading.rank_shards import rank_shards, read_rank_shards
+from sharded_ema.checkpoint.run import locate, open_checkpoint
 from sharded_ema.errors import CheckpointNotFoundError
-
-# What a directory with a committed checkpoint has.
-_MARKS = {MANIFEST_NAME, METADATA_NAME}
+from sharded_ema.tools.huggingface import open_model
 
 
-def open_source(src: str | os.PathLike[str]) -> Catalog:
+def open_source(src: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:
     """Open any checkpoint that can be consolidated.
 
-    Beside those of :func:`open_checkpoint`: what ``engine.save_checkpoint`` of DeepSpeed has
-    written (its directory, of which ``latest`` counts, or a tag in it), and the shards that
-    ``HuggingFaceStorageWriter`` leaves without metadata, on this machine.
+    Beside those of :func:`~sharded_ema.checkpoint.run.open_checkpoint`: what
+    ``engine.save_checkpoint`` of DeepSpeed has written (its directory, of which ``latest`` counts,
+    or a tag in it), and the shards that ``HuggingFaceStorageWriter`` leaves without metadata, on
+    this machine.
+
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
         CheckpointNotFoundError: there is none, or one of DeepSpeed without an average.
-        CheckpointError: see :func:`open_checkpoint`.
+        CheckpointError: see :func:`~sharded_ema.checkpoint.run.open_checkpoint`.
     """
     where = locate(src)
-    if isinstance(where, Path) and not entries(where) & _MARKS and rank_shards(where):
-        return open_rank_shards(where)
-    return open_checkpoint(where)
+    names = entries(where) if isinstance(where, Path) else set()
+    if rank_shards(names) and not names & COMMITTED_NAMES:
+        directory = Directory(where, files)
+        return Checkpoint(directory, read_rank_shards(directory, names))
+    return open_checkpoint(where, files)
 
 
-def locate(src: str | os.PathLike[str]) -> Location:
-    """Where the checkpoint lies that is meant: ``src``, or the average that an engine has saved.
+def open_weights(path: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:
+    """The same, and on this machine also a Hugging Face directory or a safetensors file.
 
     Raises:
-        CheckpointNotFoundError: it is a checkpoint of DeepSpeed without an average.
+        CheckpointNotFoundError: none of these is there.
+        CheckpointCorruptError: it cannot be read.
     """
-    path = follow(as_location(src))
-    names = entries(path)
-    if not names or names & _MARKS:
-        return path
-    tag = path
-    if ENGINE_DIRECTORY not in names and LATEST_NAME in names:
-        tag = follow(path / LATEST_NAME)
-    if entries(tag / ENGINE_DIRECTORY):
-        return tag / ENGINE_DIRECTORY
-    if any(name.endswith("_model_states.pt") for name in entries(tag)):
-        raise CheckpointNotFoundError(
-            f"{tag} is a checkpoint of DeepSpeed without an average of this library in "
-            f"{tag / ENGINE_DIRECTORY}; its weights come out with DeepSpeed's zero_to_fp32.py"
-        )
-    return path
+    try:
+        return open_source(path, files)
+    except CheckpointNotFoundError:
+        if isinstance(as_location(path), URL):
+            raise
+        return open_model(Path(path), files)

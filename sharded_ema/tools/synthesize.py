@@ -6,20 +6,22 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sharded_ema.averaging.posthoc import Fit, Profile, fit
 from sharded_ema.averaging.schedules import Power
-from sharded_ema.checkpoint.location import as_location, as_path
+from sharded_ema.checkpoint.files import OpenFiles, as_location, as_path
+from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.errors import ConfigError
-from sharded_ema.tools.combining import Plan, Source, plan_model, publish_sums
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.plan import Plan, Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.snapshots import Chosen, choose, find_snapshots
+from sharded_ema.tools.sums import Sums, write_sums
 from sharded_ema.tools.workplace import check_target
-from sharded_ema.tools.write import Files
 
 #: Widths in one call: each has a file open while it is written.
 MAX_WIDTHS = 100
@@ -77,47 +79,42 @@ def synthesize(
         raise ConfigError(f"jobs must be at least 1, got {jobs}")
     if not max_residual > 0:
         raise ConfigError(f"max_residual must be positive, got {max_residual}")
-    chosen = choose(find_snapshots(as_location(run)), step, profiles)
-    target = as_path(out, "out")
-    for snapshot in chosen.snapshots:
-        check_target(target, snapshot.catalog.path)
-    report = Report("synthesize", str(run), notes=chosen.notes)
-    schedules = [Power(sigma_rel=width) for width in widths]
-    updates = chosen.target.updates
-    found = fit(
-        [profile for _, _, profile in chosen.columns],
-        [Profile(schedule.gamma, updates) for schedule in schedules],
-    )
-    folders = [f"sigma_rel_{width!r}" for width in widths]
-    report.facts |= _facts(chosen, target, schedules, folders, found)
-    _check_fit(chosen, widths, found, max_residual, report)
-    model = read_model(as_path(like, "like")) if like is not None else None
-    name = next(n for s, n, _ in chosen.columns if s is chosen.target)
-    average = find_average(chosen.target.catalog, name, chosen.target.prefix)
-    files = plan_model(
-        chosen.target.catalog,
-        average,
-        report,
-        dtype=dtype,
-        max_shard_size=max_shard_size,
-        model=model,
-    )
-    if not report.ok:
-        return report
-    headers = {
-        folder: _header(chosen, schedule, found, number)
-        for number, (folder, schedule) in enumerate(zip(folders, schedules, strict=True))
-    }
-    publish_sums(
-        Plan(files, _sources(chosen, name, files), found.coefficients),
-        target,
-        headers,
-        inputs=[(s.catalog, Average(s.prefix, "", s.meta, {})) for s in chosen.snapshots],
-        model=model,
-        report=report,
-        jobs=jobs,
-        progress=progress,
-    )
+    with OpenFiles() as files:
+        chosen = choose(find_snapshots(as_location(run), files), step, profiles)
+        target = as_path(out, "out")
+        for snapshot in chosen.snapshots:
+            check_target(target, snapshot.path)
+        report = Report("synthesize", str(run), notes=chosen.notes)
+        schedules = [Power(sigma_rel=width) for width in widths]
+        updates = chosen.target.updates
+        found = fit(
+            [profile for _, _, profile in chosen.columns],
+            [Profile(schedule.gamma, updates) for schedule in schedules],
+        )
+        folders = [f"sigma_rel_{width!r}" for width in widths]
+        report.facts |= _facts(chosen, target, schedules, folders, found)
+        _check_fit(chosen, widths, found, max_residual, report)
+        model = read_model(as_path(like, "like")) if like is not None else None
+        name = next(n for s, n, _ in chosen.columns if s is chosen.target)
+        average = find_average(chosen.target.checkpoint, name, chosen.target.prefix)
+        wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)
+        plan = plan_model(average, wanted, report)
+        if not report.ok:
+            return report
+        headers = {
+            folder: _header(chosen, schedule, found, number)
+            for number, (folder, schedule) in enumerate(zip(folders, schedules, strict=True))
+        }
+        write_sums(
+            Sums(_sources(chosen, name, plan), found.coefficients),
+            replace(plan, headers=headers),
+            target,
+            inputs=[Average(s.checkpoint, s.prefix, "", s.meta, {}) for s in chosen.snapshots],
+            like=model,
+            report=report,
+            jobs=jobs,
+            progress=progress,
+        )
     report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
 
@@ -163,7 +160,7 @@ def _check_fit(
     dtypes = {
         tensor.dtype
         for snapshot, name, _ in chosen.columns
-        for key, tensor in snapshot.catalog.tensors.items()
+        for key, tensor in snapshot.checkpoint.tensors.items()
         if key.startswith(f"{snapshot.prefix}{name}.")
     }
     rounding = max(_ROUNDING.get(dtype, 0.0) for dtype in dtypes)
@@ -183,20 +180,20 @@ def _check_fit(
             )
 
 
-def _sources(chosen: Chosen, name: str, files: Files) -> dict[str, list[Source]]:
+def _sources(chosen: Chosen, name: str, plan: Plan) -> dict[str, list[StoredTensor]]:
     """What each output is made of: every stored average, or the tensor of the last snapshot."""
     start = f"{chosen.target.prefix}{name}."
-    found: dict[str, list[Source]] = {}
-    for output in (output for _, group in files for output in group):
+    found: dict[str, list[StoredTensor]] = {}
+    for output in plan.outputs:
         key = output.source.key
         if key.startswith(start) and output.source.dtype in _ROUNDING:
             inner = key.removeprefix(start)
             found[output.name] = [
-                (s.catalog, s.catalog.tensors[f"{s.prefix}{profile}.{inner}"])
+                s.checkpoint.tensors[f"{s.prefix}{profile}.{inner}"]
                 for s, profile, _ in chosen.columns
             ]
         else:
-            found[output.name] = [(chosen.target.catalog, output.source)]
+            found[output.name] = [output.source]
     return found
 
 
@@ -208,7 +205,7 @@ def _header(chosen: Chosen, schedule: Power, found: Fit, number: int) -> dict[st
             chosen.columns, found.coefficients[number], strict=True
         )
     ]
-    manifest = target.catalog.manifest
+    manifest = target.checkpoint.manifest
     return {
         "format": "pt",
         "kind": "ema",

@@ -14,21 +14,20 @@ from itertools import pairwise
 
 import numpy as np
 
-from sharded_ema.checkpoint.files import inside, open_regular
-from sharded_ema.checkpoint.location import Location
-from sharded_ema.checkpoint.reading.chunks import ChunkTable
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.listed import check_file, check_listing, read_manifest
-from sharded_ema.checkpoint.reading.manifest import CHUNKS_NAME, MANIFEST_NAME, Manifest
-from sharded_ema.checkpoint.reading.opened import (
-    Catalog,
-    find_checkpoint,
-    open_checkpoint,
-    open_listed,
+from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, inside
+from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME, META_KEY, METADATA_NAME
+from sharded_ema.checkpoint.reading.chunks import ChunkTable, TableIndex
+from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.manifest import (
+    Manifest,
+    check_file,
+    check_listing,
+    read_manifest,
 )
+from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory, open_listed
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
-from sharded_ema.config import META_KEY
+from sharded_ema.checkpoint.run import find_checkpoint, locate
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
@@ -37,7 +36,6 @@ from sharded_ema.errors import (
 )
 from sharded_ema.tools.comparison import compare, open_raw
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.source import locate
 
 
 def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> Report:
@@ -63,22 +61,24 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
             average itself.
         CheckpointCorruptError: ``model`` cannot be read.
     """
-    root, names = find_checkpoint(locate(path))
+    where, names = find_checkpoint(locate(path))
     report = Report("verify", str(path))
-    weights = None if model is None else open_raw(model)
-    catalog = None
-    with _noting(report):
-        if MANIFEST_NAME in names:
-            catalog = _verify_own(root, names, report)
-        else:
-            catalog = _verify_stock(root, names, report)
-    if catalog is not None and report.ok:
-        _verify_descriptions(catalog, report)
-    if weights is not None and catalog is not None and report.ok:
-        report.facts["model"] = str(model)
-        compare(catalog, weights, report)
-    elif weights is not None:
-        report.notes.append("not compared with the model, because the checkpoint is damaged")
+    with OpenFiles() as files:
+        weights = None if model is None else open_raw(model, files)
+        directory = Directory(where, files)
+        checkpoint = None
+        with _noting(report):
+            if MANIFEST_NAME in names:
+                checkpoint = _verify_own(directory, names, report)
+            else:
+                checkpoint = _verify_stock(directory, names, report)
+        if checkpoint is not None and report.ok:
+            _verify_descriptions(checkpoint, report)
+        if weights is not None and checkpoint is not None and report.ok:
+            report.facts["model"] = str(model)
+            compare(checkpoint, weights, report)
+        elif weights is not None:
+            report.notes.append("not compared with the model, because the checkpoint is damaged")
     return report
 
 
@@ -93,21 +93,21 @@ def _noting(report: Report) -> Iterator[None]:
         report.fail(str(error))
 
 
-def _verify_structure(catalog: Catalog, report: Report) -> bool:
+def _verify_structure(checkpoint: Checkpoint, report: Report) -> bool:
     """Whether the blocks of every tensor fill it."""
     before = len(report.problems)
-    for key in catalog.tensors:
+    for tensor in checkpoint.tensors.values():
         with _noting(report):
-            catalog.chunks(key)
+            tensor.chunks()
     return len(report.problems) == before
 
 
-def _verify_descriptions(catalog: Catalog, report: Report) -> None:
-    for prefix in catalog.prefixes():
+def _verify_descriptions(checkpoint: Checkpoint, report: Report) -> None:
+    for prefix in checkpoint.prefixes():
         with _noting(report):
-            if catalog.meta(prefix) != catalog.stored_meta(prefix):
+            if checkpoint.meta(prefix) != checkpoint.stored_meta(prefix):
                 report.fail(
-                    f"{catalog.path}: {prefix}{META_KEY} differs from what {MANIFEST_NAME} says"
+                    f"{checkpoint.path}: {prefix}{META_KEY} differs from what {MANIFEST_NAME} says"
                 )
 
 
@@ -121,7 +121,8 @@ def _tell(report: Report, file: Location, damaged: Iterable[Span]) -> None:
 # ---------------------------------------------------------------------- with a manifest
 
 
-def _verify_own(root: Location, names: set[str], report: Report) -> Catalog | None:
+def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkpoint | None:
+    root = directory.location
     manifest = read_manifest(root)
     report.facts |= {
         "format": manifest.format,
@@ -139,13 +140,16 @@ def _verify_own(root: Location, names: set[str], report: Report) -> Catalog | No
             check_file(root, record, manifest.uuid)
         if len(report.problems) > before:
             faulty.add(record.name)
-    catalog = table = None
+    checkpoint = table = None
+    entries: dict[str, list[tuple[int, int, str]]] = {}
     if not faulty & {CHUNKS_NAME, METADATA_NAME}:
         with _noting(report):
-            catalog = open_listed(root, manifest)
-            if _verify_structure(catalog, report) and catalog.table is not None:
-                table = _Table(catalog.table, manifest)
-    entries = catalog.index.entries() if catalog is not None and catalog.index is not None else {}
+            checkpoint = open_listed(directory, manifest)
+            if isinstance(checkpoint.index, DcpIndex):
+                entries = checkpoint.index.entries()
+            filled = _verify_structure(checkpoint, report)
+            if filled and isinstance(checkpoint.index, TableIndex):
+                table = _Table(checkpoint.index.table, manifest)
     for number, record in enumerate(manifest.files):
         before = len(report.problems)
         spans: Iterable[Span] = ()
@@ -153,7 +157,7 @@ def _verify_own(root: Location, names: set[str], report: Report) -> Catalog | No
             if table is not None:
                 spans = table.spans(number)
             elif record.name in entries:
-                spans = _spans_of_entries(inside(root, record.name), entries[record.name], report)
+                spans = _spans_of_entries(directory, record.name, entries[record.name], report)
         sound = record.name not in faulty and len(report.problems) == before
         try:
             digest, damaged = scan_file(inside(root, record.name), spans, record.num_bytes)
@@ -167,7 +171,7 @@ def _verify_own(root: Location, names: set[str], report: Report) -> Catalog | No
                 f"{root / record.name}: its digest is not the one in the manifest; what has "
                 "changed lies outside the data of its tensors"
             )
-    return catalog
+    return checkpoint
 
 
 class _Table:
@@ -210,23 +214,23 @@ class _Table:
 # ---------------------------------------------------------------------- PyTorch's own
 
 
-def _verify_stock(root: Location, names: set[str], report: Report) -> Catalog:
-    catalog = open_checkpoint(root)
-    assert catalog.index is not None
-    entries = catalog.index.entries()
+def _verify_stock(directory: Directory, names: set[str], report: Report) -> Checkpoint:
+    checkpoint = open_directory(directory, names)
+    assert isinstance(checkpoint.index, DcpIndex)
+    entries = checkpoint.index.entries()
     report.facts |= {
         "format": "dcp",
         "metadata": "unverified",
-        "tensors": len(catalog.tensors),
+        "tensors": len(checkpoint.tensors),
         "files": len(entries) + 1,
         "bytes": sum(length for places in entries.values() for _, length, _ in places),
     }
-    _verify_structure(catalog, report)
+    _verify_structure(checkpoint, report)
     unchecked = 0
     for name, places in entries.items():
         with _noting(report):
-            file = inside(root, name)
-            spans = _spans_of_entries(file, places, report)
+            file = inside(directory.location, name)
+            spans = _spans_of_entries(directory, name, places, report)
             checked = [span for span in spans if span.crc32 is not None]
             unchecked += len(spans) - len(checked)
             _, damaged = scan_file(file, checked, checked[-1].stop if checked else 0)
@@ -236,16 +240,17 @@ def _verify_stock(root: Location, names: set[str], report: Report) -> Catalog:
         report.notes.append(f"{unchecked} records carry no CRC32, so their bytes were not checked")
     if others := names - entries.keys() - {METADATA_NAME}:
         report.notes.append(f"{len(others)} files are not part of it, such as {min(others)}")
-    return catalog
+    return checkpoint
 
 
 def _spans_of_entries(
-    file: Location, entries: Sequence[tuple[int, int, str]], report: Report
+    directory: Directory, name: str, entries: Sequence[tuple[int, int, str]], report: Report
 ) -> list[Span]:
     """The records in the entries of a ``.distcp`` file, in its order."""
     found: list[Span] = []
     end = 0
-    with open_regular(file) as opened:
+    file = inside(directory.location, name)
+    with directory.open(name) as opened:
         for offset, length, key in entries:
             with _noting(report):
                 if offset < end:

@@ -7,10 +7,7 @@ name, ``latest`` included, is whole at every moment.
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import shutil
 import threading
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
@@ -20,11 +17,18 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint import removal
-from sharded_ema.checkpoint.location import URL, Location, as_location, as_path, exists
-from sharded_ema.checkpoint.pointer import LATEST_NAME
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.run import Committed, committed_at
-from sharded_ema.checkpoint.safetensors_file import read_header
+from sharded_ema.checkpoint.durable import fsync
+from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint.names import (
+    LATEST_NAME,
+    MANIFEST_NAME,
+    is_temporary,
+    numbered,
+    temporary,
+    without_number,
+)
+from sharded_ema.checkpoint.run import Committed, committed_at, read_run
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import (
     CheckpointError,
@@ -37,9 +41,6 @@ from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.huggingface import has_description, read_model
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.runs import checkpoint_name, read_run
-
-_TEMPORARY = re.compile(r".+\.tmp-[0-9a-f]{32}")
 
 
 class Stop(Protocol):
@@ -142,7 +143,7 @@ class _Export:
     @property
     def of(self) -> str:
         """Name of the checkpoint."""
-        return re.sub(r"~\d+$", "", self.path.name)
+        return without_number(self.path.name)
 
 
 class _Watcher:
@@ -176,7 +177,7 @@ class _Watcher:
                 # First, so that a consolidation which was killed is gone on with.
                 yield from self._look(once=interval is None)
                 if sure:
-                    _sweep(self._out)
+                    removal.sweep(self._out)
                 if interval is None or self._stop.is_set() or self._stop.wait(interval):
                     return
 
@@ -229,7 +230,7 @@ class _Watcher:
     def _export(self, checkpoint: Committed) -> Report:
         report = consolidate(
             checkpoint.path,
-            self._free(checkpoint_name(checkpoint.path)),
+            self._free(checkpoint.name),
             profile=self._profile,
             dtype=self._dtype,
             like=self._like,
@@ -243,7 +244,7 @@ class _Watcher:
 
     def _free(self, name: str) -> Path:
         """A path that is not taken yet; the link's name always is."""
-        others = (self._out / f"{name}~{number}" for number in count(1))
+        others = (self._out / numbered(name, number) for number in count(1))
         first = self._out / name
         if name != LATEST_NAME and not os.path.lexists(first):
             return first
@@ -255,7 +256,7 @@ class _Watcher:
 
     def _read(self, path: Path) -> _Export | None:
         """What an entry of the directory is an export of; ``None`` if it is none."""
-        if path.is_symlink() or not path.is_dir() or _TEMPORARY.fullmatch(path.name):
+        if path.is_symlink() or not path.is_dir() or is_temporary(path.name):
             return None
         for file in sorted(path.glob("*.safetensors")):
             with suppress(CheckpointError):
@@ -299,10 +300,10 @@ class _Watcher:
         link = self._out / LATEST_NAME
         if link.is_symlink() and link.readlink() == Path(name):
             return
-        new = removal.temporary(link)
+        new = temporary(link)
         new.symlink_to(name)
         new.replace(link)
-        removal.fsync(self._out)
+        fsync(self._out)
 
 
 def _failure(path: str, problem: Exception | str) -> Report:
@@ -339,29 +340,14 @@ def _alone(out: Path) -> Iterator[bool]:
         Whether this is sure: a file system without locks cannot tell.
     """
     descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
-    sure = True
     try:
+        alone = removal.lock_alone(descriptor)
+        if alone is False:
+            raise ConfigError(f"another watch is at work in {out}; give each its own")
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(f"another watch is at work in {out}; give each its own") from None
-        except OSError:
-            sure = False
-        try:
-            yield sure
+            yield alone is True
         finally:
-            if sure:
-                _sweep(out)
+            if alone:
+                removal.sweep(out)
     finally:
         os.close(descriptor)
-
-
-def _sweep(out: Path) -> None:
-    """Remove what is named as half-written, when nobody is writing."""
-    for path in out.iterdir():
-        if not _TEMPORARY.fullmatch(path.name):
-            continue
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

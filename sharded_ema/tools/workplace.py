@@ -10,10 +10,8 @@ Whoever works there holds a lock on the directory, which the system drops when t
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import re
 import shutil
 import threading
 from contextlib import suppress
@@ -23,19 +21,17 @@ from typing import Self
 from uuid import uuid4
 
 from sharded_ema.checkpoint import removal
-from sharded_ema.checkpoint.files import is_plain_name
-from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.durable import replace_durably
+from sharded_ema.checkpoint.files import Location
+from sharded_ema.checkpoint.names import JOURNAL_NAME, MODEL_DIRECTORY, is_plain_name, temporary
 from sharded_ema.checkpoint.reading.stream import verify_file
+from sharded_ema.checkpoint.writing.target import publish
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointExistsError,
     CheckpointWriteError,
     ConfigError,
 )
-from sharded_ema.tools.tally import Tally
-
-_JOURNAL = "journal.jsonl"
-_MODEL = "model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +43,7 @@ class Finished:
         bytes: its size.
         digest: its xxh3-128 in hex.
         source: digest of what it was made from and how: the plan's.
-        unchecked, overflowed: see :class:`~sharded_ema.tools.tally.Tally`.
+        unchecked, overflowed: see :class:`~sharded_ema.tools.write.Tally`.
     """
 
     file: str
@@ -82,10 +78,10 @@ class Workplace:
         self._target = target
         self._goes_on = plan is not None
         self._plan = plan or uuid4().hex
-        self._path = target.with_name(f"{target.name}.tmp-{self._plan}")
-        self.model = self._path / _MODEL
+        self._path = temporary(target, self._plan)
+        self.model = self._path / MODEL_DIRECTORY
         self._lock = threading.Lock()
-        remove_leftovers(target, but=self._path)
+        removal.remove_workplaces(target, but=self._path)
         self._descriptor = self._occupy()
         try:
             self.finished = {line.file: line for line in self._take_over()}
@@ -101,12 +97,14 @@ class Workplace:
             removal.remove(self._path)
         os.close(self._descriptor)
 
-    def record(self, file: str, size: int, digest: str, tally: Tally) -> None:
-        """Note, for good, that a file is whole and on disk under its name."""
-        line = Finished(file, size, digest, self._plan, **asdict(tally))
+    def record(self, file: str, size: int, digest: str, unchecked: int, overflowed: int) -> None:
+        """Note, for good, that a file is whole and on disk; see :class:`Finished`."""
+        if not self._goes_on:
+            return
+        line = Finished(file, size, digest, self._plan, unchecked, overflowed)
         with self._lock:
             self.finished[file] = line
-            with open(self._path / _JOURNAL, "ab") as journal:
+            with open(self._path / JOURNAL_NAME, "ab") as journal:
                 journal.write(_line(line))
                 journal.flush()
                 os.fsync(journal.fileno())
@@ -118,9 +116,9 @@ class Workplace:
             CheckpointExistsError: something came there in the meantime.
         """
         if self._target.is_dir() and not any(self._target.iterdir()):
-            self._target.rmdir()
+            removal.remove_empty(self._target)
         try:
-            removal.publish(self.model, self._target, replace=False)
+            publish(self.model, self._target, replace=False)
         except CheckpointExistsError:
             raise _taken(self._target) from None
 
@@ -132,7 +130,7 @@ class Workplace:
                 descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
             except FileNotFoundError:  # removed by whoever held it
                 continue
-            if not _lock(descriptor):
+            if removal.lock_alone(descriptor) is False:
                 os.close(descriptor)
                 raise CheckpointExistsError(
                     f"another process is consolidating into {self._target} (in {self._path}); "
@@ -148,7 +146,7 @@ class Workplace:
 
     def _take_over(self) -> list[Finished]:
         """What is finished; whatever else lies there goes."""
-        journal = self._path / _JOURNAL
+        journal = self._path / JOURNAL_NAME
         kept = []
         for line in _read(journal, self._plan):
             path = self.model / line.file
@@ -157,10 +155,9 @@ class Workplace:
             except CheckpointCorruptError:  # or missing
                 continue
             kept.append(line)
-        for path in self.model.iterdir():
-            if path.name not in {line.file for line in kept}:
-                path.unlink()
-        removal.replace_durably(journal, b"".join(map(_line, kept)))
+        names = {line.file for line in kept}
+        removal.remove_files([path for path in self.model.iterdir() if path.name not in names])
+        replace_durably(journal, b"".join(map(_line, kept)))
         return kept
 
 
@@ -173,7 +170,7 @@ def check_target(target: Path, source: Location) -> None:
     if isinstance(source, Path) and target.resolve().is_relative_to(source.resolve()):
         raise ConfigError(f"{target} lies inside the checkpoint {source}, which must not change")
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        remove_leftovers(target)
+        removal.remove_workplaces(target)
         raise _taken(target)
 
 
@@ -191,48 +188,6 @@ def check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
-
-
-def remove_leftovers(target: Path, *, but: Path | None = None) -> None:
-    """Remove what killed consolidations into ``target`` have left, but not the directory ``but``.
-
-    Nothing is removed in which a process is at work.
-    """
-    named = re.compile(re.escape(target.name) + r"\.tmp-[0-9a-f]{32}")
-    for path in list(target.parent.iterdir()) if target.parent.is_dir() else ():
-        # What cannot be removed is only in the way.
-        if path != but and named.fullmatch(path.name):
-            with suppress(OSError):
-                _remove_if_left(path)
-
-
-def _remove_if_left(path: Path) -> None:
-    with suppress(OSError):
-        path.rmdir()  # killed before there was anything in it, or after
-        return
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        if all(map(_is_ours, path.iterdir())) and _lock(descriptor):
-            removal.remove(path)
-    finally:
-        os.close(descriptor)
-
-
-def _is_ours(path: Path) -> bool:
-    return path.name == _MODEL or path.name.startswith(_JOURNAL)
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether nobody else holds the lock on a directory."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # This file system has no locks. Two that run the same plan write the same bytes under
-        # names of their own, and the first to rename the directory wins.
-        return True
-    return True
 
 
 def _line(finished: Finished) -> bytes:

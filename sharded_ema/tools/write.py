@@ -1,84 +1,286 @@
-"""Writing planned output files, several at a time, every chunk's checksum verified on the way."""
+"""Writing models as safetensors files, several at a time, and publishing them.
+
+A file is made of the blocks of its tensors, whichever way these come about: copied out of one
+checkpoint, or summed over many. Of sums, several models of one shape are written side by side.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
+import numpy
 import xxhash
 from tqdm import tqdm
 
-from sharded_ema.checkpoint import removal
-from sharded_ema.checkpoint.location import Location
-from sharded_ema.checkpoint.reading.opened import Catalog
-from sharded_ema.checkpoint.reading.stream import (
-    SourceFiles,
-    stream_tensor,
-    verify_chunk,
-    verify_file,
-)
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, build_header
-from sharded_ema.checkpoint.writing import durable
-from sharded_ema.config import META_KEY
-from sharded_ema.tools.casting import caster
+from sharded_ema.checkpoint import durable
+from sharded_ema.checkpoint.names import temporary
+from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.removal import remove_files
+from sharded_ema.checkpoint.safetensors import build_header
+from sharded_ema.errors import CheckpointWriteError, EMAError
+from sharded_ema.tools.casting import Bytes, caster, widen
 from sharded_ema.tools.contents import Average
-from sharded_ema.tools.plan import Output
-from sharded_ema.tools.tally import Tally
-from sharded_ema.tools.workplace import Workplace
+from sharded_ema.tools.huggingface import (
+    ADAPTER_STEM,
+    Model,
+    copy_description,
+    write_index,
+)
+from sharded_ema.tools.plan import Output, Plan, group_bytes
+from sharded_ema.tools.workplace import Workplace, check_space
 
-Files = Sequence[tuple[str, Sequence[Output]]]
 Result = TypeVar("Result")
 
 
-def verify_rest(catalog: Catalog, average: Average) -> None:
-    """Check what the export does not read but depends on, or cannot check as it streams.
+@dataclass(slots=True)
+class Tally:
+    """What has to be said of values that were written, beyond that they were.
 
-    Raises:
-        CheckpointCorruptError: it is not what was written.
+    Attributes:
+        unchecked: chunks without a checksum among those that went into them.
+        overflowed: finite elements that float16 has no room for, so that they are infinite in it.
     """
-    if average.meta:
-        key = average.prefix + META_KEY
-        for chunk in catalog.chunks(key):
-            verify_chunk(catalog.path, chunk, key)
-    if catalog.format == "dcp" and catalog.manifest is not None:
-        # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
-        for record in catalog.manifest.files:
-            verify_file(catalog.path / record.name, record.digest)
+
+    unchecked: int = 0
+    overflowed: int = 0
+
+    def add(self, other: Tally) -> None:
+        """Count what another one has counted."""
+        self.unchecked += other.unchecked
+        self.overflowed += other.overflowed
+
+    def see_chunks(self, chunks: Sequence[Chunk]) -> None:
+        """Count those that nothing can be compared with."""
+        self.unchecked += sum(c.digest is None and c.crc32 is None for c in chunks)
+
+    def see_cast(self, block: Bytes, source: str, written: Bytes, target: str) -> None:
+        """Count what has become infinite; the other types reach as far as fp32.
+
+        Args:
+            block: elements of the dtype ``source``, as uint8.
+            written: what they became, of the dtype ``target``.
+        """
+        if target == "F16":
+            infinite = (written.view("<u2") & 0x7FFF) == 0x7C00
+            if infinite.any():
+                with numpy.errstate(invalid="ignore"):  # of signalling NaN
+                    before = widen(block, source)[infinite]
+                self.overflowed += int(numpy.isfinite(before).sum())
+
+    def notes(self) -> list[str]:
+        """A line for each thing that was met."""
+        lines = []
+        if self.unchecked:
+            lines.append(
+                f"{self.unchecked} chunks carry no checksum, so their bytes were not checked"
+            )
+        if self.overflowed:
+            lines.append(
+                f"{self.overflowed} elements are beyond float16's 65504 and were written as "
+                "infinite; bfloat16 has room for them (--dtype bfloat16)"
+            )
+        return lines
 
 
-def write_files(
-    files: Files, place: Workplace, metadata: Mapping[str, str], *, jobs: int, progress: bool
-) -> None:
-    """Write the output files that are not finished yet.
+#: The bytes of an output, block by block; of each block, those of every model that is written.
+Blocks = Callable[[Output, Tally], Iterator[Sequence[Bytes]]]
 
-    Args:
-        metadata: texts for the header of each.
-        jobs: files at a time.
-        progress: show a bar with rate and remaining time on standard error.
+
+def copied(output: Output, tally: Tally) -> Iterator[Sequence[Bytes]]:
+    """The :data:`Blocks` of one model: a tensor as it is stored, but for its dtype.
 
     Raises:
         CheckpointCorruptError: a chunk is not what was written.
+    """
+    source = output.source
+    cast = caster(source.dtype, output.dtype)
+    chunks = source.chunks()
+    tally.see_chunks(chunks)
+    for block in source.blocks(chunks):
+        data = block
+        if cast is not None:
+            data = cast(block)
+            tally.see_cast(block, source.dtype, data, output.dtype)
+        yield (data,)
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """What became of a plan.
+
+    Attributes:
+        taken_over: how many files a killed call had finished.
+        copied: names of what was copied from the model to be like.
+        tally: of all files.
+    """
+
+    taken_over: int
+    copied: list[str]
+    tally: Tally
+
+
+@contextmanager
+def as_write_error(what: str) -> Iterator[None]:
+    """Turn what the disk says inside into an error of ours.
+
+    Raises:
+        CheckpointWriteError: ``what``, and why.
+    """
+    try:
+        yield
+    except EMAError:  # some of which are OSErrors as well
+        raise
+    except OSError as error:
+        raise CheckpointWriteError(f"{what}: {error}") from error
+
+
+def write_models(
+    plan: Plan,
+    target: Path,
+    blocks: Blocks,
+    *,
+    inputs: Sequence[Average],
+    like: Model | None,
+    what: str,
+    jobs: int,
+    progress: bool,
+    resume: bool = False,
+    format: str = "safetensors",
+) -> Written:
+    """Write the models of a plan and make all of them ``target`` by one rename.
+
+    Args:
+        inputs: to check for damage in what is not read as a tensor.
+        like: whose description goes beside the weights.
+        what: is done, for the progress bar.
+        jobs: files of a model written at a time.
+        resume: go on with what a killed call has left; else it is removed.
+        format: of the files in the end; see :func:`sharded_ema.consolidate`.
+
+    Raises:
+        CheckpointCorruptError: an input is damaged.
+        CheckpointExistsError, CheckpointWriteError: the target is taken, or the disk is full.
         OSError: a file cannot be written.
     """
-    sizes = {name: sum(output.num_bytes for output in group) for name, group in files}
-    run_jobs(
+    with Workplace(target, plan.digest(format) if resume else None) as place:
+        finished = list(place.finished.values())
+        needed = plan.num_bytes * (1 if format == "safetensors" else 2)
+        check_space(target, needed - sum(line.bytes for line in finished))
+        for average in inputs:
+            average.verify_rest()
+        folders = {place.model / name: texts for name, texts in plan.headers.items()}
+        for folder in folders:
+            if folder != place.model:
+                folder.mkdir()
+        tally = _write_files(plan, place, folders, blocks, what=what, jobs=jobs, progress=progress)
+        names: list[str] = []
+        for folder in folders:
+            if format == "safetensors":
+                write_index(folder, plan.files)
+            else:
+                _convert([folder / name for name in plan.files], folder, format)
+            names = copy_description(like, folder) if like is not None else []
+            durable.fsync(folder)
+        place.publish()
+    for line in finished:
+        tally.add(Tally(line.unchecked, line.overflowed))
+    return Written(len(finished), names, tally)
+
+
+def _write_files(
+    plan: Plan,
+    place: Workplace,
+    folders: Mapping[Path, Mapping[str, str]],
+    blocks: Blocks,
+    *,
+    what: str,
+    jobs: int,
+    progress: bool,
+) -> Tally:
+    """Write the files that are not finished yet; the tally of these."""
+    sizes = {name: len(folders) * group_bytes(group) for name, group in plan.files.items()}
+    tallies = run_jobs(
         [
-            partial(_write_file, group, place, name, metadata)
-            for name, group in files
+            partial(_write_group, name, group, place, folders, blocks)
+            for name, group in plan.files.items()
             if name not in place.finished
         ],
         total=sum(sizes.values()),
         initial=sum(sizes[name] for name in place.finished),
-        what="consolidate",
+        what=what,
         jobs=jobs,
         progress=progress,
     )
+    total = Tally()
+    for tally in tallies:
+        total.add(tally)
+    return total
+
+
+def _write_group(
+    name: str,
+    group: Sequence[Output],
+    place: Workplace,
+    folders: Mapping[Path, Mapping[str, str]],
+    blocks: Blocks,
+    advance: Callable[[int], None],
+) -> Tally:
+    """Write one file of every model."""
+    tally = Tally()
+    described = [(o.name, o.dtype, o.source.shape) for o in group]
+    files: list[_NewFile] = []
+    with ExitStack() as stack:
+        for folder, texts in folders.items():
+            header, _ = build_header(described, dict(texts))
+            new, size = temporary(folder / name), len(header) + group_bytes(group)
+            write = stack.enter_context(durable.new_file(new, size))
+            files.append(_NewFile(new, size, write))
+            files[-1].add(memoryview(header))
+        for output in group:
+            for block in blocks(output, tally):
+                for file, data in zip(files, block, strict=True):
+                    file.add(data.data.cast("B"))
+                    advance(data.nbytes)
+    for file in files:
+        # The name says that the file is whole, so it comes last.
+        os.rename(file.path, file.path.with_name(name))
+        durable.fsync(file.path.parent)
+        place.record(name, file.size, file.digest(), tally.unchecked, tally.overflowed)
+    return tally
+
+
+class _NewFile:
+    """A file while it is written, under a temporary name.
+
+    Args:
+        path: where it is written.
+        size: in bytes, once it is whole.
+        write: writes the next bytes.
+    """
+
+    def __init__(self, path: Path, size: int, write: Callable[[memoryview], None]) -> None:
+        self.path = path
+        self.size = size
+        self._write = write
+        self._digest = xxhash.xxh3_128()
+
+    def add(self, data: memoryview) -> None:
+        """Write the next bytes, which are hashed while they are in cache."""
+        self._digest.update(data)
+        self._write(data)
+
+    def digest(self) -> str:
+        """xxh3-128 in hex of what was written."""
+        return str(self._digest.hexdigest())
 
 
 def run_jobs(
@@ -122,38 +324,13 @@ def run_jobs(
                 waiting.cancel()
 
 
-def _write_file(
-    outputs: Sequence[Output],
-    place: Workplace,
-    name: str,
-    metadata: Mapping[str, str],
-    advance: Callable[[int], None],
-) -> None:
-    header, _ = build_header([(o.name, o.dtype, o.source.shape) for o in outputs], dict(metadata))
-    path = place.model / name
-    new = removal.temporary(path)
-    size = len(header) + sum(output.num_bytes for output in outputs)
-    tally, digest = Tally(), xxhash.xxh3_128(header)
-    with ExitStack() as stack, durable.new_file(new, size) as write:
-        write(memoryview(header))
-        opened: dict[Location, SourceFiles] = {}
-        for output in outputs:
-            stored, root = output.source, output.catalog.path
-            if root not in opened:
-                opened[root] = stack.enter_context(SourceFiles(root))
-            cast = caster(stored.dtype, output.dtype)
-            chunks = output.catalog.chunks(stored.key)
-            tally.see_chunks(chunks)
-            itemsize = ITEMSIZE[stored.dtype]
-            for block in stream_tensor(opened[root], stored.key, stored.shape, itemsize, chunks):
-                data = block
-                if cast is not None:
-                    data = cast(block)
-                    tally.see_cast(block, stored.dtype, data, output.dtype)
-                digest.update(data.data)
-                write(data.data.cast("B"))
-                advance(data.nbytes)
-    # The name says that the file is whole, so it comes last.
-    os.rename(new, path)
-    durable.fsync(place.model)
-    place.record(name, size, digest.hexdigest(), tally)
+def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
+    """Replace safetensors files by those of PyTorch."""
+    from sharded_ema.checkpoint.writing.torch_files import write_dcp, write_torch  # imports PyTorch
+
+    if format == "dcp":
+        write_dcp(written, folder)
+    else:
+        is_adapter = written[0].name.startswith(ADAPTER_STEM)
+        write_torch(written, folder / f"{ADAPTER_STEM if is_adapter else 'pytorch_model'}.bin")
+    remove_files(written)

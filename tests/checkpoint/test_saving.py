@@ -269,7 +269,7 @@ import os, sys, threading
 import torch
 import torch.distributed as dist
 from sharded_ema import ShardedEMA
-from sharded_ema.checkpoint.writing import durable
+from sharded_ema.checkpoint import durable
 
 durable.FLUSH_BYTES = 1
 if {world} > 1:

@@ -33,7 +33,7 @@ from sharded_ema import (
     Warmup,
     consolidate,
 )
-from sharded_ema.config import META_BYTES
+from sharded_ema.checkpoint.names import META_BYTES
 from sharded_ema.errors import (
     AbsentRankError,
     BindError,

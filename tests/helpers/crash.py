@@ -30,9 +30,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema import EMAError, ShardedEMA, latest_checkpoint
-from sharded_ema.checkpoint.reading.opened import open_checkpoint
-from sharded_ema.checkpoint.run import committed
-from sharded_ema.checkpoint.writing import durable
+from sharded_ema.checkpoint import durable
+from sharded_ema.checkpoint.run import committed, open_checkpoint
 from sharded_ema.model.pieces import pieces_of
 from sharded_ema.tools.consolidate import consolidate
 
@@ -189,9 +188,9 @@ def check_local(ema: ShardedEMA, step: int) -> None:
 
 def check_stored(path: Path, step: int) -> None:
     """What lies on disk is the average of the step, bit for bit, and all digests are right."""
-    catalog = open_checkpoint(path)
+    opened = open_checkpoint(path)
     for name in SHAPES:
-        data = np.frombuffer(catalog.read_bytes(f"ema.{name}"), np.float32)
+        data = np.frombuffer(opened.tensors[f"ema.{name}"].read(), np.float32)
         expected = formula(name, step).reshape(-1).numpy()
         assert np.array_equal(data, expected), f"{path}: {name} is not that of step {step}"
 

@@ -1,23 +1,25 @@
-"""The chunk table: which block of which tensor lies where, as columns of a safetensors file.
+"""Chunks: which block of which tensor lies where; and the table of them in this library's format.
 
-A manifest with a JSON object per chunk would take hundreds of megabytes to parse at a thousand
-ranks; columns are read a few rows at a time.
+The table is columns of a safetensors file. A manifest with a JSON object per chunk would take
+hundreds of megabytes to parse at a thousand ranks; columns are read a few rows at a time.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.files import OpenFile, open_regular
-from sharded_ema.checkpoint.location import Location
-from sharded_ema.checkpoint.safetensors_file import Entry, build_header, read_header
+from sharded_ema.checkpoint.files import Directory, OpenFile
+from sharded_ema.checkpoint.names import CHUNKS_NAME
+from sharded_ema.checkpoint.reading.manifest import Manifest
+from sharded_ema.checkpoint.safetensors import Entry, build_header, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
 
@@ -50,6 +52,61 @@ class Chunk:
     digest: bytes | None
     crc32: int | None = None
     strides: Shape | None = None
+
+
+class Index(Protocol):
+    """Where the tensors of a checkpoint lie: all that a format has to say.
+
+    A further format is a further index, and a branch where checkpoints are opened
+    (:mod:`sharded_ema.tools.source`).
+    """
+
+    @property
+    def format(self) -> str:
+        """What reports call the format."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[Shape, str]]:
+        """Global shape, and safetensors name of the dtype, by key."""
+        ...
+
+    @property
+    def unsupported(self) -> Mapping[str, str]:
+        """torch dtype by key of stored tensors that this library does not read."""
+        ...
+
+    def chunks(self, key: str) -> list[Chunk]:
+        """Where a tensor's data lies; whether the blocks fill it is not checked here.
+
+        Raises:
+            CheckpointCorruptError: a block cannot lie where it should.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class KnownChunks:
+    """The index of a format in which opening a checkpoint tells where everything lies.
+
+    Attributes:
+        format, tensors, unsupported: see :class:`Index`.
+        places: the chunks by key.
+        texts: what the files say of their tensors, such as that they are an average.
+    """
+
+    format: str
+    tensors: Mapping[str, tuple[Shape, str]]
+    places: Mapping[str, list[Chunk]]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, str] = field(default_factory=dict)
+
+    def chunks(self, key: str) -> list[Chunk]:
+        """See :class:`Index`."""
+        return self.places[key]
+
+
+# ---------------------------------------------------------------------- the table
 
 
 def write_chunk_table(
@@ -90,7 +147,7 @@ class ChunkTable:
     """``chunks.safetensors``, of which only the rows asked for are read.
 
     Args:
-        path: the file; its digest has been checked by the caller.
+        directory: where it lies; its digest has been checked by the caller.
         files: names by file id.
 
     Attributes:
@@ -101,8 +158,9 @@ class ChunkTable:
         CheckpointCorruptError: it has not the columns that it should have.
     """
 
-    def __init__(self, path: Location, files: Sequence[str]) -> None:
-        self._path = path
+    def __init__(self, directory: Directory, files: Sequence[str]) -> None:
+        self._directory = directory
+        self._path = path = directory.location / CHUNKS_NAME
         self._files = files
         self._entries, metadata, self._data_start = read_header(path)
         self.uuid = metadata.get("uuid", "")
@@ -135,7 +193,7 @@ class ChunkTable:
                 f"{self._path} has {self.num_rows} rows of {self._width} dimensions, the manifest "
                 f"asks for rows {first} to {first + count} of {ndim}"
             )
-        with open_regular(self._path) as file:
+        with self._directory.open(CHUNKS_NAME) as file:
             columns = {name: self._read(file, name, first, count) for name in _COLUMNS}
         padding = (columns["offsets"][:, ndim:] != 0) | (columns["sizes"][:, ndim:] != 1)
         integers = [columns[name] for name in _COLUMNS if name != "digest"]
@@ -164,7 +222,7 @@ class ChunkTable:
         Unchecked; 48 bytes a row.
         """
         names = ("tensor", "file", "byte_offset", "num_bytes", "digest")
-        with open_regular(self._path) as file:
+        with self._directory.open(CHUNKS_NAME) as file:
             return {name: self._read(file, name, 0, self.num_rows) for name in names}
 
     def _read(
@@ -178,6 +236,58 @@ class ChunkTable:
         data = np.empty(count * row_bytes, np.uint8)
         file.fill(data.data, position)
         return data.view(np.dtype(dtype).newbyteorder("<")).reshape(count, *row_shape)
+
+
+class TableIndex:
+    """The :class:`Index` of this library's own format: the manifest's tensors, the table's chunks.
+
+    Args:
+        directory: of the checkpoint.
+        manifest: of the format ``"safetensors"``; its files have been checked by the caller.
+
+    Attributes:
+        table: the chunk table.
+
+    Raises:
+        CheckpointCorruptError: the table is missing, malformed, or of another save.
+    """
+
+    format = "safetensors"
+    unsupported: Mapping[str, str] = {}
+
+    def __init__(self, directory: Directory, manifest: Manifest) -> None:
+        self._path = directory.location
+        self._files = {file.name: file for file in manifest.files}
+        if CHUNKS_NAME not in self._files:
+            raise CheckpointCorruptError(f"the manifest of {self._path} lists no {CHUNKS_NAME}")
+        self.table = ChunkTable(directory, list(self._files))
+        rows = sum(t.num_chunks for t in manifest.tensors)
+        if self.table.uuid != manifest.uuid or self.table.num_rows != rows:
+            raise CheckpointCorruptError(f"{self._path / CHUNKS_NAME} belongs to another save")
+        self._records = {record.key: (i, record) for i, record in enumerate(manifest.tensors)}
+
+    @property
+    def tensors(self) -> Mapping[str, tuple[Shape, str]]:
+        """See :class:`Index`."""
+        return {key: (record.shape, record.dtype) for key, (_, record) in self._records.items()}
+
+    def chunks(self, key: str) -> list[Chunk]:
+        """See :class:`Index`."""
+        number, record = self._records[key]
+        chunks = self.table.rows(
+            record.first_chunk, record.num_chunks, tensor=number, ndim=len(record.shape)
+        )
+        for chunk in chunks:
+            file = self._files[chunk.file]
+            stop = chunk.byte_offset + chunk.num_bytes
+            if not file.header_bytes or not file.header_bytes <= chunk.byte_offset <= stop <= (
+                file.num_bytes
+            ):
+                raise CheckpointCorruptError(
+                    f"{self._path}: {key} should lie in bytes {chunk.byte_offset} to {stop} of "
+                    f"{chunk.file}, which has {file.num_bytes}"
+                )
+        return chunks
 
 
 def tiles(boxes: Iterable[Box], shape: Sequence[int]) -> bool:

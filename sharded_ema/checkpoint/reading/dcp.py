@@ -8,19 +8,22 @@ that does not belong there is refused. The tensors lie in ``.distcp`` files, eac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Set
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
-from sharded_ema.checkpoint.files import inside, open_regular, read_whole
-from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.files import Directory, inside, read_whole
+from sharded_ema.checkpoint.names import METADATA_NAME
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.pickles import MEMBER, Global, Note, refuse, take_apart
 from sharded_ema.checkpoint.reading.torch_entry import DTYPE_NAMES, is_shape, locate
-from sharded_ema.errors import CheckpointError, CheckpointUncommittedError
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointUncommittedError,
+)
 from sharded_ema.model.layout import Box, Shape
-
-METADATA_NAME = ".metadata"
 
 _METADATA_MODULE = "torch.distributed.checkpoint.metadata"
 _STORAGE_MODULE = "torch.distributed.checkpoint.filesystem"
@@ -77,19 +80,24 @@ class DcpIndex:
     """What a DCP checkpoint holds, from its ``.metadata`` alone.
 
     Args:
-        root: directory of the checkpoint.
+        directory: of the checkpoint.
+        listed: files that a manifest lists, where there is one; tensors lie in no others.
 
     Attributes:
         values: places of what was pickled, by key; never read as values.
-        unsupported: torch dtype by key of tensors that this library does not read.
+        unsupported: see :class:`~sharded_ema.checkpoint.reading.chunks.Index`.
 
     Raises:
         CheckpointCorruptError: not readable, or a class in it that does not belong there.
     """
 
-    def __init__(self, root: Location) -> None:
-        self._root = root
-        self._path = inside(root, METADATA_NAME)
+    format = "dcp"
+
+    def __init__(self, directory: Directory, listed: Set[str] | None = None) -> None:
+        self._directory = directory
+        self._listed = listed
+        self._root = directory.location
+        self._path = inside(self._root, METADATA_NAME)
         self._tensors: dict[str, _Tensor] = {}
         self.values: dict[str, StoredAt] = {}
         self.unsupported: dict[str, str] = {}
@@ -99,8 +107,8 @@ class DcpIndex:
         self._take(take_apart(data, _allowed, str(self._path)))
 
     @property
-    def tensors(self) -> dict[str, tuple[Shape, str]]:
-        """``(shape, dtype)`` by key; values that were pickled are left out."""
+    def tensors(self) -> Mapping[str, tuple[Shape, str]]:
+        """Shape and dtype by key; values that were pickled are left out."""
         return {key: (tensor.shape, tensor.dtype) for key, tensor in self._tensors.items()}
 
     def entries(self) -> dict[str, list[tuple[int, int, str]]]:
@@ -121,22 +129,24 @@ class DcpIndex:
         Raises:
             CheckpointCorruptError: an entry is not there, or is not what ``.metadata`` says.
         """
-        return [self.chunk(key, location) for location in self._tensors[key].locations]
+        locations = self._tensors[key].locations
+        if self._listed is not None:
+            for name in {at.file for at in locations} - self._listed:
+                raise CheckpointCorruptError(
+                    f"{self._root}: {key} lies in {name}, which is not listed"
+                )
+        return [self._chunk(key, at) for at in locations]
 
-    def chunk(self, key: str, location: StoredAt) -> Chunk:
-        """Locate the data of one chunk of a tensor.
-
-        Raises:
-            CheckpointCorruptError: the entry is not there, or is not what ``.metadata`` says.
-        """
+    def _chunk(self, key: str, location: StoredAt) -> Chunk:
         dtype, box = self._tensors[key].dtype, location.box
         assert box is not None
         where = f"{key} at {box.offsets} in {self._root / location.file}"
-        try:
-            file = open_regular(inside(self._root, location.file))
-        except CheckpointError as error:
-            raise type(error)(f"{where}: {error}") from None
-        with file:
+        with ExitStack() as stack:
+            try:
+                inside(self._root, location.file)
+                file = stack.enter_context(self._directory.open(location.file))
+            except CheckpointError as error:
+                raise type(error)(f"{where}: {error}") from None
             entry = locate(file, location.offset, location.length, where)
         if entry.shape != box.sizes or entry.dtype != dtype:
             refuse(

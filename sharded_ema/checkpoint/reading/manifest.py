@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import xxhash
 
-from sharded_ema.checkpoint.files import is_plain_name
-from sharded_ema.checkpoint.safetensors_file import (
-    ITEMSIZE,
-    is_sizes,
-    is_text,
-    load_json,
-    shown,
-)
-from sharded_ema.config import META_VERSION
+from sharded_ema.averaging.schedules import is_profile_name
+from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
+from sharded_ema.checkpoint.files import Location, inside, open_regular, read_whole
+from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, META_VERSION, is_plain_name
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, read_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
 FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
-CHUNKS_NAME = "chunks.safetensors"
 FORMATS = ("safetensors", "dcp")
 
+# A model of 300,000 tensors takes a quarter of it.
+_MAX_MANIFEST_BYTES = 1 << 28
 _DIGEST_FIELD = b',"digest":"'
 _ZEROS = b"0" * 32
-_PROFILE_NAME = re.compile(r"[A-Za-z0-9-][A-Za-z0-9_-]*")
 _TAIL_BYTES = len(_DIGEST_FIELD) + len(_ZEROS) + len(b'"}')
 
 
@@ -182,6 +176,70 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
     return manifest
 
 
+# ---------------------------------------------------------------------- the files it lists
+
+
+def read_manifest(path: Location) -> Manifest:
+    """The manifest of the checkpoint in the directory ``path``.
+
+    Raises:
+        CheckpointCorruptError: damaged, or fields that cannot be.
+        CheckpointMismatchError: of a later version of the format.
+    """
+    file = inside(path, MANIFEST_NAME)
+    manifest = parse_manifest(read_whole(file, _MAX_MANIFEST_BYTES), str(file))
+    kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
+    for prefix in manifest.emas:
+        if kinds.get(prefix + META_KEY) != ("U8", 1):
+            raise CheckpointCorruptError(f"{file} describes an average without {META_KEY} tensor")
+    return manifest
+
+
+def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
+    """Refuse entries of the directory that do not belong to the checkpoint.
+
+    Raises:
+        CheckpointCorruptError: there are such.
+    """
+    unlisted = names - {file.name for file in manifest.files} - {MANIFEST_NAME}
+    if unlisted:
+        raise CheckpointCorruptError(
+            f"{path} has {len(unlisted)} files that its manifest does not list, such as "
+            f"{min(unlisted)!r}; move them elsewhere"
+        )
+
+
+def check_file(path: Location, record: FileRecord, uuid: str) -> None:
+    """Check a file by everything but its data: kind, size and header.
+
+    Raises:
+        CheckpointCorruptError: it is not the file that was written.
+    """
+    file = inside(path, record.name)
+    with open_regular(file) as opened:
+        if opened.size != record.num_bytes:
+            raise CheckpointCorruptError(
+                f"{file} has {opened.size} bytes, {record.num_bytes} were written: it is truncated "
+                "or replaced"
+            )
+        if not record.header_bytes:
+            return
+        if record.header_bytes > MAX_HEADER_BYTES:
+            raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
+        header = opened.read(0, record.header_bytes)
+    if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
+        raise CheckpointCorruptError(
+            f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "
+            "save"
+        )
+    _, metadata, start = read_header(file)
+    if metadata.get("uuid") != uuid or start != record.header_bytes:
+        raise CheckpointCorruptError(f"{file} belongs to another save")
+
+
+# ---------------------------------------------------------------------- descriptions
+
+
 def encode_meta(meta: dict[str, Any]) -> bytes:
     """Canonical JSON of what an average says of itself, without padding."""
     return _canonical(meta)
@@ -229,7 +287,7 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
     absent.get("names", _is_names)
     profiles = fields.get("profiles", lambda v: _is_table(v, dict) and bool(v))
     for name, settings in profiles.items():
-        if not _PROFILE_NAME.fullmatch(name):
+        if not is_profile_name(name):
             raise CheckpointCorruptError(f"{where} is malformed: {shown(name)} names no profile")
         profile = fields.inner(settings)
         profile.get("schedule", lambda v: isinstance(v, dict))
@@ -242,6 +300,9 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
             "sampled_distance",
             lambda v: isinstance(v, dict) and all(d is None or _is_number(d) for d in v.values()),
         )
+
+
+# ---------------------------------------------------------------------- fields
 
 
 def _canonical(value: dict[str, Any]) -> bytes:

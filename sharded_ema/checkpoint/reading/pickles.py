@@ -7,12 +7,12 @@ imported and nothing runs. No instruction makes more than it takes from the stac
 and memory stay in proportion to the bytes read. That would not hold of ``pickle.Unpickler``, even
 with an allow-list: hashing shared tuples or one large memo index is enough to stall it.
 
-The instructions are described in the source of Python's ``pickletools``.
+The instructions are described in the source of Python's ``pickletools``, which reads them here.
 """
 
 from __future__ import annotations
 
-import struct
+import pickletools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -62,13 +62,10 @@ def take_apart(data: bytes, allowed: Callable[[Global], bool], where: str) -> An
     Raises:
         CheckpointCorruptError: no pickle, or one with other instructions or globals.
     """
-    machine = _Machine(data, allowed)
     try:
-        return machine.run()
-    except (ValueError, IndexError, KeyError, struct.error) as error:
-        raise CheckpointCorruptError(
-            f"{where} cannot be read: {error if isinstance(error, _Refused) else 'it is damaged'}"
-        ) from None
+        return _Machine(allowed).run(data)
+    except (ValueError, IndexError, KeyError) as error:
+        refuse(where, str(error) if isinstance(error, _Refused) else "it is damaged")
 
 
 class _Refused(ValueError):
@@ -76,47 +73,25 @@ class _Refused(ValueError):
 
 
 class _Machine:
-    def __init__(self, data: bytes, allowed: Callable[[Global], bool]) -> None:
-        self._data = data
+    def __init__(self, allowed: Callable[[Global], bool]) -> None:
         self._allowed = allowed
-        self._at = 0
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
 
-    def run(self) -> Any:
-        data, table = self._data, _TABLE
-        while (code := data[self._at]) != _STOP:
-            self._at += 1
-            instruction = table.get(code)
+    def run(self, data: bytes) -> Any:
+        table = _TABLE
+        position: int | None = None
+        for opcode, argument, position in pickletools.genops(data):  # noqa: B007 - the last one
+            instruction = table.get(opcode.name)
             if instruction is None:
-                raise _Refused(f"it has the forbidden instruction {code:#04x}")
-            instruction(self)
-        if self._at + 1 != len(data):
-            raise _Refused(f"{len(data) - self._at - 1} bytes follow its end")
+                raise _Refused(f"it has the forbidden instruction {opcode.name}")
+            instruction(self, argument)
+        if after := len(data) - 1 - (position or 0):
+            raise _Refused(f"{after} bytes follow its end")
         if len(self._stack) != 1 or self._marks:
             raise _Refused("it is incomplete")
         return self._stack[0]
-
-    def _take(self, count: int) -> bytes:
-        end = self._at + count
-        if end > len(self._data):
-            raise _Refused("it ends early")
-        piece = self._data[self._at : end]
-        self._at = end
-        return piece
-
-    def _take_count(self, width: int) -> int:
-        if width == 1:  # nearly always; by far the fastest way
-            self._at += 1
-            return self._data[self._at - 1]
-        return int.from_bytes(self._take(width), "little")
-
-    def _take_line(self) -> str:
-        end = self._data.index(b"\n", self._at)
-        line = self._data[self._at : end]
-        self._at = end + 1
-        return line.decode()
 
     def _since_mark(self) -> list[Any]:
         start = self._marks.pop()
@@ -126,66 +101,70 @@ class _Machine:
 
     # ------------------------------------------------------------------ instructions
 
-    def _proto(self) -> None:
-        if self._take_count(1) > _HIGHEST_PROTOCOL:
+    def _nothing(self, _: Any) -> None:
+        pass
+
+    def _proto(self, protocol: int) -> None:
+        if protocol > _HIGHEST_PROTOCOL:
             raise _Refused("it is of a later protocol")
 
-    def _frame(self) -> None:
-        self._take(8)
-
-    def _mark(self) -> None:
+    def _mark(self, _: None) -> None:
         self._marks.append(len(self._stack))
 
-    def _text(self, width: int) -> None:
-        self._stack.append(self._take(self._take_count(width)).decode())
-
-    def _bytes(self, width: int) -> None:
-        self._stack.append(self._take(self._take_count(width)))
-
-    def _unsigned(self, width: int) -> None:
-        self._stack.append(self._take_count(width))
-
-    def _signed(self) -> None:
-        self._stack.append(int.from_bytes(self._take(4), "little", signed=True))
-
-    def _long(self) -> None:
-        data = self._take(self._take_count(1))
-        self._stack.append(int.from_bytes(data, "little", signed=True))
-
-    def _float(self) -> None:
-        self._stack.append(struct.unpack(">d", self._take(8))[0])
-
-    def _constant(self, value: Any) -> None:
+    def _push(self, value: Any) -> None:
         self._stack.append(value)
 
-    def _empty_list(self) -> None:
+    def _text(self, text: str) -> None:
+        # pickletools lets halves of surrogate pairs through, which cannot be written anywhere.
+        if not text.isascii():
+            text.encode()
+        self._stack.append(text)
+
+    def _none(self, _: None) -> None:
+        self._stack.append(None)
+
+    def _true(self, _: None) -> None:
+        self._stack.append(True)
+
+    def _false(self, _: None) -> None:
+        self._stack.append(False)
+
+    def _empty_tuple(self, _: None) -> None:
+        self._stack.append(())
+
+    def _empty_list(self, _: None) -> None:
         self._stack.append([])
 
-    def _empty_dict(self) -> None:
+    def _empty_dict(self, _: None) -> None:
         self._stack.append({})
 
-    def _tuple(self) -> None:
+    def _tuple(self, _: None) -> None:
         self._stack.append(tuple(self._since_mark()))
 
-    def _short_tuple(self, count: int) -> None:
-        items = tuple(self._stack[-count:])
-        if len(items) != count:
-            raise _Refused("it is damaged")
-        self._stack[-count:] = [items]
+    def _tuple1(self, _: None) -> None:
+        self._stack[-1] = (self._stack[-1],)
 
-    def _put(self, width: int) -> None:
-        self._memo[self._take_count(width)] = self._stack[-1]
+    def _tuple2(self, _: None) -> None:
+        last = self._stack.pop()
+        self._stack[-1] = (self._stack[-1], last)
 
-    def _memoize(self) -> None:
+    def _tuple3(self, _: None) -> None:
+        last, middle = self._stack.pop(), self._stack.pop()
+        self._stack[-1] = (self._stack[-1], middle, last)
+
+    def _put(self, number: int) -> None:
+        self._memo[number] = self._stack[-1]
+
+    def _memoize(self, _: None) -> None:
         self._memo[len(self._memo)] = self._stack[-1]
 
-    def _get(self, width: int) -> None:
-        self._stack.append(self._memo[self._take_count(width)])
+    def _get(self, number: int) -> None:
+        self._stack.append(self._memo[number])
 
-    def _append(self) -> None:
+    def _append(self, _: None) -> None:
         self._extend([self._stack.pop()])
 
-    def _appends(self) -> None:
+    def _appends(self, _: None) -> None:
         self._extend(self._since_mark())
 
     def _extend(self, items: list[Any]) -> None:
@@ -194,11 +173,11 @@ class _Machine:
             raise _Refused("it appends to what is no list")
         target += items
 
-    def _set_item(self) -> None:
+    def _set_item(self, _: None) -> None:
         value, key = self._stack.pop(), self._stack.pop()
         self._update([key, value])
 
-    def _set_items(self) -> None:
+    def _set_items(self, _: None) -> None:
         self._update(self._since_mark())
 
     def _update(self, items: list[Any]) -> None:
@@ -213,10 +192,11 @@ class _Machine:
                 raise _Refused("it has a dict with keys that do not belong there")
             target[key] = value
 
-    def _global(self) -> None:
-        self._name(self._take_line(), self._take_line())
+    def _global(self, both: str) -> None:
+        module, _, name = both.partition(" ")
+        self._name(module, name)
 
-    def _stack_global(self) -> None:
+    def _stack_global(self, _: None) -> None:
         name, module = self._stack.pop(), self._stack.pop()
         self._name(module, name)
 
@@ -231,7 +211,7 @@ class _Machine:
         if not self._allowed(found):
             raise _Refused(f"it names the forbidden global {found.module}.{found.name:.80}")
 
-    def _call(self) -> None:
+    def _call(self, _: None) -> None:
         arguments, called = self._stack.pop(), self._stack.pop()
         if not isinstance(called, Global) or not isinstance(arguments, tuple):
             raise _Refused("it calls what is no global")
@@ -239,11 +219,11 @@ class _Machine:
             raise _Refused("it takes an attribute of what is no enumeration")
         self._stack.append(Note(called, arguments))
 
-    def _persistent(self) -> None:
+    def _persistent(self, _: None) -> None:
         self._permit(PERSISTENT)
         self._stack.append(Note(PERSISTENT, (self._stack.pop(),)))
 
-    def _build(self) -> None:
+    def _build(self, _: None) -> None:
         state = self._stack.pop()
         target = self._stack[-1]
         if not isinstance(target, Note) or target.state is not None:
@@ -251,57 +231,50 @@ class _Machine:
         target.state = state
 
 
-_STOP = ord(".")
-_Instruction = Callable[[_Machine], None]
-
-
-def _with(instruction: Callable[[_Machine, Any], None], argument: Any) -> _Instruction:
-    return lambda machine: instruction(machine, argument)
-
-
 # Left out on purpose: INST, OBJ, NEWOBJ_EX, EXT1/2/4 (other ways to make objects), PERSID, the text
 # forms of numbers, LONG4, POP, DUP, sets, bytearrays and out-of-band buffers.
-_TABLE: dict[int, _Instruction] = {
-    0x80: _Machine._proto,
-    0x95: _Machine._frame,
-    ord("("): _Machine._mark,
-    0x8C: _with(_Machine._text, 1),
-    ord("X"): _with(_Machine._text, 4),
-    ord("C"): _with(_Machine._bytes, 1),
-    ord("B"): _with(_Machine._bytes, 4),
-    ord("K"): _with(_Machine._unsigned, 1),
-    ord("M"): _with(_Machine._unsigned, 2),
-    ord("J"): _Machine._signed,
-    0x8A: _Machine._long,
-    ord("G"): _Machine._float,
-    ord("N"): _with(_Machine._constant, None),
-    0x88: _with(_Machine._constant, True),
-    0x89: _with(_Machine._constant, False),
-    ord(")"): _with(_Machine._constant, ()),
-    ord("]"): _Machine._empty_list,
-    ord("}"): _Machine._empty_dict,
-    ord("t"): _Machine._tuple,
-    0x85: _with(_Machine._short_tuple, 1),
-    0x86: _with(_Machine._short_tuple, 2),
-    0x87: _with(_Machine._short_tuple, 3),
-    ord("q"): _with(_Machine._put, 1),
-    ord("r"): _with(_Machine._put, 4),
-    0x94: _Machine._memoize,
-    ord("h"): _with(_Machine._get, 1),
-    ord("j"): _with(_Machine._get, 4),
-    ord("a"): _Machine._append,
-    ord("e"): _Machine._appends,
-    ord("s"): _Machine._set_item,
-    ord("u"): _Machine._set_items,
-    ord("c"): _Machine._global,
-    0x93: _Machine._stack_global,
-    ord("R"): _Machine._call,
-    0x81: _Machine._call,  # NEWOBJ
-    ord("Q"): _Machine._persistent,
-    ord("b"): _Machine._build,
+_TABLE: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _Machine._proto,
+    "FRAME": _Machine._nothing,
+    "STOP": _Machine._nothing,
+    "MARK": _Machine._mark,
+    "SHORT_BINUNICODE": _Machine._text,
+    "BINUNICODE": _Machine._text,
+    "SHORT_BINBYTES": _Machine._push,
+    "BINBYTES": _Machine._push,
+    "BININT1": _Machine._push,
+    "BININT2": _Machine._push,
+    "BININT": _Machine._push,
+    "LONG1": _Machine._push,
+    "BINFLOAT": _Machine._push,
+    "NONE": _Machine._none,
+    "NEWTRUE": _Machine._true,
+    "NEWFALSE": _Machine._false,
+    "EMPTY_TUPLE": _Machine._empty_tuple,
+    "EMPTY_LIST": _Machine._empty_list,
+    "EMPTY_DICT": _Machine._empty_dict,
+    "TUPLE": _Machine._tuple,
+    "TUPLE1": _Machine._tuple1,
+    "TUPLE2": _Machine._tuple2,
+    "TUPLE3": _Machine._tuple3,
+    "BINPUT": _Machine._put,
+    "LONG_BINPUT": _Machine._put,
+    "MEMOIZE": _Machine._memoize,
+    "BINGET": _Machine._get,
+    "LONG_BINGET": _Machine._get,
+    "APPEND": _Machine._append,
+    "APPENDS": _Machine._appends,
+    "SETITEM": _Machine._set_item,
+    "SETITEMS": _Machine._set_items,
+    "GLOBAL": _Machine._global,
+    "STACK_GLOBAL": _Machine._stack_global,
+    "REDUCE": _Machine._call,
+    "NEWOBJ": _Machine._call,
+    "BINPERSID": _Machine._persistent,
+    "BUILD": _Machine._build,
 }
 
 
 def refuse(where: str, what: str) -> NoReturn:
     """Raise the error of a pickle that says what cannot be."""
-    raise CheckpointCorruptError(f"{where} cannot be read: {what}")
+    raise CheckpointCorruptError(f"{where} cannot be read: {what}") from None

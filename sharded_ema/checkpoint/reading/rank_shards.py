@@ -9,13 +9,13 @@ https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 from __future__ import annotations
 
 import re
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
-from sharded_ema.checkpoint.location import entries
-from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.opened import Catalog, StoredTensor
-from sharded_ema.checkpoint.safetensors_file import is_sizes, load_json, read_header
+from sharded_ema.checkpoint.checked_json import is_sizes, load_json
+from sharded_ema.checkpoint.files import Directory
+from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 
@@ -24,12 +24,12 @@ _NAME = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"
 
 
-def rank_shards(path: Path) -> list[str]:
-    """Names of such files in a directory, in the order of their ranks."""
-    return sorted(name for name in entries(path) if _NAME.fullmatch(name))
+def rank_shards(names: Iterable[str]) -> list[str]:
+    """Those of the names in a directory that are of such files, in the order of their ranks."""
+    return sorted(name for name in names if _NAME.fullmatch(name))
 
 
-def open_rank_shards(path: Path) -> Catalog:
+def read_rank_shards(directory: Directory, names: Iterable[str]) -> KnownChunks:
     """What the shards in a directory hold; no digest covers any of it.
 
     A tensor's shape is the extent of those of its shards that are there.
@@ -37,9 +37,10 @@ def open_rank_shards(path: Path) -> Catalog:
     Raises:
         CheckpointCorruptError: a header is malformed, or two of them contradict each other.
     """
+    path = directory.location
     dtypes: dict[str, str] = {}
     chunks: dict[str, list[Chunk]] = {}
-    for file in rank_shards(path):
+    for file in rank_shards(names):
         entries, metadata, start = read_header(path / file)
         sharding = load_json(
             metadata.get(_SHARDING, "{}").encode(), f"{_SHARDING} of {path / file}"
@@ -60,11 +61,11 @@ def open_rank_shards(path: Path) -> Catalog:
             size = entry.stop - entry.start
             same.append(Chunk(box, file, start + entry.start, size, None))
     tensors = {
-        key: StoredTensor(key, tuple(map(max, zip(*map(_end, same), strict=True))), dtypes[key])
+        key: (tuple(map(max, zip(*map(_end, same), strict=True))), dtypes[key])
         for key, same in chunks.items()
     }
     filled = {key: [c for c in same if c.num_bytes] for key, same in chunks.items()}
-    return Catalog(path, FORMAT, None, tensors, {}, filled.__getitem__)
+    return KnownChunks(FORMAT, tensors, filled)
 
 
 def _end(chunk: Chunk) -> tuple[int, ...]:

@@ -9,77 +9,29 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import xxhash
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.files import OpenFile, open_regular
-from sharded_ema.checkpoint.location import Location, as_location
+from sharded_ema.checkpoint.files import Bytes, Directory, Location, open_regular
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape
 
 #: Bytes read, hashed and handed on at a time; a multiple of every item size.
 BLOCK_BYTES = 1 << 22
-_MAX_OPEN_FILES = 32
-
-Bytes = NDArray[np.uint8]
-
-
-class SourceFiles:
-    """The files of a checkpoint, opened as they are needed; a context manager.
-
-    Args:
-        root: directory of the checkpoint. ``None`` for files of several, whose names say where they
-            lie and which share the limit on open files.
-    """
-
-    def __init__(self, root: Location | None) -> None:
-        self._root = root
-        self._open: OrderedDict[str, OpenFile] = OrderedDict()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        while self._open:
-            self._open.popitem()[1].close()
-
-    def read_into(self, name: str, buffer: Bytes, position: int) -> None:
-        """Fill ``buffer`` with a file's bytes from ``position`` on.
-
-        Raises:
-            CheckpointCorruptError: the file is not there or too short.
-        """
-        self._file(name).fill(buffer.data, position)
-
-    def locate(self, name: str) -> Location:
-        """Where a file lies."""
-        return as_location(name) if self._root is None else self._root / name
-
-    def _file(self, name: str) -> OpenFile:
-        if name not in self._open:
-            if len(self._open) >= _MAX_OPEN_FILES:
-                self._open.popitem(last=False)[1].close()
-            self._open[name] = open_regular(self.locate(name))
-        self._open.move_to_end(name)
-        return self._open[name]
 
 
 class _Check:
     """The checksum of one chunk, fed in order of its bytes."""
 
-    def __init__(self, files: SourceFiles, chunk: Chunk, key: str) -> None:
-        self._files = files
+    def __init__(self, directory: Directory, chunk: Chunk, key: str) -> None:
+        self._directory = directory
         self._chunk = chunk
         self._key = key
         self._left = chunk.num_bytes
@@ -105,20 +57,19 @@ class _Check:
         if not good:
             raise CheckpointCorruptError(
                 f"{self._key}: the chunk at {chunk.box.offsets} of size {chunk.box.sizes} is "
-                f"damaged ({self._files.locate(chunk.file)}, bytes {chunk.byte_offset} to "
+                f"damaged ({self._directory.location / chunk.file}, bytes {chunk.byte_offset} to "
                 f"{chunk.byte_offset + chunk.num_bytes}); restore the file from a copy"
             )
 
 
-def verify_chunk(root: Location, chunk: Chunk, key: str) -> None:
+def verify_chunk(directory: Directory, chunk: Chunk, key: str) -> None:
     """Read one chunk and compare its checksum.
 
     Raises:
         CheckpointCorruptError: it is not what was written.
     """
-    with SourceFiles(root) as files:
-        for _ in _read_run(files, chunk, key, BLOCK_BYTES):
-            pass
+    for _ in _read_run(directory, chunk, key, BLOCK_BYTES):
+        pass
 
 
 def verify_file(path: Location, digest: str) -> None:
@@ -207,12 +158,12 @@ class _Crc32:
 
 
 def stream_tensor(
-    files: SourceFiles,
+    directory: Directory,
     key: str,
     shape: Shape,
     itemsize: int,
     chunks: Sequence[Chunk],
-    block_bytes: int | None = None,
+    block_bytes: int = 0,
 ) -> Iterator[Bytes]:
     """The bytes of a tensor in C order, block by block.
 
@@ -220,7 +171,7 @@ def stream_tensor(
         shape: global shape in elements.
         itemsize: bytes per element.
         chunks: of this tensor, known to fill it without overlap.
-        block_bytes: read at a time, a multiple of ``itemsize``; ``None`` for ``BLOCK_BYTES``.
+        block_bytes: read at a time, a multiple of ``itemsize``; 0 for ``BLOCK_BYTES``.
 
     Yields:
         Arrays of uint8, whole elements each, valid until the next one is asked for.
@@ -233,25 +184,25 @@ def stream_tensor(
     for chunk in chunks:
         run = chunk.box.flat_run(shape) if chunk.strides is None else None
         if run is None:
-            yield from _stream_bands(files, key, shape, itemsize, chunks, block_bytes)
+            yield from _stream_bands(directory, key, shape, itemsize, chunks, block_bytes)
             return
         runs.append((run[0], chunk))
     for _, chunk in sorted(runs, key=lambda pair: pair[0]):
-        yield from _read_run(files, chunk, key, block_bytes)
+        yield from _read_run(directory, chunk, key, block_bytes)
 
 
-def _read_run(files: SourceFiles, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
-    check = _Check(files, chunk, key)
+def _read_run(directory: Directory, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
+    check = _Check(directory, chunk, key)
     buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
     for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
-        files.read_into(chunk.file, block, chunk.byte_offset + start)
+        directory.read_into(chunk.file, block, chunk.byte_offset + start)
         check.update(block)
         yield block
 
 
 def _stream_bands(
-    files: SourceFiles,
+    directory: Directory,
     key: str,
     shape: Shape,
     itemsize: int,
@@ -273,7 +224,7 @@ def _stream_bands(
     # The band's part of any chunk is no larger than the band.
     scratch = np.empty(rows * row_bytes, np.uint8)
     pending = [
-        _BandSource(files, chunk, key, dim, itemsize)
+        _BandSource(directory, chunk, key, dim, itemsize)
         for chunk in sorted(chunks, key=lambda c: c.box.offsets)
     ]
     for index in np.ndindex(*shape[:dim]):
@@ -292,13 +243,15 @@ def _stream_bands(
 class _BandSource:
     """One chunk, read band by band."""
 
-    def __init__(self, files: SourceFiles, chunk: Chunk, key: str, dim: int, itemsize: int) -> None:
-        self._files = files
+    def __init__(
+        self, directory: Directory, chunk: Chunk, key: str, dim: int, itemsize: int
+    ) -> None:
+        self._directory = directory
         self._chunk = chunk
         self._key = key
         self._dim = dim
         self._element = np.dtype(f"V{itemsize}")
-        self._check = _Check(files, chunk, key)
+        self._check = _Check(directory, chunk, key)
         self._position = chunk.byte_offset
         self._whole: NDArray[Any] | None = None
         self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
@@ -343,7 +296,7 @@ class _BandSource:
     def _next_rows(self, count: int, scratch: Bytes) -> NDArray[Any]:
         sizes = (count, *self._chunk.box.sizes[self._dim + 1 :])
         data = scratch[: math.prod(sizes) * self._element.itemsize]
-        self._files.read_into(self._chunk.file, data, self._position)
+        self._directory.read_into(self._chunk.file, data, self._position)
         self._position += data.nbytes
         self._check.update(data)
         elements = data.view(self._element)
@@ -354,7 +307,7 @@ class _BandSource:
     def _load(self) -> NDArray[Any]:
         if self._whole is None:
             data = np.empty(self._chunk.num_bytes, np.uint8)
-            self._files.read_into(self._chunk.file, data, self._chunk.byte_offset)
+            self._directory.read_into(self._chunk.file, data, self._chunk.byte_offset)
             self._check.update(data)
             assert self._chunk.strides is not None
             elements = data.view(self._element)

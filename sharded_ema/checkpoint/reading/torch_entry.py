@@ -15,9 +15,10 @@ import zlib
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
+from sharded_ema.checkpoint.checked_json import MAX_DIMS, is_sizes
 from sharded_ema.checkpoint.files import OpenFile
 from sharded_ema.checkpoint.reading.pickles import PERSISTENT, Global, Note, take_apart
-from sharded_ema.checkpoint.safetensors_file import ITEMSIZE, MAX_DIMS, is_sizes
+from sharded_ema.checkpoint.safetensors import ITEMSIZE
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape, c_strides
 

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from sharded_ema.checkpoint.location import Location
+from sharded_ema.checkpoint.files import Location
 from sharded_ema.errors import EMAError
 
 logger = logging.getLogger("sharded_ema")

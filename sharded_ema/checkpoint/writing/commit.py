@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import platform
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,16 +16,16 @@ from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
+from sharded_ema.checkpoint.names import META_KEY, is_meta_key
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
     FileRecord,
     Manifest,
+    TensorRecord,
     decode_meta,
     dump_manifest,
 )
-from sharded_ema.checkpoint.reading.opened import is_meta_key
 from sharded_ema.checkpoint.writing.target import make_target
-from sharded_ema.config import META_KEY
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.version import __version__
 
@@ -83,10 +84,33 @@ class Commit:
             for i, plan in enumerate(plans)
         ]
 
-    def commit(self, manifest: Manifest) -> None:
-        """Publish what all ranks have written; for the coordinator."""
+    def commit(
+        self,
+        format: str,
+        written: Sequence[Written],
+        tensors: Sequence[TensorRecord],
+        *tables: FileRecord,
+    ) -> None:
+        """Publish what all ranks have written; for the coordinator.
+
+        Args:
+            format: of the data, as the manifest names it.
+            written: by all ranks.
+            tensors: sorted by key.
+            tables: files that the coordinator has written beside those of the ranks.
+        """
         if self.world_size > 1 and not dist.is_initialized():
             raise _group_gone("the other ranks are gone")
+        manifest = Manifest(
+            format=format,
+            uuid=self.target.uuid,
+            emas=_read_metas(written),
+            tensors=tuple(tensors),
+            files=(*files_of(written).values(), *tables),
+            world_size=self.world_size,
+            libraries=_libraries(),
+            saved_at=time.time_ns() // 1_000_000,
+        )
         self.target.publish(dump_manifest(manifest), replace=self.replace)
 
 
@@ -96,7 +120,7 @@ def _group_gone(what: str) -> CheckpointWriteError:
     )
 
 
-def libraries() -> dict[str, str]:
+def _libraries() -> dict[str, str]:
     """Versions that a reader of the manifest may want to know."""
     return {
         "sharded_ema": __version__,
@@ -121,7 +145,12 @@ def host_bytes(tensor: Any) -> Any:
     return plain.view(torch.uint8).numpy()
 
 
-def read_metas(written: Sequence[Written]) -> dict[str, dict[str, Any]]:
+def files_of(written: Sequence[Written]) -> dict[str, FileRecord]:
+    """The files that ranks have written, by name; the order is that of the manifest."""
+    return {r.file.name: r.file for r in written if r.file is not None}
+
+
+def _read_metas(written: Sequence[Written]) -> dict[str, dict[str, Any]]:
     """What the averages in this save say of themselves, by the prefix of their keys."""
     return {
         r.index.fqn.removesuffix(META_KEY): decode_meta(r.meta, r.index.fqn)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from pathlib import Path
 
 import xxhash
@@ -14,8 +13,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
-from sharded_ema.checkpoint.reading.dcp import METADATA_NAME
-from sharded_ema.checkpoint.reading.manifest import FileRecord, Manifest, TensorRecord
+from sharded_ema.checkpoint.names import METADATA_NAME
+from sharded_ema.checkpoint.reading.manifest import FileRecord, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.writing.commit import (
     Commit,
@@ -23,8 +22,6 @@ from sharded_ema.checkpoint.writing.commit import (
     Written,
     host_bytes,
     is_meta,
-    libraries,
-    read_metas,
 )
 from sharded_ema.errors import CheckpointWriteError
 
@@ -91,29 +88,15 @@ class StockStorageWriter(FileSystemWriter):
         self.path = Path(self._save.target.directory)
         super().finish(metadata, results)
         written = [r for rank in results for r in rank if isinstance(r, Written)]
-        files = {r.file.name: r.file for r in written if r.file is not None}
-        self._save.commit(
-            Manifest(
-                format="dcp",
-                uuid=self._save.target.uuid,
-                emas=read_metas(written),
-                tensors=tuple(
-                    TensorRecord(
-                        key,
-                        tuple(stored.size),
-                        safetensors_name(stored.properties.dtype, key),
-                        0,
-                        0,
-                    )
-                    for key, stored in sorted(metadata.state_dict_metadata.items())
-                    if isinstance(stored, TensorStorageMetadata)
-                ),
-                files=(*files.values(), _digest_file(self.path / METADATA_NAME, durable=True)),
-                world_size=self._save.world_size,
-                libraries=libraries(),
-                saved_at=time.time_ns() // 1_000_000,
+        tensors = [
+            TensorRecord(
+                key, tuple(stored.size), safetensors_name(stored.properties.dtype, key), 0, 0
             )
-        )
+            for key, stored in sorted(metadata.state_dict_metadata.items())
+            if isinstance(stored, TensorStorageMetadata)
+        ]
+        record = _digest_file(self.path / METADATA_NAME, durable=True)
+        self._save.commit("dcp", written, tensors, record)
 
     def abandon(self) -> None:
         """Remove what a failed save has written, on the rank that made the directory."""

@@ -1,29 +1,42 @@
-"""Where a checkpoint goes: a directory that is renamed, or objects under a URL.
+"""What becomes a checkpoint and how: a directory that is renamed, or objects under a URL.
 
-A file system renames a directory at once, so everything is written beside the target first. Object
-stores rename nothing at once: there the objects lie under their last names from the beginning, and
-the manifest, which is written after all others, makes them a checkpoint.
+``<path>.tmp-<uuid>`` is where all ranks write. Once every byte is on disk and the manifest says
+so, one rename makes it ``<path>``; a crash at any moment leaves the target absent or whole. With
+``replace`` the old checkpoint first steps aside as ``<path>.old-<uuid>``, where readers and the
+next save find it if the process dies between the two renames.
+
+Object stores rename nothing at once: there the objects lie under their last names from the
+beginning, and the manifest, which is written after all others, makes them a checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-from sharded_ema.checkpoint import removal, retention
-from sharded_ema.checkpoint.location import URL, as_location, driver, entries
-from sharded_ema.checkpoint.reading.manifest import MANIFEST_NAME
-from sharded_ema.checkpoint.reading.opened import is_part
-from sharded_ema.checkpoint.writing import durable
-from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError
+from sharded_ema.checkpoint import durable, removal
+from sharded_ema.checkpoint.files import URL, Location, as_location, driver, entries
+from sharded_ema.checkpoint.names import LATEST_NAME, MANIFEST_NAME, is_part, temporary
+from sharded_ema.checkpoint.run import is_pointer
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointWriteError,
+    ConfigError,
+    EMAWarning,
+)
 
 
 class Target(ABC):
     """What one rank, the coordinator, does with the place of a checkpoint.
+
+    Args:
+        location: of the checkpoint to be.
 
     Attributes:
         directory: where all ranks write, once begun; ``None`` before and after.
@@ -32,6 +45,9 @@ class Target(ABC):
 
     directory: str | None = None
     uuid: str
+
+    def __init__(self, location: Location) -> None:
+        self._location = location
 
     @abstractmethod
     def check(self, *, replace: bool) -> None:
@@ -64,26 +80,49 @@ class Target(ABC):
         """Remove what was begun and not published; harmless otherwise."""
 
     @abstractmethod
+    def _point(self, data: bytes) -> None:
+        """Replace the file ``latest`` beside the checkpoint at once."""
+
     def settle(self, *, latest: bool, keep_last: int | None) -> None:
         """After the commit: let ``latest`` name it, remove old ones. What fails is warned of."""
+        try:
+            # DeepSpeed has a file of this name, users have links: what is not ours stays.
+            if latest and is_pointer(self._location.parent / LATEST_NAME):
+                self._point(f"{self._location.name}\n".encode())
+            if keep_last is not None:
+                removal.remove_outdated(self._location, keep_last)
+        except OSError as error:
+            warnings.warn(
+                f"{self._location} is committed, but what lies beside it could not be brought up "
+                f"to date: {error}",
+                EMAWarning,
+                stacklevel=2,
+            )
 
 
 class LocalTarget(Target):
-    """A directory of a file system.
-
-    Args:
-        path: of the checkpoint to be.
-    """
+    """A directory of a file system."""
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self._path = path
         self._occupied: removal.Occupied | None = None
 
     def check(self, *, replace: bool) -> None:
-        removal.refuse_existing(self._path, replace=replace)
+        refuse_existing(self._path, replace=replace)
 
     def begin(self, *, replace: bool) -> str:
-        staging, self._occupied = removal.begin(self._path, replace=replace)
+        staging = temporary(self._path)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            removal.recover(self._path)
+            refuse_existing(self._path, replace=replace)
+            self._occupied = removal.Occupied(self._path.parent)
+            staging.mkdir()
+        except OSError as error:
+            if isinstance(error, CheckpointExistsError):
+                raise
+            raise CheckpointWriteError(f"cannot create {staging}: {error}") from error
         self.uuid = staging.name.rpartition("-")[2]
         self.directory = str(staging)
         return self.directory
@@ -95,7 +134,7 @@ class LocalTarget(Target):
     def publish(self, manifest: bytes, *, replace: bool) -> None:
         assert self.directory is not None
         self.write(MANIFEST_NAME, manifest)
-        removal.publish(Path(self.directory), self._path, replace=replace)
+        publish(Path(self.directory), self._path, replace=replace)
         self._end()
 
     def abandon(self) -> None:
@@ -108,14 +147,8 @@ class LocalTarget(Target):
         self._occupied.close()
         self.directory = self._occupied = None
 
-    def settle(self, *, latest: bool, keep_last: int | None) -> None:
-        retention.after_commit(
-            self._path,
-            latest=latest,
-            keep_last=keep_last,
-            write=removal.replace_durably,
-            remove=removal.remove,
-        )
+    def _point(self, data: bytes) -> None:
+        durable.replace_durably(self._path.parent / LATEST_NAME, data)
 
 
 class RemoteTarget(Target):
@@ -123,12 +156,10 @@ class RemoteTarget(Target):
 
     There are no locks: of two jobs that save to one URL at the same moment the later one may
     overwrite files of the earlier one. Their digests then tell that the checkpoint is damaged.
-
-    Args:
-        url: of the checkpoint to be.
     """
 
     def __init__(self, url: URL) -> None:
+        super().__init__(url)
         self._url = url
         self._fs, self._path = driver(url)
 
@@ -148,8 +179,7 @@ class RemoteTarget(Target):
     def begin(self, *, replace: bool) -> str:
         self.check(replace=replace)
         try:
-            # Parts without a manifest: a save that was killed.
-            self._remove(entries(self._url))
+            removal.remove(self._url)  # parts without a manifest: a save that was killed
             self._fs.makedirs(self._path, exist_ok=True)
         except OSError as error:
             raise CheckpointWriteError(f"cannot write to {self._url}: {error}") from error
@@ -168,30 +198,10 @@ class RemoteTarget(Target):
     def abandon(self) -> None:
         if self.directory is not None:
             self.directory = None
-            self._remove(entries(self._url))
+            removal.remove(self._url)
 
-    def _remove(self, names: set[str]) -> None:
-        # Without the manifest first it is no checkpoint any more, whatever is left of it.
-        for name in sorted(names, key=lambda name: name != MANIFEST_NAME):
-            self._fs.rm_file(f"{self._path}/{name}")
-        # Where directories are real (drivers without any raise NotImplementedError); never the
-        # bucket itself.
-        if "/" in self._path.strip("/"):
-            with suppress(OSError, NotImplementedError):
-                self._fs.rmdir(self._path)
-
-    def settle(self, *, latest: bool, keep_last: int | None) -> None:
-        retention.after_commit(
-            self._url,
-            latest=latest,
-            keep_last=keep_last,
-            write=lambda url, data: self._fs.pipe_file(driver(url)[1], data),
-            remove=lambda url: RemoteTarget(url).remove(),
-        )
-
-    def remove(self) -> None:
-        """Remove the checkpoint that is there."""
-        self._remove(entries(self._url))
+    def _point(self, data: bytes) -> None:
+        self._fs.pipe_file(driver(self._url.parent / LATEST_NAME)[1], data)
 
 
 def make_target(path: str | os.PathLike[str]) -> Target:
@@ -215,3 +225,53 @@ def new_file(directory: str, name: str, num_bytes: int) -> Iterator[Callable[[me
         return
     with durable.new_file(where / name, num_bytes) as write:
         yield write
+
+
+# ---------------------------------------------------------------------- directories
+
+
+def refuse_existing(path: Path, *, replace: bool) -> None:
+    """Refuse a target that is taken, or that is no directory.
+
+    Raises:
+        CheckpointExistsError: see above.
+    """
+    if not os.path.lexists(path):
+        return
+    if not path.is_dir() or path.is_symlink():
+        raise CheckpointExistsError(f"{path} exists and is not a directory; nothing was written")
+    names = {entry.name for entry in path.iterdir()}
+    if replace and names and MANIFEST_NAME not in names:
+        raise CheckpointExistsError(
+            f"{path} holds {len(names)} entries but no {MANIFEST_NAME}: it is no checkpoint of "
+            "this library, and replace=True removes nothing else"
+        )
+    if not replace:
+        raise CheckpointExistsError(
+            f"{path} already exists and is left as it is; save to a new path, or pass "
+            "replace=True to replace the checkpoint there"
+        )
+
+
+def publish(staging: Path, path: Path, *, replace: bool) -> None:
+    """Make ``staging``, whose files are durable, the directory at ``path`` by one rename.
+
+    Raises:
+        CheckpointExistsError: something came to ``path`` while it was being written.
+    """
+    durable.fsync(staging)
+    refuse_existing(path, replace=replace)
+    aside = removal.put_aside(path) if replace and os.path.lexists(path) else None
+    try:
+        # A directory can be renamed onto an empty one; that one would vanish unseen.
+        refuse_existing(path, replace=False)
+        os.rename(staging, path)
+    except OSError as error:
+        if aside is not None:
+            removal.recover(path)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):  # it came in this very moment
+            refuse_existing(path, replace=False)
+        raise
+    durable.fsync(path.parent)
+    if aside is not None:
+        removal.remove(aside)

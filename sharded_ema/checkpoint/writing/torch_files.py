@@ -17,9 +17,9 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.removal import temporary
-from sharded_ema.checkpoint.safetensors_file import read_header
-from sharded_ema.checkpoint.writing.durable import fsync
+from sharded_ema.checkpoint.durable import fsync
+from sharded_ema.checkpoint.names import temporary
+from sharded_ema.checkpoint.safetensors import read_header
 
 
 def map_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:

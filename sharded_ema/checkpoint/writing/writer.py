@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,23 +26,18 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
+from sharded_ema.checkpoint.names import CHUNKS_NAME, shard_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
-from sharded_ema.checkpoint.reading.manifest import (
-    CHUNKS_NAME,
-    FileRecord,
-    Manifest,
-    TensorRecord,
-)
+from sharded_ema.checkpoint.reading.manifest import FileRecord, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
-from sharded_ema.checkpoint.safetensors_file import build_header
+from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.checkpoint.writing.commit import (
     Commit,
     Place,
     Written,
+    files_of,
     host_bytes,
     is_meta,
-    libraries,
-    read_metas,
 )
 from sharded_ema.checkpoint.writing.target import new_file
 from sharded_ema.errors import CheckpointWriteError
@@ -95,9 +89,7 @@ class SafetensorsStorageWriter(StorageWriter):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        uuid = self._save.target.uuid
         written = [r for rank in results for r in rank if isinstance(r, Written)]
-        files = {r.file.name: r.file for r in written if r.file is not None}
         chunks: dict[str, list[Chunk]] = {}
         for result in written:
             if result.chunk is not None:
@@ -111,21 +103,11 @@ class SafetensorsStorageWriter(StorageWriter):
             name = safetensors_name(stored.properties.dtype, key)
             tensors.append(TensorRecord(key, tuple(stored.size), name, len(rows), len(mine)))
             rows += [(len(tensors) - 1, chunk) for chunk in mine]
-        table = write_chunk_table(rows, {name: i for i, name in enumerate(files)}, uuid)
+        file_ids = {name: i for i, name in enumerate(files_of(written))}
+        table = write_chunk_table(rows, file_ids, self._save.target.uuid)
         self._save.target.write(CHUNKS_NAME, table)
-        records = [*files.values(), FileRecord(CHUNKS_NAME, len(table), _hex(table))]
-        self._save.commit(
-            Manifest(
-                format="safetensors",
-                uuid=uuid,
-                emas=read_metas(written),
-                tensors=tuple(tensors),
-                files=tuple(records),
-                world_size=self._save.world_size,
-                libraries=libraries(),
-                saved_at=time.time_ns() // 1_000_000,
-            )
-        )
+        record = FileRecord(CHUNKS_NAME, len(table), _hex(table))
+        self._save.commit("safetensors", written, tensors, record)
 
     def abandon(self) -> None:
         """Remove what a failed save has written, on the rank that made the directory."""
@@ -150,7 +132,7 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
         name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
-    file_name = f"shard-{place.position:05d}.safetensors"
+    file_name = shard_name(place.position)
     total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
     written: list[Written] = []

@@ -51,7 +51,7 @@ from sharded_ema.model.sources.protocol import (
     put_back,
 )
 from sharded_ema.model.sources.replicas import Shares, stored_shard, whole_copy
-from sharded_ema.model.steps import AppliedSteps, MethodWrap, StepListener
+from sharded_ema.model.steps import MethodWrap, StepHooks, StepListener
 
 # How far weight decay may have moved a master; weights that were loaded behind it are further off.
 _DECAYED = 2.0**-6
@@ -430,7 +430,7 @@ class FollowsEngine:
     def __init__(self, engine: Any) -> None:
         self._engine = engine
 
-    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> AppliedSteps:
+    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
         if optimizers:
             raise OptimizerError(
                 "a DeepSpeed engine knows its own optimizer: call attach() without arguments"

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box, FlatRange, Shape
-from sharded_ema.model.steps import AppliedSteps, OptimizerSteps, StepListener
+from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener
 
 #: Tensors that a swap overwrites, each with a copy of what it held.
 Backup = list[tuple[Tensor, Tensor]]
@@ -158,7 +158,7 @@ class Source:
 
     reader: ReadsShards
     stand_in: StandsIn
-    steps: Callable[[Sequence[Any], StepListener], AppliedSteps]
+    steps: Callable[[Sequence[Any], StepListener], StepHooks]
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +171,7 @@ class FollowsOptimizers:
 
     inventory: Inventory
 
-    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> AppliedSteps:
+    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
         named = (n for n in self.inventory.averaged if n.is_parameter)
         return OptimizerSteps(optimizers, {id(n.tensor): n.fqn for n in named}, listener)
 

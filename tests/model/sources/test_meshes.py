@@ -22,11 +22,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.errors import BindError, EMAError, UnsupportedLayoutError
 from sharded_ema.model.sources import replicas
-from tests.dist.test_consolidated import read
 from tests.helpers import support
 from tests.helpers.layouts import as_float, assert_equal, build, rank, reference_step
 from tests.helpers.pool import WorkerPool
 from tests.model.sources.test_average import averages
+from tests.tools.test_consolidated import read
 
 Worlds = dict[int, WorkerPool]
 

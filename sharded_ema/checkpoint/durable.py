@@ -1,0 +1,120 @@
+"""Files and names that a power failure does not take away again."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from sharded_ema.checkpoint.names import temporary
+
+#: So much of a file waits in memory before its way to the disk begins.
+FLUSH_BYTES = 1 << 26
+
+
+@contextmanager
+def new_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+    """Write a new file, whose bytes go to the disk while the next ones are being made.
+
+    Args:
+        num_bytes: its size, at least 1.
+
+    Yields:
+        What writes the next bytes. They are durable when the block has ended.
+
+    Raises:
+        FileExistsError: there is such a file.
+        OSError: the disk is full or fails, at a write or at the end of the block.
+    """
+    with open(path, "xb", buffering=0) as file:
+        descriptor = file.fileno()
+        # Room first: a full disk is found before the work, and blocks need no allocation.
+        os.posix_fallocate(descriptor, 0, num_bytes)
+        flush = _Flush(descriptor)
+        waiting = 0
+
+        def write(data: memoryview) -> None:
+            nonlocal waiting
+            waiting += data.nbytes
+            while data.nbytes:
+                data = data[os.write(descriptor, data) :]
+            if waiting >= FLUSH_BYTES and flush.begin():
+                waiting = 0
+
+        try:
+            yield write
+        finally:
+            flush.wait()  # the thread must not meet another file under this descriptor
+        flush.check()
+        os.fdatasync(descriptor)
+
+
+class _Flush:
+    """``fdatasync`` in a thread, one at a time."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def begin(self) -> bool:
+        """Send to the disk what is there, unless the last time is still going on.
+
+        Raises:
+            OSError: the last time failed.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return False
+        self.check()
+        # No pool: those take no work any more once the interpreter waits for its threads, which
+        # is when a save in the background may be at work.
+        thread = threading.Thread(target=self._run, name="flush")
+        try:
+            thread.start()
+        except RuntimeError:  # nor does a new thread start then, since Python 3.12
+            return True
+        self._thread = thread
+        return True
+
+    def wait(self) -> None:
+        """Return when nothing is going on."""
+        if self._thread is not None:
+            self._thread.join()
+
+    def check(self) -> None:
+        """Raise what went wrong; a disk says that only once."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            os.fdatasync(self._descriptor)
+        except OSError as error:
+            self._error = error
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a new file and wait until it is on disk."""
+    with open(path, "xb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_durably(path: Path, data: bytes) -> None:
+    """Write a file so that a reader finds the old bytes or the new ones."""
+    new = temporary(path)
+    write_durably(new, data)
+    new.replace(path)
+    fsync(path.parent)
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

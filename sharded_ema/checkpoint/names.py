@@ -1,0 +1,149 @@
+"""Every name that is fixed: keys in a state dict, files of a checkpoint, marks of directories.
+
+Whoever makes such a name and whoever recognises it does so by a function from here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from uuid import uuid4
+
+# ---------------------------------------------------------------------- keys of a state dict
+
+#: What an average says of itself. The bytes are fixed in number, because torch's distributed
+#: checkpoints (DCP) do not load into a tensor of another size.
+META_KEY = "_meta"
+META_BYTES = 1 << 18
+META_VERSION = 1
+#: Prefixes beside those of the profiles.
+FROZEN_PREFIX = "_frozen."
+BUFFERS_PREFIX = "_buffers."
+
+
+def is_meta_key(key: str) -> bool:
+    """Whether a key may be that of a description: a buffer may have the same last name."""
+    inner = f".{key}"
+    return inner.endswith(f".{META_KEY}") and not any(
+        f".{part}" in inner for part in (BUFFERS_PREFIX, FROZEN_PREFIX)
+    )
+
+
+# ---------------------------------------------------------------------- files of a checkpoint
+
+#: Written last: with it a directory of this library's is a checkpoint.
+MANIFEST_NAME = "manifest.json"
+CHUNKS_NAME = "chunks.safetensors"
+#: The same for a directory of DCP's.
+METADATA_NAME = ".metadata"
+#: What a directory with a committed checkpoint has one of.
+COMMITTED_NAMES = frozenset({MANIFEST_NAME, METADATA_NAME})
+
+_DATA = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
+_MAX_NAME_BYTES = 255
+
+
+def shard_name(rank: int) -> str:
+    """The file that a rank writes."""
+    return f"shard-{rank:05d}.safetensors"
+
+
+def is_part(name: str) -> bool:
+    """Whether a file of this name may belong to a checkpoint, or to a save that never finished."""
+    return name in (*COMMITTED_NAMES, f"{METADATA_NAME}.tmp") or bool(_DATA.fullmatch(name))
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a value can be the name of a file, and stays inside the directory it is joined to."""
+    if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):
+        return False
+    try:
+        return len(os.fsencode(name)) <= _MAX_NAME_BYTES
+    except UnicodeEncodeError:
+        return False
+
+
+# ---------------------------------------------------------------------- beside checkpoints
+
+#: A file that names the checkpoint committed last; of watched exports a link.
+LATEST_NAME = "latest"
+#: Directory of the average in a checkpoint of a DeepSpeed engine, below the tag. DeepSpeed's tools
+#: look at files of the tag only.
+ENGINE_DIRECTORY = "ema"
+#: Directory that some programs keep the checkpoints of a run in.
+CHECKPOINTS_DIRECTORY = "checkpoints"
+
+
+def numbered(name: str, number: int) -> str:
+    """Another name for the export of a checkpoint whose name is taken."""
+    return f"{name}~{number}"
+
+
+def without_number(name: str) -> str:
+    """The name of the checkpoint that an export is of."""
+    return re.sub(r"~\d+$", "", name)
+
+
+# ---------------------------------------------------------------------- marks
+
+#: ``<name>.tmp-<uuid>`` will be renamed to ``<name>``, or is about to be removed.
+TEMPORARY_MARK = ".tmp-"
+#: ``<name>.old-<uuid>`` was ``<name>`` until a save with ``replace=True`` set it aside.
+SET_ASIDE_MARK = ".old-"
+
+_MARKED = re.compile(r"(?P<name>.+)(?P<mark>\.tmp-|\.old-)[0-9a-f]{32}")
+_LOOKS_TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
+
+
+def temporary(path: Path, uuid: str | None = None) -> Path:
+    """A new temporary path beside ``path``; with the caller's 32 hex digits to find it again."""
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid or uuid4().hex}")
+
+
+def set_aside(path: Path) -> Path:
+    """A new path beside ``path`` for what is there and about to be replaced."""
+    return path.with_name(f"{path.name}{SET_ASIDE_MARK}{uuid4().hex}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that :func:`temporary` makes, and so may be removed."""
+    return _marked_by(name) == TEMPORARY_MARK
+
+
+def is_set_aside(name: str) -> bool:
+    """Whether a name is one that :func:`set_aside` makes."""
+    return _marked_by(name) == SET_ASIDE_MARK
+
+
+def looks_temporary(name: str) -> bool:
+    """Whether a name is like a temporary one, and so is not read: also with other digits."""
+    return bool(_LOOKS_TEMPORARY.search(name))
+
+
+def is_marked(name: str) -> bool:
+    """Whether a directory is of a save that has not finished, or was replaced by one."""
+    return looks_temporary(name) or is_set_aside(name)
+
+
+def without_mark(name: str) -> str:
+    """The name that a temporary or replaced directory goes by, or went."""
+    match = _MARKED.fullmatch(name)
+    return match["name"] if match else name
+
+
+def _marked_by(name: str) -> str | None:
+    match = _MARKED.fullmatch(name)
+    return match["mark"] if match else None
+
+
+# ---------------------------------------------------------------------- where tools write
+
+#: In the directory in which a consolidation works: its journal, and what it will publish.
+JOURNAL_NAME = "journal.jsonl"
+MODEL_DIRECTORY = "model"
+
+
+def is_of_workplace(name: str) -> bool:
+    """Whether a consolidation puts something of this name where it works."""
+    return name == MODEL_DIRECTORY or name.startswith(JOURNAL_NAME)

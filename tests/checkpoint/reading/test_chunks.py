@@ -1,0 +1,112 @@
+"""Where blocks lie, and that they make up their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load
+
+from sharded_ema.checkpoint.names import CHUNKS_NAME
+from sharded_ema.checkpoint.reading.chunks import Chunk, tiles, write_chunk_table
+from sharded_ema.checkpoint.run import open_checkpoint
+from sharded_ema.errors import CheckpointCorruptError
+from sharded_ema.model.layout import Box
+from tests.helpers.checkpoints import Chunking, flip, grid, make, ranges, rows, whole
+
+SHAPES = [(), (1,), (7,), (5, 4), (3, 4, 5), (2, 3, 2, 3), (0, 3), (3, 0)]
+
+
+def arrays() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {f"ema.t{i}": random.random(shape).astype("f4") for i, shape in enumerate(SHAPES)}
+
+
+def test_columns_are_plain_safetensors() -> None:
+    box, digest = Box((1, 2), (3, 4)), bytes(range(16))
+    chunks = [(0, Chunk(Box((), ()), "b", 4096, 4, digest)), (1, Chunk(box, "a", 8192, 48, digest))]
+    columns = load(write_chunk_table(chunks, {"a": 0, "b": 1}, "uuid"))
+    assert columns["tensor"].tolist() == [0, 1]
+    assert columns["offsets"].tolist() == [[0, 0], [1, 2]]
+    assert columns["sizes"].tolist() == [[1, 1], [3, 4]]
+    assert columns["file"].tolist() == [1, 0]
+    assert columns["byte_offset"].tolist() == [4096, 8192]
+    assert columns["num_bytes"].tolist() == [4, 48]
+    assert columns["digest"].shape == (2, 16) and columns["digest"][1].tobytes() == digest
+
+
+def test_a_table_without_rows() -> None:
+    assert load(write_chunk_table([], {}, "uuid"))["offsets"].shape == (0, 1)
+
+
+@pytest.mark.parametrize("chunking", [whole, rows(3), grid, ranges(3)])
+def test_chunks_cover_their_tensors(tmp_path: Path, chunking: Chunking) -> None:
+    opened = open_checkpoint(make(tmp_path / "c", arrays(), chunking))
+    assert opened.verified_metadata and opened.format == "safetensors"
+    for key, array in arrays().items():
+        filled = np.zeros(array.shape, array.dtype)
+        for chunk in opened.tensors[key].chunks():
+            data = (tmp_path / "c" / chunk.file).read_bytes()
+            block = data[chunk.byte_offset : chunk.byte_offset + chunk.num_bytes]
+            slices = tuple(
+                slice(o, o + n) for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True)
+            )
+            filled[slices] = np.frombuffer(block, array.dtype).reshape(chunk.box.sizes)
+        assert np.array_equal(filled, array), key
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda c: replace(c, box=Box((1, 0), c.box.sizes)),  # beyond the end
+        lambda c: replace(c, box=Box((0, 0), (1, 4))),  # a hole
+        lambda c: replace(c, byte_offset=1 << 40),
+        lambda c: replace(c, num_bytes=c.num_bytes - 4),
+        lambda c: replace(c, num_bytes=0),
+    ],
+)
+def test_rows_that_cannot_be(tmp_path: Path, change) -> None:
+    def wrong(table: list[tuple[int, Chunk]]) -> None:
+        table[-1] = (table[-1][0], change(table[-1][1]))
+
+    tensors = {"ema.w": np.ones((5, 4), "f4")}
+    with pytest.raises(CheckpointCorruptError, match=r"ema\.w"):
+        open_checkpoint(make(tmp_path / "c", tensors, change=wrong)).tensors["ema.w"].chunks()
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (4, 6)])
+def test_overlap_is_found_although_the_volume_fits(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    def wrong(table: list[tuple[int, Chunk]]) -> None:
+        (tensor, _), (_, second) = table[-2], table[-1]
+        table[-2:] = [(tensor, second), (tensor, second)]
+
+    path = make(tmp_path / "c", {"ema.w": np.ones(shape, "f4")}, rows(2), change=wrong)
+    with pytest.raises(CheckpointCorruptError, match=r"ema\.w"):
+        open_checkpoint(path).tensors["ema.w"].chunks()
+
+
+def test_every_changed_byte_of_the_table_is_found(tmp_path: Path) -> None:
+    path = make(tmp_path / "c", {"ema.w": np.ones((5, 4), "f4")}, rows(2))
+    size = (path / CHUNKS_NAME).stat().st_size
+    for position in [*range(0, size, 97), size - 1]:
+        flip(path / CHUNKS_NAME, position)
+        with pytest.raises(CheckpointCorruptError, match=CHUNKS_NAME):
+            open_checkpoint(path)
+        flip(path / CHUNKS_NAME, position)
+    open_checkpoint(path)
+
+
+def test_many_row_shards_are_checked_in_no_time(tmp_path: Path) -> None:
+    tensors = {"ema.a": np.zeros((4096, 2), "f4"), "ema.b": np.zeros((4096,), "f4")}
+    opened = open_checkpoint(make(tmp_path / "c", tensors, rows(2048)))
+    assert len(opened.tensors["ema.a"].chunks()) == len(opened.tensors["ema.b"].chunks()) == 2048
+
+
+def test_blocks_with_too_many_corners_are_refused() -> None:
+    """Single elements of a tensor of 12 dimensions: 4096 blocks, 16 million corners."""
+    boxes = [Box(index, (1,) * 12) for index in np.ndindex(*(2,) * 12)]
+    with pytest.raises(CheckpointCorruptError, match="cut in 12 dimensions"):
+        tiles(boxes, (2,) * 12)
+    assert tiles([Box(index, (1,) * 8) for index in np.ndindex(*(2,) * 8)], (2,) * 8)
