@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from sharded_ema.averaging.average import Average, check_dtype
-from sharded_ema.averaging.distance import partial_distances, relative_distance
+from sharded_ema.averaging.distance import Part, partial_distances, relative_distance
 from sharded_ema.averaging.health import Health
 from sharded_ema.averaging.schedules import Schedule, as_profiles
 from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
@@ -29,7 +30,7 @@ from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointNotFoundError, StateError
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
-from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
+from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
@@ -45,7 +46,8 @@ class ShardedEMA:
     Args:
         target: a plain module, a DistributedDataParallel or FullyShardedDataParallel module, one
             whose parameters are DTensors (``fully_shard``, HSDP, tensor and expert parallelism),
-            or a DeepSpeed engine; wrap and materialise it first.
+            or a DeepSpeed engine; wrap and materialise it first. A list of modules is one model, as
+            the stages of a pipeline that lie on one rank.
         schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
             (``"half_life:2000"``), or a dict of several by profile name.
         update_every: applied optimizer steps between updates; the decays of the steps between are
@@ -70,6 +72,9 @@ class ShardedEMA:
         total_steps: planned optimizer steps of the run; only used for warnings and for the check
             of ``shadow_dtype``.
         force_dtype: deprecated; accepts any ``shadow_dtype``, also one that would not move.
+        process_group: over all ranks that hold parts of the model, if its layout does not say:
+            stages of a pipeline that are wrapped in DistributedDataParallel each, or a mesh of
+            which some ranks do something else.
         timeout: seconds after which a rank that does not come to a swap or save counts as absent.
 
     Raises:
@@ -86,7 +91,7 @@ class ShardedEMA:
 
     def __init__(
         self,
-        target: nn.Module,
+        target: nn.Module | Sequence[nn.Module],
         schedule: float | str | Schedule | Mapping[str, float | str | Schedule] = 0.9999,
         *,
         update_every: int = 1,
@@ -102,8 +107,10 @@ class ShardedEMA:
         impl: str | None = None,
         total_steps: int | None = None,
         force_dtype: bool = False,
+        process_group: dist.ProcessGroup | None = None,
         timeout: float = 600.0,
     ) -> None:
+        target = as_model(target)
         profiles = as_profiles(schedule)
         settings = Settings(
             update_every=update_every,
@@ -125,7 +132,7 @@ class ShardedEMA:
         selection = Selection(
             include=as_patterns(include), exclude=as_patterns(exclude) or (), buffers=buffers
         )
-        source = make_source(target, selection, shard_replicas=shard_replicas)
+        source = make_source(target, selection, process_group, shard_replicas=shard_replicas)
         self._closed = False
         self._begun = False  # whether an optimizer has stepped
         self._model = FollowedModel(source, timeout)
@@ -180,6 +187,7 @@ class ShardedEMA:
             StepListener(
                 before=self._before_step, applied=self._applied_step, removed=self._detached
             ),
+            self._average.counted,
         )
         self._start_from_what_trains()
         if checkpoint and self._engine_checkpoints is not None:
@@ -255,14 +263,20 @@ class ShardedEMA:
             self._ready()
             self._check_moving()
 
-        with self._model.replaced(name, lambda: self._average.shadow.views[name], prepare):
+        average = self._average
+        with self._model.replaced(
+            name, lambda: average.shadow.views[name], prepare, average.counted
+        ):
             yield
 
     def copy_to(self, profile: str | None = None) -> None:
         """Overwrite the parameters with the average for good. Collective where swap is."""
         name = self._average.choose(profile)
         self._model.refuse_in_swap("copy_to()")
-        self._model.overwrite(lambda: self._average.shadow.views[name], self._ready)
+        average = self._average
+        self._model.overwrite(
+            name, lambda: average.shadow.views[name], self._ready, average.counted
+        )
         self._health.note_weights(self._average, self._model.weights())
 
     # ------------------------------------------------------------------ storing it
@@ -415,10 +429,8 @@ class ShardedEMA:
             distance: add ``distance/<p>``, the norm of average minus parameters over that of the
                 parameters, exact over all ranks; every rank must then call.
         """
-        if distance:
-            self._model.refuse_in_swap("metrics(distance=True)")
-            self._ready()
-        else:  # one rank alone may call this, as loggers do
+        distances = self._distances() if distance else {}
+        if not distance:  # one rank alone may call this, as loggers do
             self._require_usable()
             self._look()
         self._check_health()
@@ -429,14 +441,25 @@ class ShardedEMA:
             "skipped_steps": steps.skipped_steps if steps else 0,
             "nonfinite_elements": self._average.shadow.collect_skipped(),
             **self._average.numbers,
+            **distances,
         }
-        if distance:
-            live, counted = self._model.live(), self._model.counted_here
-            partial = partial_distances(self._average, live, counted, sampled=False)
-            gathered = self._model.ranks.gather(partial, "ema.metrics(distance=True)")
-            for name in partial:
-                found[f"distance/{name}"] = relative_distance([parts[name] for parts in gathered])
         return {name: float(value) for name, value in found.items()}
+
+    def _distances(self) -> dict[str, float]:
+        def partial() -> dict[str, Part]:
+            self._model.refuse_in_swap("metrics(distance=True)")
+            self._ready()
+            live, counted = self._model.live(), self._model.counted_here
+            return partial_distances(self._average, live, counted, sampled=False)
+
+        self._model.meet()
+        gathered = self._model.ranks.agree(
+            partial, "ema.metrics(distance=True)", self._average.counted
+        )
+        return {
+            f"distance/{name}": relative_distance([parts[name] for parts in gathered])
+            for name in gathered[0]
+        }
 
     # ------------------------------------------------------------------ the end
 

@@ -219,6 +219,23 @@ class Average:
 
     # ------------------------------------------------------------------ its description
 
+    def settings(self) -> dict[str, Any]:
+        """How it averages, which must be the same on all ranks."""
+        return {
+            "update_every": self.clock.update_every,
+            "start_step": self.clock.start_step,
+            "schedule": {name: schedule.to_dict() for name, schedule in self.profiles.items()},
+        }
+
+    def counted(self) -> dict[str, Any]:
+        """How it averages and what it has counted, which must be the same on all ranks."""
+        return {
+            **self.settings(),
+            "the number of applied steps": self.clock.applied_steps,
+            "the step it started from": self.clock.seed_step,
+            "the step of the last update": self.clock.last_lerp_step,
+        }
+
     def describe(self) -> dict[str, Any]:
         """Counters and profiles as a checkpoint stores them; JSON types only."""
         return {

@@ -7,16 +7,15 @@ small samples when the user saves, swaps, asks for metrics or closes.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import horizon
-from sharded_ema.errors import BindError, EMAWarning
-from sharded_ema.model.agreement import refuse_differing
-from sharded_ema.model.layout import Box
+from sharded_ema.errors import EMAWarning
+from sharded_ema.model.holdings import Record, find_differing
 
 # A sample for the question whether anything moved: a few elements of a few tensors.
 _PROBE_TENSORS = 32
@@ -218,17 +217,22 @@ class Health:
         for topic, message in warned:
             self.warn_once(topic, message)
 
-    def check_equal(self, records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
+    def check_equal(self, records: Sequence[Record], ranks: Sequence[int]) -> None:
         """Warn if ranks differ by now in what they should hold alike.
 
         Args:
-            records: of every rank, see :func:`~sharded_ema.model.agreement.refuse_differing`.
+            records: of every rank.
+            ranks: their global numbers.
         """
-        try:
-            refuse_differing(records)
-        except BindError as error:
+        found = find_differing(records)
+        if found is not None:
+            name, first, second = found
             self.warn_once(
-                "apart", f"{error}. They were equal at first; are their gradients averaged?"
+                "apart",
+                f"parameter {name} is not sharded but differs between rank {ranks[first]} and rank "
+                f"{ranks[second]} by now; a checkpoint keeps one of the two. They were equal at "
+                "first; are their gradients averaged? If they are meant to differ (experts), "
+                "shard them over a mesh or leave them out with exclude=",
             )
 
     def check_finite(self, skipped_elements: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +23,10 @@ from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.model.inventory import Inventory
+from sharded_ema.model.followed import FollowedModel
+from sharded_ema.model.holdings import Tensors
 from sharded_ema.model.layout import Box
-from sharded_ema.model.pieces import Piece, pieces_of, whole
-from sharded_ema.model.sources.protocol import ReadsShards
+from sharded_ema.model.pieces import Piece, pieces_of, unwritten, whole
 
 # Names of absent tensors that are listed in full.
 _MAX_ABSENT_NAMES = 100
@@ -35,22 +35,20 @@ _MAX_ABSENT_NAMES = 100
 # ---------------------------------------------------------------------- giving
 
 
-def make_meta(settings: Settings, average: Average, inventory: Inventory) -> dict[str, Any]:
-    """What a checkpoint says of itself: schedules, counters, aliases; JSON types only."""
-    absent = [named.fqn for named in inventory.excluded]
-    if settings.frozen == "skip":
-        absent += [named.fqn for named in inventory.frozen]
+def make_meta(settings: Settings, average: Average, tensors: Tensors) -> dict[str, Any]:
+    """What a checkpoint says of itself: schedules, counters, aliases; JSON types only.
+
+    Args:
+        tensors: what all ranks hold.
+    """
+    absent = [*tensors.excluded, *(tensors.frozen if settings.frozen == "skip" else ())]
     return {
         "version": META_VERSION,
         "kind": "ema",
         "step": average.clock.applied_steps,
         **average.describe(),
-        "aliases": {
-            named.fqn: list(named.aliases)
-            for named in (*inventory.averaged, *inventory.frozen)
-            if named.aliases
-        },
-        "adapters": inventory.adapters,
+        "aliases": tensors.aliases,
+        "adapters": tensors.adapters,
         "buffers": settings.buffers,
         "frozen": settings.frozen,
         "absent": {"count": len(absent), "names": absent[:_MAX_ABSENT_NAMES]},
@@ -58,24 +56,30 @@ def make_meta(settings: Settings, average: Average, inventory: Inventory) -> dic
     }
 
 
-def make_averages(reader: ReadsShards, average: Average) -> dict[str, Tensor]:
+def make_averages(model: FollowedModel, average: Average) -> dict[str, Tensor]:
     """``<profile>.<name>``: the shadows as values that DCP can save and load in place."""
+    borrowed, shards = model.holdings.borrowed, model.reader.shards
     return {
-        f"{profile}.{shard.name.fqn}": value
+        f"{profile}.{shard.name.fqn}": unwritten(value) if shard.name.fqn in borrowed else value
         for profile, views in average.shadow.views.items()
-        for shard, value in zip(reader.shards, reader.stored(views), strict=True)
+        for shard, value in zip(shards, model.reader.stored(views), strict=True)
     }
 
 
-def make_state(reader: ReadsShards, average: Average, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+def make_state(
+    model: FollowedModel, average: Average, meta: Mapping[str, Any]
+) -> dict[str, Tensor]:
     """The averages, and what makes an export a whole model: frozen parameters and buffers."""
-    state = make_averages(reader, average)
-    if meta["frozen"] == "save":
-        for named in reader.inventory.frozen:
-            state[FROZEN_PREFIX + named.fqn] = reader.stored_apart(named)
-    for named in reader.inventory.buffers:
-        state[BUFFERS_PREFIX + named.fqn] = reader.stored_apart(named)
-    state[META_KEY] = _meta_tensor(meta, reader.ranks)
+    state = make_averages(model, average)
+    apart = {FROZEN_PREFIX: model.inventory.frozen, BUFFERS_PREFIX: model.inventory.buffers}
+    if meta["frozen"] == "skip":
+        del apart[FROZEN_PREFIX]
+    for prefix, tensors in apart.items():
+        for named in tensors:
+            value = model.reader.stored_apart(named)
+            is_borrowed = named.fqn in model.holdings.borrowed
+            state[prefix + named.fqn] = unwritten(value) if is_borrowed else value
+    state[META_KEY] = _meta_tensor(meta, model.reader.ranks)
     return state
 
 
@@ -163,7 +167,7 @@ def check_fits(
     stored: Stored,
     profiles: Mapping[str, Schedule],
     *,
-    elsewhere: frozenset[str],
+    averaged: Collection[str],
     strict: bool,
 ) -> None:
     """Check what is there against this average before anything is overwritten.
@@ -171,7 +175,7 @@ def check_fits(
     Args:
         own: this object's averages by key.
         profiles: its schedules.
-        elsewhere: names that are averaged on other ranks only.
+        averaged: names that are averaged here or on other ranks.
         strict: refuse other schedules, missing and unknown names.
 
     Raises:
@@ -195,7 +199,7 @@ def check_fits(
             f"profiles {sorted(stored.meta['profiles'])}"
         )
     averages = tuple(f"{name}." for name in stored.meta["profiles"])
-    known = own.keys() | {start + name for start in averages for name in elsewhere}
+    known = own.keys() | {start + name for start in averages for name in averaged}
     missing = [key for key in own if key not in shapes]
     extra = [key for key in shapes if key.startswith(averages) and key not in known]
     if strict and (missing or extra):

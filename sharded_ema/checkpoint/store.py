@@ -14,13 +14,13 @@ from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.distance import partial_distances, relative_distance
 from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
-from sharded_ema.checkpoint.files import as_location
+from sharded_ema.checkpoint.files import Location, as_location
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.staging import Staging
 from sharded_ema.config import Settings
-from sharded_ema.errors import ConfigError
+from sharded_ema.errors import CheckpointExistsError, ConfigError
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
 
@@ -70,14 +70,14 @@ class Store:
     # ------------------------------------------------------------------ state dicts
 
     def _meta(self) -> dict[str, Any]:
-        return snapshot.make_meta(self._settings, self._average, self._model.inventory)
+        return snapshot.make_meta(self._settings, self._average, self._model.holdings.tensors)
 
     def _averages(self) -> dict[str, Tensor]:
-        return snapshot.make_averages(self._model.reader, self._average)
+        return snapshot.make_averages(self._model, self._average)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages, what makes an export of them a whole model, and a description."""
-        return snapshot.make_state(self._model.reader, self._average, self._meta())
+        return snapshot.make_state(self._model, self._average, self._meta())
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> Mapping[str, Any]:
         """Take over the values of a state, and return its description."""
@@ -94,8 +94,8 @@ class Store:
     def _check_fits(
         self, own: Mapping[str, Tensor], stored: snapshot.Stored, *, strict: bool
     ) -> None:
-        profiles, elsewhere = self._average.profiles, self._model.elsewhere
-        snapshot.check_fits(own, stored, profiles, elsewhere=elsewhere, strict=strict)
+        averaged = self._model.holdings.tensors.averaged
+        snapshot.check_fits(own, stored, self._average.profiles, averaged=averaged, strict=strict)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -116,20 +116,33 @@ class Store:
         Args:
             ready: brings model and average into step; if it fails on one rank, all raise.
         """
-        target = as_location(path)
-        if not isinstance(step, int):
-            raise ConfigError(f"step must be an int, got {step!r}")
-        if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-            raise ConfigError(f"keep_last must be at least 1, got {keep_last!r}")
         self._model.meet()
 
-        def check() -> None:
+        def check() -> Location:
+            if not isinstance(step, int):
+                raise ConfigError(f"step must be an int, got {step!r}")
+            if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
+                raise ConfigError(f"keep_last must be at least 1, got {keep_last!r}")
+            target = as_location(path)
             self._background.wait()
             ready()
             check_target(target, format=format, replace=replace)
+            if self._model.ranks.rank == 0:
+                self._claim(target)
+            return target
 
-        self._model.ranks.agree(check, f"ema.save({target})")
-        state = snapshot.make_state(self._model.reader, self._average, self._joint_meta(step))
+        def alike() -> dict[str, Any]:
+            return {
+                "path": str(path),
+                "step": step,
+                "asynchronous": asynchronous,
+                "format": format,
+                "replace": replace,
+                **self._average.counted(),
+            }
+
+        target = self._model.ranks.agree(check, f"ema.save({path})", alike)[0]
+        state = snapshot.make_state(self._model, self._average, self._joint_meta(step))
         ranks, wait = self._model.ranks, None
         if asynchronous:
             ranks, wait = self._writers, self._staging.wait
@@ -150,6 +163,16 @@ class Store:
             self._background.run(handle, write)
         return handle
 
+    def _claim(self, target: Location) -> None:
+        """Refuse to write where other ranks of this job write another average."""
+        own, owner = self._model.ranks.members, self._model.ranks.claim(str(target))
+        if owner != own:
+            raise CheckpointExistsError(
+                f"{target} is where the ranks {owner} of this job save their average; this one is "
+                f"over the ranks {own}. Save to another path; or, if they hold stages of one "
+                "model, make the averages with process_group= over all of its ranks"
+            )
+
     def _joint_meta(self, step: int) -> dict[str, Any]:
         """The description for a checkpoint, with what only all ranks together know."""
         partial, drift = {}, {}
@@ -160,7 +183,7 @@ class Store:
         gathered = self._model.ranks.gather(
             (self._average.shadow.collect_skipped(), partial, drift), "ema.save()"
         )
-        self._health.check_equal([drift for _, _, drift in gathered])
+        self._health.check_equal([drift for _, _, drift in gathered], self._model.ranks.members)
         distances = {
             name: relative_distance([parts[name] for _, parts, _ in gathered]) for name in partial
         }
@@ -198,7 +221,10 @@ class Store:
             found.append(snapshot.stored_in_checkpoint(reader.catalog))
             self._check_fits(own, found[0], strict=strict)
 
-        self._model.ranks.agree(check, f"ema.load({path})")
+        def alike() -> dict[str, Any]:
+            return {"path": str(path), "strict": strict, **self._average.settings()}
+
+        self._model.ranks.agree(check, f"ema.load({path})", alike)
         (stored,) = found
         self._average.broken = f"loading {path} failed midway"
         state = {stored.prefix + key: own[key] for key in own if key in stored.shapes}

@@ -15,14 +15,12 @@ import torch.distributed as dist
 
 from sharded_ema.errors import (
     AbsentRankError,
-    BindError,
     EMAError,
     RanksDifferError,
     StateError,
     error_classes,
 )
 from sharded_ema.model.internals.pytorch import new_gloo_group
-from sharded_ema.model.layout import Box
 from sharded_ema.model.meeting import Room, absence, restart_hint
 
 T = TypeVar("T")
@@ -46,6 +44,20 @@ class Ranks:
         self.size = max(1, len(self._ranks))
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
         self._room = Room(self._ranks, timeout)
+
+    @property
+    def members(self) -> list[int]:
+        """Their global numbers."""
+        return self._ranks or [0]
+
+    def claim(self, name: str) -> list[int]:
+        """Claim what these ranks write, if others in the job could write it too; for the first one.
+
+        Returns:
+            The ranks whose it is.
+        """
+        alone = not dist.is_initialized() or dist.get_world_size() == self.size
+        return self.members if alone else self._room.claim(name)
 
     def again(self) -> Ranks:
         """The same ranks, to meet in another group."""
@@ -125,12 +137,15 @@ class Ranks:
         return values
 
     def agree(
-        self, check: Callable[[], T], purpose: str, alike: Mapping[str, Any] | None = None
+        self,
+        check: Callable[[], T],
+        purpose: str,
+        alike: Callable[[], Mapping[str, Any]] = dict,
     ) -> list[T]:
         """Run ``check`` on every rank and return all results, or raise on every rank.
 
         Args:
-            alike: what must be the same on all ranks, by what to call it.
+            alike: tells after the check what must be the same on all ranks, by what to call it.
 
         Raises:
             EMAError: of the class that the first failing rank met, with all ranks' messages.
@@ -142,8 +157,9 @@ class Ranks:
             return [check()]
         failure: BaseException | None = None
         result: Any = None
+        settings: Mapping[str, Any] = {}
         try:
-            result = check()
+            result, settings = check(), alike()
         except BaseException as error:  # whatever it is, the other ranks wait to hear of it
             failure = error
         verdict = None
@@ -153,14 +169,14 @@ class Ranks:
             verdict = (EMAError.__name__, f"{type(failure).__name__}: {failure}")
         interrupted = failure is not None and not isinstance(failure, Exception)
         try:
-            answers = self.gather((verdict, dict(alike or {}), result), purpose)
+            answers = self.gather((verdict, settings, result), purpose)
         except EMAError:
             if not interrupted:
                 raise
         if failure is not None and interrupted:
             raise failure
         raise_joint_failure({r: v for r, (v, _, _) in enumerate(answers) if v}, cause=failure)
-        refuse_differing_settings([settings for _, settings, _ in answers], purpose)
+        _refuse_differing([told for _, told, _ in answers], self.members, purpose)
         return [value for _, _, value in answers]
 
     def give_up(self) -> None:
@@ -175,11 +191,14 @@ class Ranks:
         self._group = None
 
 
-def refuse_differing_settings(settings: Sequence[Mapping[str, Any]], purpose: str) -> None:
+def _refuse_differing(
+    settings: Sequence[Mapping[str, Any]], members: Sequence[int], purpose: str
+) -> None:
     """Refuse what should be the same on all ranks and is not.
 
     Args:
         settings: of every rank, by what to call them.
+        members: global numbers of these ranks.
 
     Raises:
         RanksDifferError: see above.
@@ -187,7 +206,7 @@ def refuse_differing_settings(settings: Sequence[Mapping[str, Any]], purpose: st
     lines = []
     for name, value in settings[0].items():
         ranks: dict[str, list[int]] = {}
-        for rank, of_rank in enumerate(settings):
+        for rank, of_rank in zip(members, settings, strict=True):
             ranks.setdefault(repr(of_rank.get(name, value)), []).append(rank)
         if len(ranks) > 1:
             lines.append(
@@ -196,7 +215,7 @@ def refuse_differing_settings(settings: Sequence[Mapping[str, Any]], purpose: st
     if lines:
         raise RanksDifferError(
             f"the ranks differ in {purpose}: {'; '.join(lines)}. Every rank must do the same: look "
-            "for a branch that only some take, and for names made of a clock or a rank"
+            "for an 'if rank == 0' around update(), and for names made of a clock or a rank"
         )
 
 
@@ -224,31 +243,3 @@ def raise_joint_failure(
     joint = cls(f"rank {first}{others}: {message}", failures)
     # With the frames of what happened here, and not with its text, which would be printed twice.
     raise joint.with_traceback(cause.__traceback__ if cause else None) from None
-
-
-def refuse_differing(records: Sequence[Mapping[str, tuple[Box, str]]]) -> None:
-    """Refuse blocks that several ranks should hold alike and do not.
-
-    Args:
-        records: of every rank, by parameter name, the block it holds and a digest of that.
-
-    Raises:
-        BindError: two ranks differ in a block, or in what parameters there are.
-    """
-    seen: dict[tuple[str, Box], tuple[int, str]] = {}
-    for rank, record in enumerate(records):
-        for name in records[0].keys() ^ record.keys():
-            raise _differing(name, 0, rank)
-        for name, (box, digest) in record.items():
-            first, expected = seen.setdefault((name, box), (rank, digest))
-            if digest != expected:
-                raise _differing(name, first, rank)
-
-
-def _differing(name: str, first: int, second: int) -> BindError:
-    return BindError(
-        f"parameter {name} is not sharded but differs between rank {first} and rank {second}; a "
-        "checkpoint would keep one of the two. Wrap the model in DistributedDataParallel or "
-        "fully_shard, pass sync_module_states=True to FullyShardedDataParallel, or broadcast its "
-        "parameters"
-    )

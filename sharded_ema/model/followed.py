@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 
 from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
-from sharded_ema.model.agreement import Ranks, refuse_differing
+from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
+from sharded_ema.model.holdings import (
+    Digests,
+    Holdings,
+    Record,
+    Tensors,
+    compare,
+    digest_of,
+    take_stock,
+)
 from sharded_ema.model.inventory import Inventory
-from sharded_ema.model.layout import Box
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
-#: Blocks that are equal wherever they lie, by name, with digests of their elements.
-Record = dict[str, tuple[Box, str]]
+#: Tells what must be the same on all ranks, by what to call it.
+Alike = Callable[[], Mapping[str, Any]]
 
 
 class FollowedModel:
@@ -34,7 +41,6 @@ class FollowedModel:
         reader: its shards.
         ranks: where its ranks meet.
         names: of the averaged tensors on this rank.
-        elsewhere: names that are averaged on other ranks only, once all have met.
         standing_in: name of the average that stands in for the weights, if one does.
         backup_bytes: memory that the weights take meanwhile.
     """
@@ -49,10 +55,9 @@ class FollowedModel:
         self.reader: ReadsShards = source.reader
         self.names = [shard.name.fqn for shard in self.reader.shards]
         self.ranks = Ranks(self.reader.ranks, timeout)
-        self.elsewhere: frozenset[str] = frozenset()
         self.standing_in: str | None = None
         self.backup_bytes = 0
-        self._met = False
+        self._holdings: Holdings | None = None
         self._lost: str | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -80,7 +85,12 @@ class FollowedModel:
     @property
     def counted_here(self) -> list[int]:
         """Positions of what this rank counts in a sum over all ranks; equal copies count once."""
-        return [i for i, shard in enumerate(self.reader.shards) if shard.writes]
+        borrowed = self.holdings.borrowed
+        return [
+            i
+            for i, shard in enumerate(self.reader.shards)
+            if shard.writes and shard.name.fqn not in borrowed
+        ]
 
     # ------------------------------------------------------------------ steps
 
@@ -89,12 +99,15 @@ class FollowedModel:
         """What tells of applied steps; ``None`` while nothing is attached."""
         return self._steps
 
-    def attach(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
+    def attach(self, optimizers: Sequence[Any], listener: StepListener, alike: Alike) -> StepHooks:
         """Follow the steps of optimizers, or of the engine that trains the model. Collective.
+
+        Args:
+            alike: what must be the same on all ranks.
 
         Raises:
             StateError: steps are followed already.
-            EMAError: the model contradicts itself, or differs between ranks; on all of them.
+            EMAError: the model contradicts itself, or the ranks differ; on all of them.
         """
         if self._steps is not None:
             raise StateError("already attached; call remove() on the first handle before")
@@ -103,7 +116,7 @@ class FollowedModel:
             self._steps = self._source.steps(optimizers, listener)
 
         try:
-            self._meet(bind, "ema.attach()")
+            self._meet(bind, "ema.attach()", alike)
         except EMAError:
             if self._steps is not None:
                 self._steps.remove()
@@ -142,35 +155,34 @@ class FollowedModel:
 
     def meet(self) -> None:
         """Refuse, on all ranks, a model that contradicts itself or differs between them; once."""
-        if not self._met:
-            self._meet(_nothing, "the first agreement of all ranks")
+        if self._holdings is None:
+            self._meet(lambda: None, "the first agreement of all ranks", dict)
 
-    def _meet(self, bind: Callable[[], None], purpose: str) -> None:
+    def _meet(self, bind: Callable[[], None], purpose: str, alike: Alike) -> None:
         """Do ``bind`` on every rank; if it fails on one, all raise. Then compare what they hold."""
 
-        def verdict() -> tuple[Record, list[str]]:
+        def verdict() -> Digests | None:
             bind()
-            if self._met:
-                return {}, []
+            if self._holdings is not None:
+                return None
             self.reader.self_check()
-            if self.ranks.size == 1:
-                return {}, []
-            record = {name: (c.box, _digest(c.tensor)) for name, c in self.reader.copies().items()}
-            return record, [] if self.reader.holds_all_names else self.names
+            return take_stock(self.reader)
 
-        answers = self.ranks.agree(verdict, purpose)
-        if not self._met:
-            refuse_differing([record for record, _ in answers])
-            others = (name for _, names in answers for name in names)
-            self.elsewhere = frozenset(others) - set(self.names)
-        self._met = True
+        answers = self.ranks.agree(verdict, purpose, alike)
+        if self._holdings is None:
+            self._holdings = compare(self.reader, self.ranks, [a for a in answers if a])
+
+    @property
+    def holdings(self) -> Holdings:
+        """What the ranks hold, as far as this one knows: until they have met, what it holds."""
+        return self._holdings or Holdings(Tensors.of(self.inventory))
 
     def drift_record(self) -> Record:
         """A few elements of what the user's program must keep equal, to be compared in training."""
         if self.ranks.size == 1:
             return {}
         return {
-            name: (c.box, _digest(c.tensor.detach().reshape(-1)[:: c.tensor.numel() // 64 + 1]))
+            name: (c.box, digest_of(c.tensor.detach().reshape(-1)[:: c.tensor.numel() // 64 + 1]))
             for name, c in self.reader.copies().items()
             if not c.synchronised
         }
@@ -211,7 +223,11 @@ class FollowedModel:
 
     @contextmanager
     def replaced(
-        self, name: str, average: Callable[[], Sequence[Tensor]], prepare: Callable[[], None]
+        self,
+        name: str,
+        average: Callable[[], Sequence[Tensor]],
+        prepare: Callable[[], None],
+        alike: Alike,
     ) -> Iterator[None]:
         """Let an average stand in for the weights, and put these back exactly.
 
@@ -219,6 +235,7 @@ class FollowedModel:
             name: of the average.
             average: this rank's part of it, asked for once all is prepared.
             prepare: what must be done on every rank before; if it fails on one, all raise.
+            alike: what must be the same on all ranks, where they meet for it.
 
         Raises:
             SwapError: where leaving is collective, another rank left with an exception.
@@ -230,7 +247,7 @@ class FollowedModel:
             prepare()
             backup.extend(self._stand_in.back_up())
 
-        self._together(back_up, "ema.swap()")
+        self._together(back_up, "ema.swap()", lambda: {"profile": name, **alike()})
         self.backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
         self.standing_in = name
         failure: BaseException | None = None
@@ -273,18 +290,22 @@ class FollowedModel:
             )
 
     def overwrite(
-        self, average: Callable[[], Sequence[Tensor]], prepare: Callable[[], None]
+        self,
+        name: str,
+        average: Callable[[], Sequence[Tensor]],
+        prepare: Callable[[], None],
+        alike: Alike,
     ) -> None:
         """Overwrite the weights with an average for good; arguments as of :meth:`replaced`."""
-        self._together(prepare, "ema.copy_to()")
+        self._together(prepare, "ema.copy_to()", lambda: {"profile": name, **alike()})
         self._stand_in.overwrite(average())
         self._wait_for_writes()
 
-    def _together(self, prepare: Callable[[], None], purpose: str) -> None:
+    def _together(self, prepare: Callable[[], None], purpose: str, alike: Alike) -> None:
         """Prepare to overwrite weights, which takes all ranks in some layouts."""
         self.meet()
         if self._stand_in.enters_together:
-            self.ranks.agree(prepare, purpose)
+            self.ranks.agree(prepare, purpose, alike)
         else:
             prepare()
 
@@ -293,13 +314,3 @@ class FollowedModel:
         torch.clear_autocast_cache()  # the casts of a region that is around a swap
         # FSDP may gather on another stream than the one that copied.
         wait_for(named.tensor.device for named in self.inventory.averaged)
-
-
-def _nothing() -> None:
-    pass
-
-
-def _digest(tensor: Tensor) -> str:
-    """xxh3-128 of a tensor's elements in C order, as hex digits. Copies GPU tensors to the host."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
-    return xxhash.xxh3_128_hexdigest(plain.view(torch.uint8).numpy().data)

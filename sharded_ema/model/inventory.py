@@ -36,6 +36,13 @@ from sharded_ema.model.layout import Shape
 _WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
 
 
+class Parts(nn.ModuleList):
+    """Several modules that are one model, such as the pipeline stages that lie on this rank.
+
+    Their tensors keep the names that they have in the modules.
+    """
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Named:
     """One tensor of the model under its unwrapped name.
@@ -181,13 +188,28 @@ def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]
     """
     yield prefix, module
     is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
+    is_parts = isinstance(module, Parts)
     children = own_children(module)
     for name, child in children.items():
         # Lightning Fabric holds a module twice: wrapped, and as it was.
         again = name == "_original_module" and "_forward_module" in children
         if child is not None and not again:
-            wrapped = name in _WRAPPED or (is_parallel and name == "module")
+            wrapped = name in _WRAPPED or is_parts or (is_parallel and name == "module")
             yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
+
+
+def as_model(target: nn.Module | Sequence[nn.Module]) -> nn.Module:
+    """Several modules as one; anything else as it is.
+
+    Raises:
+        BindError: something in the list is no module.
+    """
+    if not isinstance(target, list | tuple):
+        return target  # type: ignore[return-value]
+    for part in target:
+        if not isinstance(part, nn.Module):
+            raise BindError(f"the parts of a model must be torch.nn.Modules, not {part!r}")
+    return Parts(target)
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -275,10 +297,16 @@ def take_inventory(
     mode = selection.buffers
     found = Inventory(model, adapters=adapters_of(model), ignores_buffers=mode == "ignore")
     parameters: dict[Hashable, Named] = {}
+    taken: dict[str, Hashable] = {}
     for prefix, module in walk(model):
         _refuse_lazy(prefix, module)
         for attribute, identity, parameter, shape in found_on(module):
             fqn = prefix + attribute
+            if taken.setdefault(fqn, identity) != identity:
+                raise BindError(
+                    f"two parts of the model have a parameter {fqn}; parts of one model keep the "
+                    "names that they have in the whole (a ModuleDict of layers by their numbers)"
+                )
             known = parameters.get(identity)
             parameters[identity] = (
                 replace(known, aliases=(*known.aliases, fqn))

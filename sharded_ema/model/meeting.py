@@ -9,6 +9,7 @@ there. Each rank exchanges a handful of short keys with the store, whatever the 
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -63,6 +64,18 @@ class Room:
             self._word = self._invite(waiting) if lead else self._follow(waiting)
             self._came = 0
             return self._word
+
+    def claim(self, name: str) -> list[int]:
+        """Say that these ranks write something; first come, first served, for the job's life.
+
+        Returns:
+            The ranks whose it is: these, or those that came before.
+        """
+        # Another number of ranks is another life of the job, whose claims nobody keeps.
+        key = f"sharded_ema/{dist.get_world_size()}/{xxhash.xxh3_64_hexdigest(name.encode())}"
+        mine = json.dumps(self._ranks)
+        with _reaching_the_store(f"the claim to {name}"):
+            return list(json.loads(default_store().compare_set(key, "", mine)))
 
     def is_broken(self) -> bool:
         """Whether a rank has given up on the group that was made under the last word."""

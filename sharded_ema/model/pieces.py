@@ -178,7 +178,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(offsets=torch.Size(box.offsets), sizes=torch.Size(box.sizes))
 
 
-def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
+def whole(tensor: Tensor, *, writes: bool = True, reads: bool = True) -> FlatShard:
     """A tensor that every rank holds whole."""
     return FlatShard(
         tensor.shape,
@@ -187,6 +187,18 @@ def whole(tensor: Tensor, *, writes: bool, reads: bool = True) -> FlatShard:
         device=tensor.device,
         writes=writes,
         reads=reads,
+    )
+
+
+def unwritten(value: Tensor) -> FlatShard:
+    """The same local blocks, which another rank writes."""
+    return FlatShard(
+        value.shape,
+        pieces_of(value),
+        dtype=value.dtype,
+        device=value.device,
+        writes=False,
+        reads=not isinstance(value, FlatShard) or value.reads,
     )
 
 

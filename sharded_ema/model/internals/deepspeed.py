@@ -142,6 +142,7 @@ class Stage:
 
     Attributes:
         replicas: the group whose ranks share what this rank holds, or hold it whole.
+        peers: its global ranks.
         ranks: global ranks of the whole model.
         is_pipeline: whether other ranks may train other layers.
 
@@ -150,9 +151,8 @@ class Stage:
     """
 
     def __init__(self, engine: Any) -> None:
-        self._engine = engine
         self.replicas: dist.ProcessGroup = engine.seq_data_parallel_group
-        self.ranks = dist.get_process_group_ranks(self.replicas)
+        self.ranks = self.peers = dist.get_process_group_ranks(self.replicas)
         self.is_pipeline = hasattr(engine, "is_pipe_parallel")
         sliced = engine.mp_world_size
         if self.is_pipeline:
@@ -165,17 +165,10 @@ class Stage:
                 "not supported"
             )
 
-    def is_borrowed(self, fqn: str) -> bool:
-        """Whether an earlier pipeline stage holds the tensor, too, and writes it."""
-        ties = self._engine.module.tied_comms if self.is_pipeline else {}
-        return any(
-            fqn.startswith(f"tied_modules.{key}.") and min(tie["ranks"]) != dist.get_rank()
-            for key, tie in ties.items()
-        )
-
-    def writes_whole(self, fqn: str) -> bool:
-        """Whether of those that hold the tensor ``fqn`` whole this rank is the one to write it."""
-        return dist.get_rank(self.replicas) == 0 and not self.is_borrowed(fqn)
+    @property
+    def leads(self) -> bool:
+        """Whether this rank writes what all ranks of the stage hold whole."""
+        return dist.get_rank(self.replicas) == 0
 
 
 # ---------------------------------------------------------------------- ZeRO 1, 2 and 3

@@ -6,15 +6,17 @@ that makes their source. The first of :data:`FRAMEWORKS` that recognises a targe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
+import torch.distributed as dist
 from torch import nn
 
-from sharded_ema.errors import BindError, UnsupportedLayoutError
+from sharded_ema.errors import BindError, ConfigError, UnsupportedLayoutError
 from sharded_ema.model.internals.pytorch import is_composable_replica
 from sharded_ema.model.inventory import Selection
 from sharded_ema.model.sources import ddp, deepspeed, fsdp1, fsdp2, plain
-from sharded_ema.model.sources.protocol import Source
+from sharded_ema.model.sources.protocol import ReadsShards, Source
 
 
 class Framework(Protocol):
@@ -35,15 +37,23 @@ class Framework(Protocol):
 FRAMEWORKS: list[Framework] = [deepspeed, fsdp1, fsdp2, ddp, plain]
 
 
-def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool) -> Source:
+def make_source(
+    target: nn.Module,
+    selection: Selection,
+    process_group: dist.ProcessGroup | None = None,
+    *,
+    shard_replicas: bool,
+) -> Source:
     """The source of a target.
 
     Args:
         selection: which of its tensors are averaged.
+        process_group: over all ranks of the model; ``None`` if its layout says which these are.
         shard_replicas: whether replicas share the work.
 
     Raises:
         BindError: the target is no module, or a parameter cannot be averaged.
+        ConfigError: the group lacks ranks that hold the same tensors as this one.
         UnsupportedLayoutError: its layout is not supported; the message names it.
         FrameworkVersionError: a framework lacks something that reading it takes.
     """
@@ -52,7 +62,21 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
         raise BindError(f"the target must be a torch.nn.Module, not {type(target).__name__}")
     for module in target.modules():
         _refuse_composable(module)
-    return framework.make_source(target, selection, shard_replicas=shard_replicas)
+    source = framework.make_source(target, selection, shard_replicas=shard_replicas)
+    if process_group is not None:
+        _spread(source.reader, dist.get_process_group_ranks(process_group))
+    return source
+
+
+def _spread(reader: ReadsShards, ranks: Sequence[int]) -> None:
+    """Let the model be that of other ranks than its layout says."""
+    missing = sorted(set(reader.stage) - set(ranks))
+    if missing:
+        raise ConfigError(
+            f"process_group has the ranks {sorted(ranks)} and lacks {missing}, which hold shards "
+            "or replicas of the same parameters; pass a group over all ranks of the model"
+        )
+    reader.ranks = sorted(ranks)
 
 
 def _refuse_composable(module: nn.Module) -> None:

@@ -27,19 +27,24 @@ class DDPShards:
     """Each replica averages a slice of the parameters.
 
     Args:
-        ddp: the DistributedDataParallel module inside the target.
+        wrapped: the DistributedDataParallel modules inside the target.
         inventory: the tensors of the target.
         shard_replicas: see :class:`Shares`.
 
     Raises:
-        UnsupportedLayoutError: the module had DTensors before it was wrapped.
+        UnsupportedLayoutError: a module had DTensors before it was wrapped, or they replicate over
+            different ranks.
     """
 
     kind = "ddp"
-    holds_all_names = True
+    is_pipeline = False
 
     def __init__(
-        self, ddp: DistributedDataParallel, inventory: Inventory, *, shard_replicas: bool
+        self,
+        wrapped: Sequence[DistributedDataParallel],
+        inventory: Inventory,
+        *,
+        shard_replicas: bool,
     ) -> None:
         for named in inventory.parameters:
             if is_taken_from_a_dtensor(named.tensor):
@@ -48,8 +53,15 @@ class DDPShards:
                     "DistributedDataParallel hides tensor parallelism; replicate the model with "
                     "fully_shard on a mesh of two axes instead"
                 )
-        groups = (ddp.process_group,)
-        self.ranks = dist.get_process_group_ranks(ddp.process_group)
+        groups = (wrapped[0].process_group,)
+        over = [dist.get_process_group_ranks(ddp.process_group) for ddp in wrapped]
+        if any(ranks != over[0] for ranks in over):
+            raise UnsupportedLayoutError(
+                "the DistributedDataParallel modules in the target replicate over different ranks, "
+                f"such as {over[0]} and {next(r for r in over if r != over[0])}; wrap all of a "
+                "model with one process group"
+            )
+        self.ranks = self.stage = over[0]
         self.inventory = inventory
         self.shares = Shares(
             inventory,
@@ -59,7 +71,7 @@ class DDPShards:
         )
         self.shards = self.shares.shards
         self._writes = leads(groups)
-        self._ddp = ddp
+        self._wrapped = wrapped
 
     def live(self) -> list[Tensor]:
         return self.shares.cut(self.inventory.averaged_now())
@@ -71,13 +83,16 @@ class DDPShards:
         return whole(named.read().detach(), writes=self._writes, reads=False)
 
     def copies(self) -> Mapping[str, Copy]:
-        """Parameters that are not DDP's to keep equal: outside it, or ignored by it."""
-        ignored = ignored_by_ddp(self._ddp)
-        kept = {id(p) for n, p in self._ddp.module.named_parameters() if n not in ignored}
+        """All parameters. Those outside DDP, or ignored by it, are not its to keep equal."""
+        kept = {
+            id(parameter)
+            for ddp in self._wrapped
+            for name, parameter in ddp.module.named_parameters()
+            if name not in ignored_by_ddp(ddp)
+        }
         return {
-            n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=False)
+            n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=id(n.tensor) in kept)
             for n in self.inventory.parameters
-            if id(n.tensor) not in kept
         }
 
     def self_check(self) -> None:
@@ -93,9 +108,8 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     """The source of such a module."""
     inventory = take_inventory(target, selection)
     refuse_partitioned(inventory)
-    ddp = next(filter(_is_ddp, target.modules()))
-    assert isinstance(ddp, DistributedDataParallel)
-    shards = DDPShards(ddp, inventory, shard_replicas=shard_replicas)
+    wrapped = [m for m in target.modules() if isinstance(m, DistributedDataParallel)]
+    shards = DDPShards(wrapped, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(inventory.averaged_now, shares.fill, together=shares.together)
     return Source(shards, stand_in, FollowsOptimizers(inventory))

@@ -142,7 +142,7 @@ class PartitionedShards:
         self.inventory = inventory
         self._stage = Stage(engine)
         self.ranks = self._stage.ranks
-        self.holds_all_names = not self._stage.is_pipeline
+        self.stage, self.is_pipeline = self._stage.peers, self._stage.is_pipeline
         layout = partitions.layout()
         self.places = [
             layout[id(named.tensor)] if named.is_parameter else None for named in inventory.averaged
@@ -157,8 +157,8 @@ class PartitionedShards:
     def _shard(self, named: Named, place: Partition | None) -> Shard:
         box = Box.whole(named.shape)
         if place is None:
-            return Shard(named, box, writes=self._stage.writes_whole(named.fqn))
-        return Shard(named, box, place.range, writes=not self._stage.is_borrowed(named.fqn))
+            return Shard(named, box, writes=self._stage.leads)
+        return Shard(named, box, place.range)
 
     def live(self) -> list[Tensor]:
         masters = self.partitions.masters()
@@ -198,8 +198,7 @@ class PartitionedShards:
 
     def stored_apart(self, named: Named) -> Tensor:
         if not is_in_pieces(named.tensor):
-            writes = self._stage.writes_whole(named.fqn)
-            return whole(named.read().detach(), writes=writes, reads=False)
+            return whole(named.read().detach(), writes=self._stage.leads, reads=False)
         shape, piece = named.shape, piece_weights(named.tensor)
         return FlatShard(
             shape,
@@ -315,7 +314,7 @@ class MasterShards:
         self._masters = ReplicatedMasters(engine)
         self._stage = Stage(engine)
         self.ranks = self._stage.ranks
-        self.holds_all_names = not self._stage.is_pipeline
+        self.stage, self.is_pipeline = self._stage.peers, self._stage.is_pipeline
         self.inventory = inventory
         groups = (self._stage.replicas,)
         self.shares = Shares(
@@ -324,13 +323,7 @@ class MasterShards:
             inventory.averaged_now(),
             shard_replicas=shard_replicas,
         )
-        self.shards = [
-            Shard(s.name, s.box, s.range, s.order, s.writes and not self._borrowed(s.name))
-            for s in self.shares.shards
-        ]
-
-    def _borrowed(self, named: Named) -> bool:
-        return self._stage.is_borrowed(named.fqn)
+        self.shards = self.shares.shards
 
     def master(self, index: int) -> Tensor:
         """What the optimizer trains for the parameter at ``index``, whole."""
@@ -352,11 +345,10 @@ class MasterShards:
         return self.shares.cut(self.masters())
 
     def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        return [stored_shard(s, t) for s, t in zip(self.shards, tensors, strict=True)]
+        return self.shares.stored(tensors)
 
     def stored_apart(self, named: Named) -> Tensor:
-        writes = self._stage.writes_whole(named.fqn)
-        return whole(named.read().detach(), writes=writes, reads=False)
+        return whole(named.read().detach(), writes=self._stage.leads, reads=False)
 
     def copies(self) -> Mapping[str, Copy]:
         return {}  # DeepSpeed keeps equal what it replicates

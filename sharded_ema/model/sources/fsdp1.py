@@ -88,14 +88,14 @@ class FSDP1Shards:
     """
 
     kind = "fsdp1"
-    holds_all_names = True
+    is_pipeline = False
 
     def __init__(
         self, flat: FlatParameters, names: Names, inventory: Inventory, *, shard_replicas: bool
     ) -> None:
         self._flat = flat
         self._names = names
-        self.ranks = flat.ranks
+        self.ranks = self.stage = flat.ranks
         self.inventory = inventory
         self._flattened = [names.find(named) for named in inventory.averaged]
         self.shares = Shares(
@@ -152,7 +152,7 @@ class FSDP1Shards:
     def stored_apart(self, named: Named) -> Tensor:
         found = self._names.find(named)
         if found is None:
-            writes = dist.get_rank() == self.ranks[0]
+            writes = dist.get_rank() == self.stage[0]
             return whole(named.read().detach(), writes=writes, reads=False)
         local = found.local()
         return FlatShard(
@@ -173,7 +173,8 @@ class FSDP1Shards:
                 copies[named.fqn] = Copy(Box.whole(named.shape), named.tensor, synchronised=False)
             elif found.unit.replicas:
                 elements = Box((found.range.start,), (found.range.numel,))
-                copies[named.fqn] = Copy(elements, found.local(), synchronised=True)
+                replicas = found.unit.replicas
+                copies[named.fqn] = Copy(elements, found.local(), synchronised=True, over=replicas)
         return copies
 
     def self_check(self) -> None:

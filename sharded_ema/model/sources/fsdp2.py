@@ -45,7 +45,7 @@ class FSDP2Shards:
     """
 
     kind = "fsdp2"
-    holds_all_names = True
+    is_pipeline = False
 
     def __init__(self, model: nn.Module, inventory: Inventory, *, shard_replicas: bool) -> None:
         fsdp2.check_members(model)
@@ -56,7 +56,7 @@ class FSDP2Shards:
         for named in self._dtensors:
             _refuse_unsupported(named)
         self._meshes = Meshes(n.tensor.device_mesh for n in self._dtensors)  # type: ignore[attr-defined]
-        self.ranks = self._meshes.ranks
+        self.ranks, self.stage = self._meshes.ranks, self._meshes.stage
         # Parameter objects stay; only averaged buffers must be looked up every time.
         self._fixed = all(named.is_parameter for named in inventory.averaged)
         self._held = [(n.tensor, isinstance(n.tensor, DTensor)) for n in inventory.averaged]
@@ -88,18 +88,20 @@ class FSDP2Shards:
         return self.shares.cut(self.blocks())
 
     def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        places = self.shares.places
         return [
             _like(shard.name.tensor, tensor)
+            # Stored as what it is, which leaves it to DCP who writes.
             if isinstance(shard.name.tensor, DTensor) and not place.groups
             else stored_shard(shard, tensor)
-            for shard, place, tensor in zip(self.shards, self.shares.places, tensors, strict=True)
+            for shard, place, tensor in zip(self.shards, places, tensors, strict=True)
         ]
 
     def stored_apart(self, named: Named) -> Tensor:
         tensor = named.read()
         if not isinstance(tensor, DTensor):
-            writes = dist.get_rank() == self.ranks[0]
-            return whole(tensor.detach(), writes=writes, reads=False)
+            groups = self._meshes.replicas(named.fqn, tensor)
+            return whole(tensor.detach(), writes=leads(groups), reads=False)
         box, block = box_of(tensor), local_tensor(tensor).detach()
         return FlatShard(
             tensor.shape,
@@ -111,14 +113,19 @@ class FSDP2Shards:
         )
 
     def copies(self) -> Mapping[str, Copy]:
-        """What no DTensor says is replicated, but lies on several ranks alike."""
+        """What a DTensor says is replicated, and what lies on several ranks alike without that."""
         found = {}
+        beyond = self.stage != self.ranks
         for named in self.inventory.parameters:
             tensor = named.tensor
+            groups = self._meshes.replicas(named.fqn, tensor)
             if not isinstance(tensor, DTensor):
-                found[named.fqn] = Copy(Box.whole(named.shape), tensor, synchronised=False)
-            elif self._meshes.others(named.fqn, tensor.device_mesh):
-                found[named.fqn] = Copy(box_of(tensor), local_tensor(tensor), synchronised=False)
+                box = Box.whole(named.shape)
+                found[named.fqn] = Copy(box, tensor, synchronised=False, over=groups)
+            elif groups or beyond:
+                loose = beyond or bool(self._meshes.others(named.fqn, tensor.device_mesh))
+                block = local_tensor(tensor)
+                found[named.fqn] = Copy(box_of(tensor), block, not loose, over=groups)
         return found
 
     def self_check(self) -> None:

@@ -1,4 +1,4 @@
-"""Which ranks hold equal copies of a tensor that lies on a device mesh."""
+"""Which ranks share a model that lies on device meshes, and which of them hold equal copies."""
 
 from __future__ import annotations
 
@@ -18,17 +18,24 @@ Ranks = frozenset[int]
 
 
 class Meshes:
-    """The device meshes of a model, whose ranks together are the ranks of the model.
+    """The device meshes of a model.
 
-    A parameter that lies on fewer of them is replicated over the others: a norm for example that
-    is sharded over the data-parallel axis alone, while the layers beside it are sharded over the
-    tensor-parallel axis as well.
+    Meshes that are slices of one root mesh name its axes. Along the axes that some parameter uses
+    lie the ranks of this *stage*: all of them hold the same tensors, and a parameter that uses
+    fewer axes is replicated over the others, as a norm that is sharded over the data-parallel axis
+    alone while the layers beside it use the tensor-parallel axis as well. Along an axis of the root
+    that no parameter uses lie ranks that hold other tensors (stages of a pipeline) or the same
+    ones; which, they find out when they meet.
 
     Args:
         meshes: of all DTensors.
 
+    Attributes:
+        ranks: global ranks of the model, ascending.
+        stage: those of them along the axes in use.
+
     Raises:
-        UnsupportedLayoutError: this rank is in one of them and not in another.
+        UnsupportedLayoutError: this rank is in one of the meshes and not in another.
     """
 
     def __init__(self, meshes: Iterable[DeviceMesh]) -> None:
@@ -39,16 +46,26 @@ class Meshes:
                     f"rank {dist.get_rank()} is not in the device mesh {mesh} of some parameters; "
                     "make a ShardedEMA of the part of the model that this rank trains"
                 )
-        self._all: Ranks = frozenset().union(*(_along(m, range(m.ndim)) for m in self._meshes))
+        roots = list(dict.fromkeys(map(root_mesh, self._meshes)))
+        stage: Ranks = frozenset().union(*(_along(m, range(m.ndim)) for m in self._meshes))
+        everyone = stage
+        if len(roots) == 1 and roots[0].get_coordinate() is not None:
+            stage = _along(roots[0], self._used_axes(roots[0]))
+            everyone = frozenset(roots[0].mesh.flatten().tolist())
+        self.ranks, self.stage = sorted(everyone), sorted(stage)
+        self._stage = stage
         self._others: dict[DeviceMesh | None, Groups] = {}
 
-    @property
-    def ranks(self) -> list[int]:
-        """Global ranks of the model."""
-        return sorted(self._all)
+    def _used_axes(self, root: DeviceMesh) -> set[int]:
+        """The axes of a root mesh along which the ranks of its slices lie."""
+        used: set[int] = set()
+        for mesh in self._meshes:
+            own = _along(mesh, range(mesh.ndim))
+            used.update(next((axes for axes in _subsets(root) if _along(root, axes) == own), ()))
+        return used
 
     def replicas(self, name: str, tensor: Tensor) -> Groups:
-        """Process groups over which this rank's tensor of a parameter is replicated.
+        """Process groups over which this rank's tensor of a parameter is replicated in its stage.
 
         Raises:
             UnsupportedLayoutError: see :meth:`others`.
@@ -60,7 +77,7 @@ class Meshes:
         return (*self.others(name, mesh), *_groups(name, mesh, axes))
 
     def others(self, name: str, mesh: DeviceMesh | None) -> Groups:
-        """Process groups that lead from the ranks of a mesh to the other ranks of the model.
+        """Process groups that lead from the ranks of a mesh to the other ranks of the stage.
 
         They are axes of another mesh, of which ``mesh`` is a part. Nothing is communicated.
 
@@ -77,20 +94,24 @@ class Meshes:
 
     def _lead(self, name: str, mesh: DeviceMesh | None) -> Groups:
         own = frozenset([dist.get_rank()]) if mesh is None else _along(mesh, range(mesh.ndim))
-        if own == self._all:
+        if own == self._stage:
             return ()
         # Slices of one mesh know it as their root, even if no parameter lies on all of it.
         roots = map(root_mesh, self._meshes)
         for whole in dict.fromkeys((*self._meshes, *roots)):
+            if whole.get_coordinate() is None:
+                continue
             for axes in _subsets(whole):
-                if _along(whole, axes) == self._all:
+                if _along(whole, axes) == self._stage:
                     for inner in _subsets(whole):
                         if set(inner) <= set(axes) and _along(whole, inner) == own:
                             return _groups(name, whole, sorted(set(axes) - set(inner)))
         raise UnsupportedLayoutError(
             f"parameter {name} lies on a device mesh of the ranks {sorted(own)} alone, of the "
-            f"{len(self._all)} ranks of the model, and it is no slice of a mesh over all of them; "
-            'slice both from one mesh: init_device_mesh(..., mesh_dim_names=("dp", "tp"))["dp"]'
+            f"{len(self._stage)} ranks of the model, and it is no slice of a mesh over all of "
+            "them. Make one mesh over all ranks and slice the others from it: "
+            'init_device_mesh(..., mesh_dim_names=("dp", "ep"))["dp"]. Experts that each rank has '
+            "for itself must be DTensors on such a mesh, or be left out with exclude="
         )
 
 

@@ -20,23 +20,21 @@ from sharded_ema.model.sources.protocol import Copy, FollowsOptimizers, InPlace,
 
 
 class PlainShards:
-    """Every rank averages the whole model; rank 0 writes it.
+    """Every rank averages all that it holds.
 
-    Where a process group exists its ranks must hold the same parameters, which is checked when
-    the ranks first agree: values that differ would otherwise be lost but for one rank's.
+    Where a process group exists its ranks hold the same parameters, or each a stage of a pipeline,
+    which is found out when they meet: of equal tensors one rank writes its own.
     """
 
     kind = "plain"
-    holds_all_names = True
+    is_pipeline = False
 
     def __init__(self, inventory: Inventory) -> None:
         distributed = dist.is_available() and dist.is_initialized()
         self.ranks = list(range(dist.get_world_size())) if distributed else []
-        self._writes = not distributed or dist.get_rank() == 0
+        self.stage = [dist.get_rank()] if distributed else []
         self.inventory = inventory
-        self.shards = [
-            Shard(n, Box.whole(n.shape), writes=self._writes) for n in inventory.averaged
-        ]
+        self.shards = [Shard(named, Box.whole(named.shape)) for named in inventory.averaged]
 
     def live(self) -> list[Tensor]:
         return self.inventory.averaged_now()
@@ -44,10 +42,10 @@ class PlainShards:
     def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         if not self.ranks:
             return list(tensors)
-        return [whole(tensor, writes=self._writes) for tensor in tensors]
+        return [whole(tensor) for tensor in tensors]
 
     def stored_apart(self, named: Named) -> Tensor:
-        return whole(named.read().detach(), writes=self._writes, reads=False)
+        return whole(named.read().detach(), reads=False)
 
     def copies(self) -> Mapping[str, Copy]:
         return {

@@ -6,7 +6,7 @@ framework means one file beside this one: docs/extending.md shows how.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -31,7 +31,8 @@ class Shard:
         range: elements of the box that this rank averages, or ``None`` for all of them.
         order: dimensions from the outermost to the innermost in memory, if ``range`` counts in
             that order; ``None`` for C order.
-        writes: whether this rank writes the piece into checkpoints; of equal copies one does.
+        writes: whether this rank writes the piece into checkpoints; of equal copies in a stage one
+            does.
     """
 
     name: Named
@@ -59,11 +60,13 @@ class Copy(NamedTuple):
         tensor: this rank's copy.
         synchronised: whether the framework keeps the copies equal in training, if they were equal
             once. Otherwise that is up to the user's program.
+        over: what is held alike by the same ranks has the same value here.
     """
 
     box: Box
     tensor: Tensor
     synchronised: bool
+    over: Hashable = None
 
 
 class ReadsShards(Protocol):
@@ -74,15 +77,17 @@ class ReadsShards(Protocol):
         ranks: global ranks that share the model, in order; empty without a process group.
         inventory: the tensors of the model.
         shards: what this rank owns, one for each averaged tensor.
-        holds_all_names: whether the averaged tensors are the same on all ranks; not so for the
-            stages of a pipeline.
+        stage: those of them that are known to hold tensors of the same names, this one among them.
+            Who holds what beside them is found out when all ranks meet.
+        is_pipeline: whether the framework says that other ranks hold other tensors.
     """
 
     kind: str
     ranks: list[int]
     inventory: Inventory
     shards: list[Shard]
-    holds_all_names: bool
+    stage: list[int]
+    is_pipeline: bool
 
     def live(self) -> list[Tensor]:
         """This rank's part of every averaged tensor, without copies, in the order of shards.
