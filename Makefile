@@ -5,7 +5,7 @@ CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
 
-.PHONY: train train-deepspeed test test-long test-oldest test-gpu lint format bench bench-consolidate docs clean
+.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-consolidate docs clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -31,6 +31,10 @@ train-deepspeed: $(VENV)/.deepspeed
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest
+
+# While you work: everything that one process can tell, in less than two minutes.
+test-quick: $(VENV)/.test
+	$(BIN)/python -m pytest -m "not long and not slow and not dist and not gpu"
 
 # What takes minutes: hundreds of kills, of damaged bytes, ten minutes of fuzzing.
 test-long: $(VENV)/.test

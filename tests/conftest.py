@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 
 from tests.helpers.layouts import MISSING
 from tests.helpers.pool import WorkerPool
+
+# Its tests run whole programs.
+LAUNCH = Path(__file__).parent / "launch"
 
 
 @pytest.fixture(scope="session")
@@ -29,8 +33,11 @@ def engine_worlds() -> Iterator[dict[int, WorkerPool]]:
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Skip the tests of layouts that the PyTorch at hand cannot make."""
+    """Mark what starts several processes, and skip layouts that the PyTorch at hand cannot make."""
     for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        if {"worlds", "engine_worlds"} & set(fixtures) or LAUNCH in item.path.parents:
+            item.add_marker(pytest.mark.dist)
         callspec = getattr(item, "callspec", None)
         for value in callspec.params.values() if callspec else ():
             if isinstance(value, str) and value in MISSING:

@@ -519,7 +519,7 @@ def test_a_copy_is_attached_to_nothing(copied: Any, tmp_path: Path) -> None:
     again.attach(other.optimizer)
     other.step(1)
     assert_equal(averages(again), averages(ema))
-    again.save(tmp_path / "b", step=2)
+    again.save(tmp_path / "other" / "b", step=2)
     for each in (ema, again):
         each.close()
 

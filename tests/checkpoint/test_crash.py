@@ -11,6 +11,7 @@ from sharded_ema.tools.consolidate import consolidate
 from tests.helpers.crash import race, stress
 
 
+@pytest.mark.slow
 def test_twenty_kills(tmp_path: Path) -> None:
     counts = stress(tmp_path, 20, seed=1)
     assert counts["killed"] >= 15 and counts["survivors"] >= 1

@@ -289,6 +289,7 @@ ema.save(sys.argv[1], step=7, asynchronous=True)
 """
 
 
+@pytest.mark.slow
 def test_the_interpreter_waits_for_a_save(tmp_path: Path) -> None:
     hold = "threading.main_thread().join()"  # until the program has ended
     script = textwrap.dedent(PROGRAM.format(world=1, hold=hold, end=""))
@@ -298,6 +299,7 @@ def test_the_interpreter_waits_for_a_save(tmp_path: Path) -> None:
     ema.close()
 
 
+@pytest.mark.slow
 def test_a_group_destroyed_before_close_is_a_named_error(tmp_path: Path) -> None:
     end = """
 dist.destroy_process_group()

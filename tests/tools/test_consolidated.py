@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sharded_ema import consolidate
 from sharded_ema.checkpoint import snapshot
+from sharded_ema.model.sources.protocol import ReadsShards
 from tests.checkpoint.test_store import consolidated_run
 from tests.helpers.layouts import Ragged, assert_equal
 from tests.helpers.pool import WorkerPool
@@ -55,10 +55,9 @@ def write_raw(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor
     """The classic mistake: the live weights end up under the average's name."""
     right = snapshot.make_averages
 
-    def wrong(source: object, shadow: object) -> dict[str, Tensor]:
-        live: Sequence[Tensor] = source.live()  # type: ignore[attr-defined]
-        values = source.values([t.detach().clone() for t in live])  # type: ignore[attr-defined]
-        names = [s.name.fqn for s in source.shards]  # type: ignore[attr-defined]
+    def wrong(reader: ReadsShards, average: object) -> dict[str, Tensor]:
+        values = reader.stored([t.detach().clone() for t in reader.live()])
+        names = [shard.name.fqn for shard in reader.shards]
         return {f"ema.{name}": value for name, value in zip(names, values, strict=True)}
 
     snapshot.make_averages = wrong  # type: ignore[assignment]

@@ -127,6 +127,7 @@ def kills(server: Consolidations, folder: Path, number: int | None, seed: int) -
     return met
 
 
+@pytest.mark.slow
 def test_kills(tmp_path: Path, consolidations: Consolidations) -> None:
     met = kills(consolidations, tmp_path, 60, seed=1)
     assert met >= {"0 taken over", "1 taken over", "2 taken over", "3 taken over"}

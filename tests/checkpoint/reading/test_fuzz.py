@@ -330,6 +330,7 @@ def test_the_bases_are_sound(bases: Path) -> None:
         assert ShardedEMA(torch.nn.Linear(3, 2), 0.999).load(path, verify=True) == 100
 
 
+@pytest.mark.slow
 def test_changes_under_good_digests(bases: Path) -> None:
     fuzz(bases, 400, 0)
 

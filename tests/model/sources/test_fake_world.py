@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[3]
 # Rank, its mesh (data-parallel replicas, shards, tensor-parallel ranks).
 LAYOUTS = {
