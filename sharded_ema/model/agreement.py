@@ -43,7 +43,7 @@ class Ranks:
         self._group: dist.ProcessGroup | None = None
         self.size = max(1, len(self._ranks))
         self.rank = self._ranks.index(dist.get_rank()) if self.size > 1 else 0
-        self._room = Room(self._ranks, timeout)
+        self._room = Room(self._ranks, self.members[self.rank], timeout)
 
     @property
     def members(self) -> list[int]:
@@ -112,7 +112,7 @@ class Ranks:
             text = (
                 f"a rank was lost in {purpose}: {said}"
                 if came
-                else f"{absence(purpose, self._timeout, missing)} {said}"
+                else f"{absence(purpose, self.members[self.rank], self._timeout, missing)} {said}"
             )
             raise AbsentRankError(f"{text}{restart_hint()}") from error
 

@@ -132,11 +132,11 @@ def compare(reader: ReadsShards, ranks: Ranks, answers: Sequence[Digests]) -> Ho
         BindError: what should be alike is not; the tensor and the ranks are named.
     """
     own = Tensors.of(reader.inventory)
-    _refuse_unequal(reader, ranks, answers)
     stages: dict[int, list[int]] = {}
     for position, answer in enumerate(answers):
         stages.setdefault(answer.stage, []).append(position)
     if len({answer.held for answer in answers}) == 1:
+        _refuse_unequal(reader, ranks, answers)
         mine = answers[ranks.rank].stage
         return Holdings(own, frozenset(own.held if mine != min(stages) else ()))
     first = {held: p for p, held in reversed(list(enumerate(a.held for a in answers)))}
@@ -153,6 +153,7 @@ def compare(reader: ReadsShards, ranks: Ranks, answers: Sequence[Digests]) -> Ho
             _refuse_contradiction(tensors, one, other, members)
         else:
             _refuse_other(tensors, one, other, members)
+    _refuse_unequal(reader, ranks, answers)
     _refuse_unequal_ties(reader, ranks, list(known.values()))
     earlier = [
         name

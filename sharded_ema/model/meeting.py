@@ -15,7 +15,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
 from functools import partial
 from logging import getLogger
 from uuid import uuid4
@@ -32,8 +31,9 @@ logger = getLogger("sharded_ema")
 NOTICE_SECONDS = 30.0
 # Seconds after which a rank that waits looks whether the first one has begun anew.
 _LOOK_SECONDS = 1.0
-# Seconds between looks for a word that is not an earlier life's.
+# Seconds between two questions of a rank to the store, at most; more where many ranks ask.
 _POLL_SECONDS = 0.05
+_POLLS_PER_SECOND = 20_000
 
 
 class Room:
@@ -41,11 +41,21 @@ class Room:
 
     Args:
         ranks: global ranks, ascending.
+        rank: this one.
         timeout: seconds to wait for one of them.
+        store: gives the store of the job, which another process group may have made anew.
     """
 
-    def __init__(self, ranks: Sequence[int], timeout: float) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[int],
+        rank: int,
+        timeout: float,
+        store: Callable[[], dist.Store] = default_store,
+    ) -> None:
         self._ranks = list(ranks)
+        self._rank = rank
+        self._store = store
         self._timeout = timeout
         names = ",".join(map(str, self._ranks))
         self._key = f"sharded_ema/{xxhash.xxh3_64_hexdigest(names.encode())}"
@@ -59,8 +69,8 @@ class Room:
             AbsentRankError: some did not come in time, or the store is gone.
         """
         with _reaching_the_store(purpose):
-            waiting = _Waiting(purpose, self._timeout)
-            lead = dist.get_rank() == self._ranks[0]
+            waiting = _Waiting(purpose, self._rank, len(self._ranks), self._timeout)
+            lead = self._rank == self._ranks[0]
             self._word = self._invite(waiting) if lead else self._follow(waiting)
             self._came = 0
             return self._word
@@ -75,18 +85,18 @@ class Room:
         key = f"sharded_ema/{dist.get_world_size()}/{xxhash.xxh3_64_hexdigest(name.encode())}"
         mine = json.dumps(self._ranks)
         with _reaching_the_store(f"the claim to {name}"):
-            return list(json.loads(default_store().compare_set(key, "", mine)))
+            return list(json.loads(self._store().compare_set(key, "", mine)))
 
     def is_broken(self) -> bool:
         """Whether a rank has given up on the group that was made under the last word."""
         with _reaching_the_store("a look at the group of the ranks"):
-            return not self._word or bool(default_store().check([self._at("broken")]))
+            return not self._word or bool(self._store().check([self._at("broken")]))
 
     def break_up(self) -> None:
         """Tell the others that the group which was made under the last word is of no more use."""
         if self._word:
             with suppress(RuntimeError):  # whoever finds no store will know as well
-                default_store().set(self._at("broken"), "1")
+                self._store().set(self._at("broken"), "1")
             self._word = ""
 
     @contextmanager
@@ -98,7 +108,7 @@ class Room:
         """
         self._came += 1
         with _reaching_the_store(purpose):
-            default_store().set(self._at(f"at/{dist.get_rank()}"), str(self._came))
+            self._store().set(self._at(f"at/{self._rank}"), str(self._came))
         timer = threading.Timer(NOTICE_SECONDS, self._tell, (purpose,))
         timer.daemon = True
         with suppress(RuntimeError):  # no thread starts while the interpreter ends
@@ -110,7 +120,7 @@ class Room:
 
     def late(self) -> list[int]:
         """Ranks that have not come to the last collective that this one came to."""
-        store, found = default_store(), []
+        store, found = self._store(), []
         for rank in self._ranks:
             key = self._at(f"at/{rank}")
             if not store.check([key]) or int(store.get(key)) < self._came:
@@ -119,7 +129,7 @@ class Room:
 
     def _tell(self, purpose: str) -> None:
         with suppress(RuntimeError):
-            _tell_of_waiting(purpose, self.late())
+            _tell_of_waiting(purpose, self._rank, self.late())
 
     def _at(self, name: str) -> str:
         return f"{self._key}/{self._word}/{name}"
@@ -128,11 +138,11 @@ class Room:
 
     def _invite(self, waiting: _Waiting) -> str:
         """The first rank's part: give out a word, and wait until all have answered to it."""
-        store, word = default_store(), uuid4().hex
+        store, word = self._store(), uuid4().hex
         store.set(f"{self._key}/word", word)
         try:
-            while not _wait(store, f"{self._key}/{word}/full", waiting.slice()):
-                waiting.look(partial(self._missing, store, word))
+            while not store.check([f"{self._key}/{word}/full"]):
+                waiting.go_on(partial(self._missing, store, word))
         finally:
             store.delete_key(f"{self._key}/word")
         store.set(f"{self._key}/{word}/go", "1")
@@ -140,27 +150,20 @@ class Room:
 
     def _follow(self, waiting: _Waiting) -> str:
         """Another rank's part: answer to the word, and wait until all have."""
-        store, word, stale = default_store(), "", ""
+        store, word, stale = self._store(), "", ""
         try:
-            while True:
-                given = self._given(store)
+            while not (word and store.check([f"{self._key}/{word}/go"])):
+                # After an answer once in a while only: the first rank may have begun anew.
+                given = self._given(store) if not word or waiting.is_time_to_look() else ""
                 if given not in ("", word, stale):
-                    if self._answer(store, given):
-                        word = given
-                    else:
-                        word, stale = "", given
-                if word and _wait(store, f"{self._key}/{word}/go", waiting.slice()):
-                    return word
-                if not word and not stale:
-                    _wait(store, f"{self._key}/word", waiting.slice())
-                elif not word:
-                    time.sleep(_POLL_SECONDS)
-                waiting.look(partial(self._missing, store, word))
+                    word, stale = (given, stale) if self._answer(store, given) else ("", given)
+                waiting.go_on(partial(self._missing, store, word))
         except BaseException:
             if word:
                 with suppress(RuntimeError):
                     self._take_back(store, word)
             raise
+        return word
 
     def _given(self, store: dist.Store) -> str:
         """The word that was last given out; empty if none was, or it has been taken back."""
@@ -169,7 +172,7 @@ class Room:
 
     def _answer(self, store: dist.Store, word: str) -> bool:
         """Come to the meeting of a word; false if this rank's own ghost has been there."""
-        if store.add(f"{self._key}/{word}/{dist.get_rank()}", 1) > 1:
+        if store.add(f"{self._key}/{word}/{self._rank}", 1) > 1:
             return False
         if store.add(f"{self._key}/{word}/count", 1) == len(self._ranks) - 1:
             store.set(f"{self._key}/{word}/full", "1")
@@ -177,7 +180,7 @@ class Room:
 
     def _take_back(self, store: dist.Store, word: str) -> None:
         """Give up before all have come: nobody must count on this rank."""
-        store.add(f"{self._key}/{word}/{dist.get_rank()}", -1)
+        store.add(f"{self._key}/{word}/{self._rank}", -1)
         store.add(f"{self._key}/{word}/count", -1)
 
     def _missing(self, store: dist.Store, word: str) -> list[int]:
@@ -188,21 +191,38 @@ class Room:
 
 
 class _Waiting:
-    """One wait for other ranks: how long still, and who was missing."""
+    """One wait for other ranks: how long still, and who was missing.
 
-    def __init__(self, purpose: str, timeout: float) -> None:
+    It asks the store again and again, at longer and longer intervals. The store could be waited
+    for, but reports every such wait that ends early on stderr, and one that does not end early
+    would not notice that the first rank has begun anew.
+
+    Args:
+        purpose: for messages.
+        rank: this one.
+        size: how many ranks ask the store at the same time.
+        timeout: seconds until it is too long.
+    """
+
+    def __init__(self, purpose: str, rank: int, size: int, timeout: float) -> None:
         self._purpose = purpose
+        self._rank = rank
         self._timeout = timeout
-        self._began = time.monotonic()
+        self._longest = max(_POLL_SECONDS, size / _POLLS_PER_SECOND)
+        self._pause = 0.001
+        self._began = self._looked = time.monotonic()
         self._told = False
 
-    def slice(self) -> timedelta:
-        """How long to wait before the next look."""
-        left = self._timeout - (time.monotonic() - self._began)
-        return timedelta(seconds=max(0.001, min(left, _LOOK_SECONDS)))
+    def is_time_to_look(self) -> bool:
+        """Whether it is some time since this was true."""
+        now = time.monotonic()
+        due = now - self._looked >= _LOOK_SECONDS
+        if due:
+            self._looked = now
+        return due
 
-    def look(self, missing: Callable[[], list[int]]) -> None:
-        """Say for whom it waits if that is long, and end the wait if it is too long.
+    def go_on(self, missing: Callable[[], list[int]]) -> None:
+        """Pause. Say for whom it waits if that is long, and end the wait if it is too long.
 
         Args:
             missing: who has not come.
@@ -212,21 +232,12 @@ class _Waiting:
         """
         waited = time.monotonic() - self._began
         if waited >= self._timeout:
-            raise AbsentRankError(absence(self._purpose, self._timeout, missing()))
+            raise AbsentRankError(absence(self._purpose, self._rank, self._timeout, missing()))
         if waited >= NOTICE_SECONDS and not self._told:
             self._told = True
-            _tell_of_waiting(self._purpose, missing())
-
-
-def _wait(store: dist.Store, key: str, limit: timedelta) -> bool:
-    """Whether a key comes in time."""
-    try:
-        store.wait([key], limit)
-    except dist.DistNetworkError:
-        raise
-    except RuntimeError:  # each store has another one for this
-        return False
-    return True
+            _tell_of_waiting(self._purpose, self._rank, missing())
+        time.sleep(min(self._pause, self._timeout - waited))
+        self._pause = min(2 * self._pause, self._longest)
 
 
 @contextmanager
@@ -240,23 +251,23 @@ def _reaching_the_store(purpose: str) -> Iterator[None]:
         ) from error
 
 
-def _tell_of_waiting(purpose: str, ranks: Sequence[int]) -> None:
+def _tell_of_waiting(purpose: str, rank: int, ranks: Sequence[int]) -> None:
     if ranks:
         logger.warning(
             "rank %d has waited %g s in %s for ranks %s, which have not come yet; all ranks must "
             "call it",
-            dist.get_rank(),
+            rank,
             NOTICE_SECONDS,
             purpose,
             list(ranks),
         )
 
 
-def absence(purpose: str, timeout: float, missing: Sequence[int]) -> str:
+def absence(purpose: str, rank: int, timeout: float, missing: Sequence[int]) -> str:
     """The message about ranks that did not come."""
     who = f"Ranks {list(missing)} are missing." if missing else "It is not known who is missing."
     return (
-        f"not every rank came to {purpose} within {timeout:g} s (this is rank {dist.get_rank()}). "
+        f"not every rank came to {purpose} within {timeout:g} s (this is rank {rank}). "
         f"All ranks must call it: do not guard it with 'if rank == 0'. {who}"
     )
 

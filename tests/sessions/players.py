@@ -69,7 +69,9 @@ class Both:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         parameters = optimizer.param_groups[0]["params"]
         half = len(parameters) // 2
-        self.halves = [torch.optim.AdamW(p, lr=1e-2) for p in (parameters[:half], parameters[half:])]
+        self.halves = [
+            torch.optim.AdamW(p, lr=1e-2) for p in (parameters[:half], parameters[half:])
+        ]
         self.between: Callable[[], None] = lambda: None
 
     def step(self) -> None:
@@ -234,7 +236,7 @@ class Player:
         """An element is NaN for one update."""
         if self.is_attached or self.oracle.seeded is None or self.session.layout != "plain":
             return
-        name, parameter = list(self.trainee.module.named_parameters())[choice % 3]
+        parameter = list(self.trainee.module.parameters())[choice % 3]
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.view(-1)[choice % parameter.numel()] = float("nan")
@@ -284,9 +286,8 @@ class Player:
         """What needs the weights is refused while the average stands in, and harms nothing."""
         profile, _ = self.chosen(choice)
         refused = [self.ema.update, self.ema.reseed, lambda: self.ema.copy_to(profile)]
-        with self.ema.swap(profile):
-            with expect(SwapError):
-                refused[choice % 3]()
+        with self.ema.swap(profile), expect(SwapError):
+            refused[choice % 3]()
         self.compare()
 
     def second_average(self, choice: int) -> None:
@@ -348,9 +349,7 @@ class Player:
         path = self.folder / f"step_{len(self.saves)}"
         self.oracle.look(self.trainee.trained())
         format = "dcp" if choice % 5 == 0 else "safetensors"
-        handle = self.ema.save(
-            path, step=self.steps, asynchronous=bool(choice % 2), format=format
-        )
+        handle = self.ema.save(path, step=self.steps, asynchronous=bool(choice % 2), format=format)
         if choice % 2:
             self.waiting.append(handle)
         self.saves.append((path, self.oracle.remembered(), {}))

@@ -9,20 +9,17 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
-from itertools import count
 
 import pytest
-from hypothesis import HealthCheck, given, seed, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sharded_ema.errors import EMAWarning
 from tests.helpers.pool import WorkerPool
 from tests.sessions import players
 from tests.sessions.oracle import SCHEDULES
-from tests.sessions.players import ENGINES, LAYOUTS, Player, Session
+from tests.sessions.players import ENGINES, LAYOUTS, Session
 
 Worlds = dict[int, WorkerPool]
 SECONDS = int(os.environ.get("SESSION_SECONDS", "3600"))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sharded_ema import consolidate
 from sharded_ema.checkpoint import snapshot
-from sharded_ema.model.sources.protocol import ReadsShards
+from sharded_ema.model.followed import FollowedModel
 from tests.checkpoint.test_store import consolidated_run
 from tests.helpers.layouts import Ragged, assert_equal
 from tests.helpers.pool import WorkerPool
@@ -55,7 +55,8 @@ def write_raw(mode: str, path: str) -> tuple[dict[str, Tensor], dict[str, Tensor
     """The classic mistake: the live weights end up under the average's name."""
     right = snapshot.make_averages
 
-    def wrong(reader: ReadsShards, average: object) -> dict[str, Tensor]:
+    def wrong(model: FollowedModel, average: object) -> dict[str, Tensor]:
+        reader = model.reader
         values = reader.stored([t.detach().clone() for t in reader.live()])
         names = [shard.name.fqn for shard in reader.shards]
         return {f"ema.{name}": value for name, value in zip(names, values, strict=True)}
