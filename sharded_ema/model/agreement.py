@@ -20,10 +20,27 @@ from sharded_ema.errors import (
     StateError,
     error_classes,
 )
-from sharded_ema.model.internals.pytorch import new_gloo_group
+from sharded_ema.model.internals.pytorch import is_of_a_lost_rank, new_gloo_group
 from sharded_ema.model.meeting import Room, absence, restart_hint
 
 T = TypeVar("T")
+
+
+@contextmanager
+def collective(purpose: str) -> Iterator[None]:
+    """Around collectives in the groups of the training.
+
+    Raises:
+        AbsentRankError: a rank was lost in one of them.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_of_a_lost_rank(error):
+            raise
+        raise AbsentRankError(
+            f"a rank was lost in {purpose}: {str(error).strip()}{restart_hint()}"
+        ) from error
 
 
 class Ranks:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
-from sharded_ema.model.agreement import Ranks
+from sharded_ema.model.agreement import Ranks, collective
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.holdings import (
     Digests,
@@ -252,7 +252,8 @@ class FollowedModel:
         self.standing_in = name
         failure: BaseException | None = None
         try:
-            self._stand_in.swap_in(average())
+            with collective("ema.swap()"):
+                self._stand_in.swap_in(average())
             self._wait_for_writes()
             yield
         except BaseException as error:
@@ -298,7 +299,8 @@ class FollowedModel:
     ) -> None:
         """Overwrite the weights with an average for good; arguments as of :meth:`replaced`."""
         self._together(prepare, "ema.copy_to()", lambda: {"profile": name, **alike()})
-        self._stand_in.overwrite(average())
+        with collective("ema.copy_to()"):
+            self._stand_in.overwrite(average())
         self._wait_for_writes()
 
     def _together(self, prepare: Callable[[], None], purpose: str, alike: Alike) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-import pytest
-import torch.distributed as dist
+import os
+from pathlib import Path
 
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from sharded_ema import ShardedEMA
 from sharded_ema.errors import AbsentRankError, BindError, ConfigError, EMAError, RanksDifferError
 from sharded_ema.model.agreement import Ranks, raise_joint_failure
-from tests.helpers.layouts import rank
+from tests.helpers.layouts import build, rank, world
 from tests.helpers.pool import WorkerPool
 
 Worlds = dict[int, WorkerPool]
@@ -124,3 +131,43 @@ def test_joint_failures_name_the_first_and_keep_all() -> None:
     with pytest.raises(ConfigError, match=r"^rank 1 \(and ranks \[3\]\): one$") as caught:
         raise_joint_failure({3: ("BindError", "two"), 1: ("ConfigError", "one")})
     assert caught.value.failures == {1: "one", 3: "two"}
+
+
+# ---------------------------------------------------------------------- a rank that dies
+
+
+def dies_as_all_enter(mode: str, folder: str) -> None:
+    """The last rank ends in the first collective of a swap; what the others meet is noted."""
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.5, timeout=30)
+    ema.attach(run.optimizer)
+    run.step(0)
+    if rank() == world() - 1:
+        dist.all_gather = lambda *args, **kwargs: os._exit(9)
+    before = {name: p.detach().clone() for name, p in run.bare.named_parameters()}
+    try:
+        with ema.swap():
+            said = "entered"
+    except BaseException as error:
+        said = f"{type(error).__name__}: {error}"
+    same = all(map(equal, run.bare.parameters(), before.values()))
+    Path(folder, str(rank())).write_text(f"{same} {said}")
+    os._exit(0)  # nothing can be done with this group
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    local = [t.to_local() if isinstance(t, DTensor) else t for t in (one, other)]
+    return torch.equal(*local)
+
+
+@pytest.mark.parametrize(("mode", "size"), [("hsdp", 4), ("ddp", 2)])
+def test_a_rank_that_dies_as_all_enter_a_swap_is_a_named_error(
+    mode: str, size: int, tmp_path: Path
+) -> None:
+    pool = WorkerPool(size)
+    with pytest.raises(AssertionError, match="process died"):
+        pool.run(dies_as_all_enter, mode, str(tmp_path))
+    said = [path.read_text() for path in tmp_path.iterdir()]
+    assert len(said) >= 1
+    for text in said:
+        assert text.startswith("True AbsentRankError: a rank was lost in ema.swap()"), text

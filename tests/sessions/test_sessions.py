@@ -9,15 +9,18 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from sharded_ema.errors import EMAWarning
 from tests.helpers.pool import WorkerPool
 from tests.sessions import players
+from tests.sessions.mutations import MUTATIONS, play_with
 from tests.sessions.oracle import SCHEDULES
 from tests.sessions.players import ENGINES, LAYOUTS, Session
 
@@ -56,17 +59,21 @@ class Stage:
         self._worlds = worlds
         self._engines = engine_worlds
 
-    def play(self, session: Session) -> str | None:
-        """What was wrong."""
+    def play(self, session: Session, mistake: str | None = None) -> str | None:
+        """What was wrong.
+
+        Args:
+            mistake: planted in the library before, see :mod:`tests.sessions.mutations`.
+        """
         folder = tempfile.mkdtemp(prefix="session-")
-        size = LAYOUTS[session.layout][0]
+        play: Callable[..., str | None] = partial(play_with, mistake) if mistake else players.play
         try:
-            if size == 1:
+            if LAYOUTS[session.layout][0] == 1:
                 with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", EMAWarning)
-                    return players.play(session, folder)
+                    warnings.simplefilter("ignore")
+                    return play(session, folder)
             worlds = self._engines if session.layout in ENGINES else self._worlds
-            return worlds[size].run(players.play, session, folder)[0]
+            return worlds[LAYOUTS[session.layout][0]].run(play, session, folder)[0]
         except AssertionError as error:  # a rank that failed, or hangs
             return str(error)
         finally:
@@ -78,18 +85,55 @@ def stage(worlds: Worlds, engine_worlds: Worlds) -> Stage:
     return Stage(worlds, engine_worlds)
 
 
-CHECKS = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+ALWAYS = settings(
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 
 
-@pytest.mark.dist
 def test_sessions(stage: Stage) -> None:
-    @settings(
-        max_examples=EXAMPLES, deadline=None, database=None, derandomize=True,
-        suppress_health_check=CHECKS,
-    )  # fmt: skip
+    @settings(ALWAYS)
     @given(sessions())
     def run(session: Session) -> None:
         wrong = stage.play(session)
         assert wrong is None, wrong
 
     run()
+
+
+@pytest.mark.long
+@pytest.mark.timeout(SECONDS + 1800)
+def test_sessions_for_long(stage: Stage) -> None:
+    """Other sessions than those above, and others each time."""
+    end = time.monotonic() + SECONDS
+    played = 0
+    while time.monotonic() < end:
+
+        @settings(ALWAYS, max_examples=100, derandomize=False)
+        @given(sessions())
+        def run(session: Session) -> None:
+            nonlocal played
+            played += 1
+            wrong = stage.play(session)
+            assert wrong is None, wrong
+
+        run()
+    print(f"{played} sessions")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("mistake", MUTATIONS)
+def test_mistakes_are_found(stage: Stage, mistake: str) -> None:
+    """Each of these goes unnoticed only if no session of so many meets it."""
+
+    @settings(ALWAYS, max_examples=200, phases=[Phase.generate])
+    @given(sessions(("plain", "fsdp2", "ddp")))
+    def run(session: Session) -> None:
+        wrong = stage.play(session, mistake)
+        assert wrong is None, wrong
+
+    with pytest.raises(AssertionError):
+        run()

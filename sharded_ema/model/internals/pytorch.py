@@ -150,6 +150,11 @@ def new_gloo_group(ranks: list[int], word: str, timeout: timedelta) -> dist.Proc
     return group
 
 
+def is_of_a_lost_rank(error: RuntimeError) -> bool:
+    """Whether a collective raised it because it broke; gloo has no class for that."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error)
+
+
 def reached_devices(group: dist.ProcessGroup) -> set[str]:
     """Types of devices between which a process group can communicate."""
     GROUP.check(group)
