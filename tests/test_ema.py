@@ -169,7 +169,7 @@ def test_models_that_cannot_be_averaged() -> None:
     with pytest.raises(BindError, match="no parameter to average"):
         ShardedEMA(nn.ReLU())
     with pytest.raises(BindError, match="must be a torch"):
-        ShardedEMA([torch.ones(2)])  # type: ignore[arg-type]
+        ShardedEMA(torch.ones(2))  # type: ignore[arg-type]
 
     class DeepSpeedEngine(nn.Module):
         optimizer = None

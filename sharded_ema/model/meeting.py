@@ -95,7 +95,8 @@ class Room:
     def break_up(self) -> None:
         """Tell the others that the group which was made under the last word is of no more use."""
         if self._word:
-            with suppress(RuntimeError):  # whoever finds no store will know as well
+            # Whoever finds no store will know as well; without a process group there is none.
+            with suppress(RuntimeError, ValueError):
                 self._store().set(self._at("broken"), "1")
             self._word = ""
 

@@ -192,7 +192,7 @@ def test_layouts_without_a_part_on_each_rank_are_refused_by_name(worlds: Worlds)
         assert "TwoTensor" in messages["subclass"]
         assert "replicate_with_fsdp" in messages["replicate"]
         assert "ascend" in messages["descending"]
-        assert "slice both from one mesh" in messages["unrelated"]
+        assert "Make one mesh over all ranks and slice the others from it" in messages["unrelated"]
 
 
 def sharing(layout: str, folder: str) -> tuple[int, int]:
