@@ -235,8 +235,9 @@ class FollowedModel:
         self.standing_in = name
         failure: BaseException | None = None
         try:
+            self._come_to_rest()
             self._stand_in.swap_in(average())
-            self._wait_for_writes()
+            self._come_to_rest()
             yield
         except BaseException as error:
             failure = error
@@ -259,9 +260,10 @@ class FollowedModel:
                 raise
             failures = {rank: text for rank, text in enumerate(answers) if text is not None}
         try:
+            self._come_to_rest()
             self._stand_in.restore(backup)
         finally:
-            self._wait_for_writes()
+            self._come_to_rest()
             self.standing_in = None
             self.backup_bytes = 0
         if failures and failure is None:
@@ -277,8 +279,9 @@ class FollowedModel:
     ) -> None:
         """Overwrite the weights with an average for good; arguments as of :meth:`replaced`."""
         self._together(prepare, "ema.copy_to()")
+        self._come_to_rest()
         self._stand_in.overwrite(average())
-        self._wait_for_writes()
+        self._come_to_rest()
 
     def _together(self, prepare: Callable[[], None], purpose: str) -> None:
         """Prepare to overwrite weights, which takes all ranks in some layouts."""
@@ -288,11 +291,16 @@ class FollowedModel:
         else:
             prepare()
 
-    def _wait_for_writes(self) -> None:
-        """See to it that what comes reads the parameters as they are now."""
+    def _come_to_rest(self) -> None:
+        """See to it that what was begun has read the parameters as they were, and what comes reads
+        them as they are now.
+
+        Frameworks copy and gather on other streams than the one that writes, and from host memory
+        while the host goes on.
+        """
         torch.clear_autocast_cache()  # the casts of a region that is around a swap
-        # FSDP may gather on another stream than the one that copied.
-        wait_for(named.tensor.device for named in self.inventory.averaged)
+        lie = {named.tensor.device for named in self.inventory.averaged}
+        wait_for(lie | self._source.compute_devices)
 
 
 def _nothing() -> None:

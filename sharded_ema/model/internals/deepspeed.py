@@ -39,7 +39,7 @@ ENGINE = Members(
     "a DeepSpeed engine",
     SEEN,
     (
-        "module", "optimizer", "zero_optimization_stage", "seq_data_parallel_group",
+        "module", "optimizer", "device", "zero_optimization_stage", "seq_data_parallel_group",
         "mp_world_size", "was_step_applied", "skipped_steps", "global_steps",
     ),
 )  # fmt: skip

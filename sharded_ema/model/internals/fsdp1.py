@@ -34,7 +34,7 @@ MODULE = Members("an FSDP1 module", SEEN, ("_handle",))
 HANDLE = Members(
     "the handle of an FSDP1 module",
     SEEN,
-    ("flat_param", "_training_state", "uses_sharded_strategy"),
+    ("flat_param", "device", "_training_state", "uses_sharded_strategy"),
 )
 FLAT = Members(
     "the flat parameter of an FSDP1 module",
@@ -76,6 +76,12 @@ class Unit:
     def shard(self) -> Tensor:
         """This rank's piece of the flat parameter, with padding (1-D)."""
         return getattr(self.flat, "_local_shard", self.flat)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the unit is gathered; its shard may lie in host memory."""
+        device: torch.device = self._module._handle.device
+        return device
 
     @property
     def is_idle(self) -> bool:

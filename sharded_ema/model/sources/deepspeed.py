@@ -76,12 +76,12 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     inventory.is_settled = True
     _refuse_experts(inventory)
     _set_aside_untrained(inventory, trained_parameters(engine.optimizer))
-    steps = FollowsEngine(engine)
+    steps, devices = FollowsEngine(engine), frozenset({engine.device})
     if type(engine.optimizer).__name__ in PARTITIONED:
         shards = PartitionedShards(engine, partitions_of(engine), inventory)
-        return Source(shards, PartitionedStandIn(shards), steps)
+        return Source(shards, PartitionedStandIn(shards), steps, devices)
     masters = MasterShards(engine, inventory, shard_replicas=shard_replicas)
-    return Source(masters, MasterStandIn(masters), steps)
+    return Source(masters, MasterStandIn(masters), steps, devices)
 
 
 def _refuse_experts(inventory: Inventory) -> None:

@@ -206,4 +206,5 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     shards = FSDP1Shards(flat, names, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
-    return Source(shards, stand_in, FollowsOptimizers(inventory))
+    devices = frozenset(unit.compute_device for unit in flat.units)
+    return Source(shards, stand_in, FollowsOptimizers(inventory), devices)

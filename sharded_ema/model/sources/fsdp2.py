@@ -75,8 +75,8 @@ class FSDP2Shards:
         return whole_copy(named, groups)
 
     def settle(self) -> None:
-        """Free gathered parameters."""
-        fsdp2.reshard(self._model)
+        """Free what is gathered or being gathered."""
+        fsdp2.settle(self._model)
 
     def blocks(self) -> list[Tensor]:
         """This rank's tensors."""
@@ -138,7 +138,7 @@ def recognises(target: object) -> bool:
     """Whether a module has DTensors among its parameters; what is gathered of it is freed first."""
     if not isinstance(target, nn.Module):
         return False
-    fsdp2.reshard(target)
+    fsdp2.settle(target)
     return any(isinstance(parameter, DTensor) for parameter in target.parameters())
 
 
@@ -149,7 +149,7 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     shards = FSDP2Shards(target, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
-    return Source(shards, stand_in, FollowsOptimizers(inventory))
+    return Source(shards, stand_in, FollowsOptimizers(inventory), fsdp2.compute_devices(target))
 
 
 def _local(tensor: Tensor) -> Tensor:

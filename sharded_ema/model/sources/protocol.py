@@ -154,11 +154,14 @@ class Source:
         reader: its shards.
         stand_in: how the average takes their place.
         steps: what tells of applied optimizer steps, given what the user passed to ``attach()``.
+        compute_devices: where the model computes, if its parameters may lie elsewhere (offload).
+            Copies to there may be under way for longer than the call that began them.
     """
 
     reader: ReadsShards
     stand_in: StandsIn
     steps: Callable[[Sequence[Any], StepListener], StepHooks]
+    compute_devices: frozenset[torch.device] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,8 +222,10 @@ class InPlace:
         self._fill(self._targets(), tensors)
 
     def restore(self, backup: Backup) -> None:
-        self.settle()
-        put_back(backup, self._targets)
+        try:
+            self.settle()
+        finally:
+            put_back(backup, self._targets)
 
     def overwrite(self, tensors: Sequence[Tensor]) -> None:
         self.swap_in(tensors)
