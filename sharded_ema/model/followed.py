@@ -17,6 +17,7 @@ from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.layout import Box
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
+from sharded_ema.model.standing import StandingIn
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
 #: Blocks that are equal wherever they lie, by name, with digests of their elements.
@@ -40,8 +41,9 @@ class FollowedModel:
     """
 
     # What a copy does not share: it is attached to nothing.
-    not_copied = ("_steps",)
+    not_copied = ("_steps", "_standing")
     _steps: StepHooks | None = None
+    _standing: StandingIn | None = None
 
     def __init__(self, source: Source, timeout: float) -> None:
         self._source = source
@@ -184,21 +186,51 @@ class FollowedModel:
 
         Raises:
             BindError: a tensor was replaced.
+            SwapError: by another average, which stands in for what is no average here.
         """
         self._stand_in.settle()
         self.inventory.check_current()
+        for other in StandingIn.others(self._standing):
+            apart = other.replaced((*self.inventory.frozen, *self.inventory.buffers))
+            self._refuse("using an average that stores it as it is", other, apart)
 
     def refuse_in_swap(self, what: str) -> None:
         """Refuse something that needs the weights themselves.
 
         Raises:
-            SwapError: an average stands in for them.
+            SwapError: an average stands in for them, this one or another of the same weights.
         """
         if self.standing_in is not None:
             raise SwapError(
                 f"{what} is not allowed while the average {self.standing_in!r} stands in for the "
                 "parameters; leave the swap() block first"
             )
+        self.refuse_in_other_swap(what)
+
+    def refuse_in_other_swap(self, what: str) -> None:
+        """Refuse something that needs the weights, if another average of the same ones is there.
+
+        Raises:
+            SwapError: see above.
+        """
+        for other in StandingIn.others(self._standing):
+            self._refuse(what, other, other.replaced_of(self, self.inventory.averaged))
+
+    def _refuse(self, what: str, other: StandingIn, names: list[str]) -> None:
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise SwapError(
+                f"{what} is not allowed while the average {other.name!r} of another ShardedEMA "
+                f"stands in for {names[0]}{more}; leave its swap() block first"
+            )
+
+    @property
+    def is_itself(self) -> bool:
+        """Whether no average stands in for its weights, neither this one nor another of them."""
+        return self.standing_in is None and not any(
+            other.replaced_of(self, self.inventory.averaged)
+            for other in StandingIn.others(self._standing)
+        )
 
     def require_whole(self) -> None:
         """Refuse a model that holds an average for good, since a rank was lost.
@@ -233,6 +265,7 @@ class FollowedModel:
         self._together(back_up, "ema.swap()")
         self.backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
         self.standing_in = name
+        self._standing = StandingIn(name, self.inventory.averaged)
         failure: BaseException | None = None
         try:
             self._come_to_rest()
@@ -264,6 +297,9 @@ class FollowedModel:
             self._stand_in.restore(backup)
         finally:
             self._come_to_rest()
+            if self._standing is not None:
+                self._standing.end()
+            self._standing = None
             self.standing_in = None
             self.backup_bytes = 0
         if failures and failure is None:

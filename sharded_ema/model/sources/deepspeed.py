@@ -293,7 +293,9 @@ class PartitionedStandIn:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        self._partitions.refresh(lambda: self._write(self._shards.live()))
+        # DeepSpeed's own refresh would take all weights back, also those that another average of
+        # the model stands in for.
+        self._partitions.rewrite(lambda: self._write(self._shards.live()))
 
 
 # ---------------------------------------------------------------------- without ZeRO
