@@ -12,6 +12,7 @@ import xxhash
 from torch import Tensor
 
 from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
+from sharded_ema.model.adapters import merged_layers
 from sharded_ema.model.agreement import Ranks, refuse_differing
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.inventory import Inventory
@@ -218,10 +219,9 @@ class FollowedModel:
 
     def _refuse(self, what: str, other: StandingIn, names: list[str]) -> None:
         if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise SwapError(
                 f"{what} is not allowed while the average {other.name!r} of another ShardedEMA "
-                f"stands in for {names[0]}{more}; leave its swap() block first"
+                f"stands in for {_some(names)}; leave its swap() block first"
             )
 
     @property
@@ -253,13 +253,15 @@ class FollowedModel:
             prepare: what must be done on every rank before; if it fails on one, all raise.
 
         Raises:
-            SwapError: where leaving is collective, another rank left with an exception.
+            SwapError: adapters are merged; or, where leaving is collective, another rank left with
+                an exception.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
         backup: Backup = []
 
         def back_up() -> None:
             prepare()
+            self._refuse_merged("swap()")
             backup.extend(self._stand_in.back_up())
 
         self._together(back_up, "ema.swap()")
@@ -309,12 +311,44 @@ class FollowedModel:
                 "restored on all ranks",
                 failures,
             )
+        self._tell_of_merged(failure)
+
+    def _refuse_merged(self, what: str) -> None:
+        """Refuse to write weights that merged adapters do not read."""
+        merged = merged_layers(self.inventory)
+        if merged:
+            raise SwapError(
+                f"{what} is not allowed while adapters are merged, as in {_some(merged)}: the "
+                "model computes with its base weights, to which the adapters were added, and would "
+                "not see the average. Unmerge them first (unmerge_adapter() of PEFT, train() of "
+                "loralib)"
+            )
+
+    def _tell_of_merged(self, failure: BaseException | None) -> None:
+        """Say that the base weights hold an average, which nothing here can take out again."""
+        merged = merged_layers(self.inventory)
+        if not merged:
+            return
+        text = (
+            f"adapters were merged inside the swap() block and are still, as in {_some(merged)}: "
+            "the averaged parameters are restored, but the base weights hold the adapters of the "
+            "average, and unmerging would now take others out. Load the base weights again, and "
+            "unmerge before the block ends"
+        )
+        if failure is None:
+            raise SwapError(text)
+        failure.add_note(text)
 
     def overwrite(
         self, average: Callable[[], Sequence[Tensor]], prepare: Callable[[], None]
     ) -> None:
         """Overwrite the weights with an average for good; arguments as of :meth:`replaced`."""
-        self._together(prepare, "ema.copy_to()")
+
+        def get_ready() -> None:
+            prepare()
+            self._refuse_merged("copy_to()")
+
+        self._together(get_ready, "ema.copy_to()")
         self._come_to_rest()
         self._stand_in.overwrite(average())
         self._come_to_rest()
@@ -341,6 +375,11 @@ class FollowedModel:
 
 def _nothing() -> None:
     pass
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
 
 
 def _digest(tensor: Tensor) -> str:
