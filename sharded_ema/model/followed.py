@@ -116,8 +116,7 @@ class FollowedModel:
 
     def watch(self, call: Callable[[], None]) -> StepWatch:
         """Have a method called before every step of an optimizer of the averaged parameters."""
-        trained = (n for n in self.inventory.averaged if n.is_parameter)
-        return StepWatch({id(named.tensor) for named in trained}, call)
+        return StepWatch(self._source.steps.trains, call)
 
     def refuse_capture(self) -> None:
         """Refuse an update that a stream would record instead of computing.

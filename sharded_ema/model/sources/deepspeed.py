@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sharded_ema.errors import (
     BindError,
@@ -438,6 +439,10 @@ class FollowsEngine:
                 "a DeepSpeed engine knows its own optimizer: call attach() without arguments"
             )
         return EngineSteps(self._engine, listener)
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether it is the engine's, which trains masters of the averaged parameters."""
+        return any(optimizer is inner for inner in inner_optimizers(self._engine))
 
 
 class EngineSteps:
