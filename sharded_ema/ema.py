@@ -246,8 +246,10 @@ class ShardedEMA:
             profile: which average; may be left out if there is only one.
 
         Raises:
-            SwapError: a swap is active already; or, under ZeRO 1 to 3, another rank left the block
-                with an exception.
+            SwapError: a swap is active already, of this average or another of the same weights;
+                adapters are merged; or, under ZeRO 1 to 3, another rank left the block with an
+                exception.
+            StateError: from within a forward or backward of a module under ``fully_shard``.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
         name = self._average.choose(profile)
