@@ -12,6 +12,7 @@ parameters of the model.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -59,43 +60,34 @@ STREAMS = Members(
 )  # once a forward has run
 
 
-def check_members(model: nn.Module) -> None:
-    """Look for what is used here.
-
-    Raises:
-        FrameworkVersionError: something is missing.
-    """
-    for state in states_of(model):
-        CONTEXT.check(state._state_ctx)
-
-
 def states_of(model: nn.Module) -> list[Any]:
     """The states of all fully_shard calls that hold parameters of a model, in it or above it.
 
     Raises:
         FrameworkVersionError: they are kept in another way.
     """
-    inside = set(model.modules())
-    # Of every module in the process that a composable API has wrapped: no module knows its parent.
+    inside = dict.fromkeys(model.modules())
+    # All modules in the process that a composable API has wrapped: no module knows its parents.
     wrapped = imported("torch.distributed._composable_state", "_module_state_mapping", SEEN)
     found: dict[int, Any] = {}
-    for module in list(wrapped):
+    for module in (*inside, *list(wrapped)):
         if isinstance(module, FSDPModule):
             MODULE.check(module)
             state: Any = module._get_fsdp_state()
             STATE.check(state)
+            CONTEXT.check(state._state_ctx)
             if module in inside or any(_holds(group, inside) for group in _groups(state)):
-                found[id(state)] = state
+                found.setdefault(id(state), state)
     return list(found.values())
 
 
-def _holds(group: Any, modules: set[nn.Module]) -> bool:
+def _holds(group: Any, modules: Mapping[nn.Module, None]) -> bool:
     """Whether a parameter of the group is one of these modules', be it under its second name."""
     for parameter in group.fsdp_params:
         PARAMETER.check(parameter)
         place = parameter._module_info
         PLACE.check(place)
-        if place.module in modules or not modules.isdisjoint(place.shared_modules):
+        if any(module in modules for module in (place.module, *place.shared_modules)):
             return True
     return False
 

@@ -48,7 +48,6 @@ class FSDP2Shards:
     holds_all_names = True
 
     def __init__(self, model: nn.Module, inventory: Inventory, *, shard_replicas: bool) -> None:
-        fsdp2.check_members(model)
         self._model = model
         self.inventory = inventory
         everything = (*inventory.averaged, *inventory.frozen, *inventory.buffers)
