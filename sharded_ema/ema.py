@@ -136,6 +136,7 @@ class ShardedEMA:
         self._closed = False
         self._begun = False  # whether an optimizer has stepped
         self._model = FollowedModel(source, timeout)
+        self._model.refuse_in_other_swap("making a ShardedEMA")
         self._average = Average(
             profiles,
             self._model.live(),
@@ -182,10 +183,11 @@ class ShardedEMA:
             StateError: already attached.
         """
         self._require_usable()
+        self._model.refuse_in_other_swap("attach()")
         steps = self._model.attach(
             optimizers,
             StepListener(
-                before=self._before_step, applied=self._applied_step, removed=self._detached
+                before=self._weights_will_change, applied=self._applied_step, removed=self._detached
             ),
             self._average.counted,
         )
@@ -252,8 +254,10 @@ class ShardedEMA:
             profile: which average; may be left out if there is only one.
 
         Raises:
-            SwapError: a swap is active already; or, under ZeRO 1 to 3, another rank left the block
-                with an exception.
+            SwapError: a swap is active already, of this average or another of the same weights;
+                adapters are merged; or, under ZeRO 1 to 3, another rank left the block with an
+                exception.
+            StateError: from within a forward or backward of a module under ``fully_shard``.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
         name = self._average.choose(profile)
@@ -495,10 +499,6 @@ class ShardedEMA:
 
     # ------------------------------------------------------------------ what happens in between
 
-    def _before_step(self) -> None:
-        self._model.refuse_in_swap("an optimizer step")
-        self._weights_will_change()
-
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
         self._model.refuse_capture()
@@ -510,8 +510,9 @@ class ShardedEMA:
 
     def _weights_will_change(self) -> None:
         """An optimizer is about to step, attached or not."""
-        if self._model.standing_in is not None or self._closed:
+        if self._closed:
             return
+        self._model.refuse_in_swap("an optimizer step")
         if not self._begun:
             self._begun = True
             self._start_from_what_trains()
@@ -608,7 +609,7 @@ class ShardedEMA:
     def _look(self) -> None:
         """Bring the average into step, where that needs nothing of the model."""
         self._average.track(self._model.live())
-        if self._model.standing_in is None:
+        if self._model.is_itself:
             self._average.mirror()
 
     def _catch_up(self) -> None:
@@ -622,6 +623,8 @@ class ShardedEMA:
         self._require_usable()
         self._catch_up()
         if self._model.standing_in is None:
+            if self._average.clock.seed_step is None:
+                self._model.refuse_in_other_swap("using an average before its start_step")
             self._average.mirror()
 
     def _check_moving(self, *, closing: bool = False) -> None:
@@ -630,6 +633,6 @@ class ShardedEMA:
         self._health.check_moving(self._average, weights)
 
     def _check_health(self, *, closing: bool = False) -> None:
-        if self._model.standing_in is None:
+        if self._model.is_itself:
             self._check_moving(closing=closing)
         self._health.check_finite(self._average.shadow.collect_skipped())

@@ -39,7 +39,7 @@ class OptimizerError(EMAError):
 
 
 class SwapError(EMAError):
-    """An operation is not allowed while the average stands in for the parameters."""
+    """Weights must not be replaced or used now, mostly because an average stands in for them."""
 
 
 class StateError(EMAError):

@@ -176,7 +176,7 @@ class Store:
     def _joint_meta(self, step: int) -> dict[str, Any]:
         """The description for a checkpoint, with what only all ranks together know."""
         partial, drift = {}, {}
-        if self._model.standing_in is None:
+        if self._model.is_itself:
             counted = self._model.counted_here
             partial = partial_distances(self._average, self._model.live(), counted, sampled=True)
             drift = self._model.drift_record()

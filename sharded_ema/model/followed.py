@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
+from sharded_ema.model.adapters import merged_layers
 from sharded_ema.model.agreement import Ranks, collective
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.holdings import (
@@ -24,6 +25,7 @@ from sharded_ema.model.holdings import (
 )
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
+from sharded_ema.model.standing import StandingIn
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
 #: Tells what must be the same on all ranks, by what to call it.
@@ -46,8 +48,9 @@ class FollowedModel:
     """
 
     # What a copy does not share: it is attached to nothing.
-    not_copied = ("_steps",)
+    not_copied = ("_steps", "_standing")
     _steps: StepHooks | None = None
+    _standing: StandingIn | None = None
 
     def __init__(self, source: Source, timeout: float) -> None:
         self._source = source
@@ -126,8 +129,7 @@ class FollowedModel:
 
     def watch(self, call: Callable[[], None]) -> StepWatch:
         """Have a method called before every step of an optimizer of the averaged parameters."""
-        trained = (n for n in self.inventory.averaged if n.is_parameter)
-        return StepWatch({id(named.tensor) for named in trained}, call)
+        return StepWatch(self._source.steps.trains, call)
 
     def refuse_capture(self) -> None:
         """Refuse an update that a stream would record instead of computing.
@@ -196,21 +198,50 @@ class FollowedModel:
 
         Raises:
             BindError: a tensor was replaced.
+            SwapError: by another average, which stands in for what is no average here.
         """
         self._stand_in.settle()
         self.inventory.check_current()
+        for other in StandingIn.others(self._standing):
+            apart = other.replaced((*self.inventory.frozen, *self.inventory.buffers))
+            self._refuse("using an average that stores it as it is", other, apart)
 
     def refuse_in_swap(self, what: str) -> None:
         """Refuse something that needs the weights themselves.
 
         Raises:
-            SwapError: an average stands in for them.
+            SwapError: an average stands in for them, this one or another of the same weights.
         """
         if self.standing_in is not None:
             raise SwapError(
                 f"{what} is not allowed while the average {self.standing_in!r} stands in for the "
                 "parameters; leave the swap() block first"
             )
+        self.refuse_in_other_swap(what)
+
+    def refuse_in_other_swap(self, what: str) -> None:
+        """Refuse something that needs the weights, if another average of the same ones is there.
+
+        Raises:
+            SwapError: see above.
+        """
+        for other in StandingIn.others(self._standing):
+            self._refuse(what, other, other.replaced_of(self, self.inventory.averaged))
+
+    def _refuse(self, what: str, other: StandingIn, names: list[str]) -> None:
+        if names:
+            raise SwapError(
+                f"{what} is not allowed while the average {other.name!r} of another ShardedEMA "
+                f"stands in for {_some(names)}; leave its swap() block first"
+            )
+
+    @property
+    def is_itself(self) -> bool:
+        """Whether no average stands in for its weights, neither this one nor another of them."""
+        return self.standing_in is None and not any(
+            other.replaced_of(self, self.inventory.averaged)
+            for other in StandingIn.others(self._standing)
+        )
 
     def require_whole(self) -> None:
         """Refuse a model that holds an average for good, since a rank was lost.
@@ -238,23 +269,27 @@ class FollowedModel:
             alike: what must be the same on all ranks, where they meet for it.
 
         Raises:
-            SwapError: where leaving is collective, another rank left with an exception.
+            SwapError: adapters are merged; or, where leaving is collective, another rank left with
+                an exception.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
         backup: Backup = []
 
         def back_up() -> None:
             prepare()
+            self._refuse_merged("swap()")
             backup.extend(self._stand_in.back_up())
 
         self._together(back_up, "ema.swap()", lambda: {"profile": name, **alike()})
         self.backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
         self.standing_in = name
+        self._standing = StandingIn(name, self.inventory.averaged)
         failure: BaseException | None = None
         try:
+            self._come_to_rest()
             with collective("ema.swap()"):
                 self._stand_in.swap_in(average())
-            self._wait_for_writes()
+            self._come_to_rest()
             yield
         except BaseException as error:
             failure = error
@@ -277,9 +312,13 @@ class FollowedModel:
                 raise
             failures = {rank: text for rank, text in enumerate(answers) if text is not None}
         try:
+            self._come_to_rest()
             self._stand_in.restore(backup)
         finally:
-            self._wait_for_writes()
+            self._come_to_rest()
+            if self._standing is not None:
+                self._standing.end()
+            self._standing = None
             self.standing_in = None
             self.backup_bytes = 0
         if failures and failure is None:
@@ -289,6 +328,33 @@ class FollowedModel:
                 "restored on all ranks",
                 failures,
             )
+        self._tell_of_merged(failure)
+
+    def _refuse_merged(self, what: str) -> None:
+        """Refuse to write weights that merged adapters do not read."""
+        merged = merged_layers(self.inventory)
+        if merged:
+            raise SwapError(
+                f"{what} is not allowed while adapters are merged, as in {_some(merged)}: the "
+                "model computes with its base weights, to which the adapters were added, and would "
+                "not see the average. Unmerge them first (unmerge_adapter() of PEFT, train() of "
+                "loralib)"
+            )
+
+    def _tell_of_merged(self, failure: BaseException | None) -> None:
+        """Say that the base weights hold an average, which nothing here can take out again."""
+        merged = merged_layers(self.inventory)
+        if not merged:
+            return
+        text = (
+            f"adapters were merged inside the swap() block and are still, as in {_some(merged)}: "
+            "the averaged parameters are restored, but the base weights hold the adapters of the "
+            "average, and unmerging would now take others out. Load the base weights again, and "
+            "unmerge before the block ends"
+        )
+        if failure is None:
+            raise SwapError(text)
+        failure.add_note(text)
 
     def overwrite(
         self,
@@ -298,10 +364,16 @@ class FollowedModel:
         alike: Alike,
     ) -> None:
         """Overwrite the weights with an average for good; arguments as of :meth:`replaced`."""
-        self._together(prepare, "ema.copy_to()", lambda: {"profile": name, **alike()})
+
+        def get_ready() -> None:
+            prepare()
+            self._refuse_merged("copy_to()")
+
+        self._together(get_ready, "ema.copy_to()", lambda: {"profile": name, **alike()})
+        self._come_to_rest()
         with collective("ema.copy_to()"):
             self._stand_in.overwrite(average())
-        self._wait_for_writes()
+        self._come_to_rest()
 
     def _together(self, prepare: Callable[[], None], purpose: str, alike: Alike) -> None:
         """Prepare to overwrite weights, which takes all ranks in some layouts."""
@@ -311,8 +383,18 @@ class FollowedModel:
         else:
             prepare()
 
-    def _wait_for_writes(self) -> None:
-        """See to it that what comes reads the parameters as they are now."""
+    def _come_to_rest(self) -> None:
+        """See to it that what was begun has read the parameters as they were, and what comes reads
+        them as they are now.
+
+        Frameworks copy and gather on other streams than the one that writes, and from host memory
+        while the host goes on.
+        """
         torch.clear_autocast_cache()  # the casts of a region that is around a swap
-        # FSDP may gather on another stream than the one that copied.
-        wait_for(named.tensor.device for named in self.inventory.averaged)
+        lie = {named.tensor.device for named in self.inventory.averaged}
+        wait_for(lie | self._source.compute_devices)
+
+
+def _some(names: Sequence[str]) -> str:
+    """The first name, and how many more there are."""
+    return f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 from weakref import WeakKeyDictionary, WeakMethod, WeakSet
@@ -145,13 +145,13 @@ class OptimizerSteps:
 
 
 class StepWatch:
-    """Calls back before every step of an optimizer that owns one of some parameters.
+    """Calls back before every step of an optimizer that trains something.
 
     Whether it is attached or not: what the weights are then is what the last forward ran with, and
     before the first step what training starts from. Compiled steps are not seen.
 
     Args:
-        parameters: ids of the averaged parameters.
+        trains: tells of an optimizer whether it does.
         call: a bound method; its object is not kept alive.
     """
 
@@ -159,8 +159,8 @@ class StepWatch:
     _watching: ClassVar[WeakSet[StepWatch]] = WeakSet()
     _hook: ClassVar[Any] = None
 
-    def __init__(self, parameters: Collection[int], call: Callable[[], None]) -> None:
-        self._parameters = frozenset(parameters)
+    def __init__(self, trains: Callable[[Optimizer], bool], call: Callable[[], None]) -> None:
+        self._trains = trains
         self._call = WeakMethod(call)
         self._owners: WeakKeyDictionary[Optimizer, bool] = WeakKeyDictionary()
         self._watching.add(self)
@@ -178,8 +178,7 @@ class StepWatch:
 
     def _concerns(self, optimizer: Optimizer) -> bool:
         if optimizer not in self._owners:
-            owned = (id(p) for group in optimizer.param_groups for p in group["params"])
-            self._owners[optimizer] = not self._parameters.isdisjoint(owned)
+            self._owners[optimizer] = self._trains(optimizer)
         return self._owners[optimizer]
 
     def remove(self) -> None:

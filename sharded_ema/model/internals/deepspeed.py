@@ -39,7 +39,7 @@ ENGINE = Members(
     "a DeepSpeed engine",
     SEEN,
     (
-        "module", "optimizer", "zero_optimization_stage", "seq_data_parallel_group",
+        "module", "optimizer", "device", "zero_optimization_stage", "seq_data_parallel_group",
         "mp_world_size", "was_step_applied", "skipped_steps", "global_steps",
     ),
 )  # fmt: skip
@@ -218,14 +218,6 @@ class Partitions(Protocol):
         """Let ``write`` overwrite this rank's weights, and hand them to all. Collective."""
         ...
 
-    def refresh(self, write_masters: Callable[[], None]) -> None:
-        """Make the model's weights from the masters again. Collective.
-
-        Args:
-            write_masters: copies this rank's masters over its weights.
-        """
-        ...
-
 
 def partitions_of(engine: Any) -> Partitions:
     """The master partitions of a ZeRO engine."""
@@ -309,9 +301,6 @@ class FlatPartitions:
         finally:
             setattr(self._optimizer, self._masters, masters)
 
-    def refresh(self, write_masters: Callable[[], None]) -> None:
-        self._optimizer.update_lp_params()
-
 
 class Stage3Partitions:
     """Stage 3: every parameter is cut into equal 1-D pieces, the last ones padded."""
@@ -352,9 +341,6 @@ class Stage3Partitions:
         self._engine.optimizer.checkpoint_event_prologue()
         write()
         self._engine.optimizer.checkpoint_event_epilogue()
-
-    def refresh(self, write_masters: Callable[[], None]) -> None:
-        self.rewrite(write_masters)
 
 
 def is_in_pieces(parameter: Tensor) -> bool:

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.distributed.fsdp import FlatParameter, FullyShardedDataParallel, ShardingStrategy
 
 from sharded_ema.errors import StateError, UnsupportedLayoutError
 from sharded_ema.model.internals.members import Members, imported
@@ -34,7 +34,7 @@ MODULE = Members("an FSDP1 module", SEEN, ("_handle",))
 HANDLE = Members(
     "the handle of an FSDP1 module",
     SEEN,
-    ("flat_param", "_training_state", "uses_sharded_strategy"),
+    ("flat_param", "device", "_training_state", "uses_sharded_strategy"),
 )
 FLAT = Members(
     "the flat parameter of an FSDP1 module",
@@ -44,6 +44,7 @@ FLAT = Members(
         "_fqns", "_shapes", "_strides", "_params",
     ),
 )  # fmt: skip
+VIEW = Members("a tensor", SEEN, ("_base",))
 
 # The names of strategies that shard within groups of ranks and replicate across them.
 _HYBRID = ("HYBRID_SHARD", "_HYBRID_SHARD_ZERO2")
@@ -54,6 +55,17 @@ _COMMON = "torch.distributed.fsdp._common_utils"
 def is_flattened(parameter: Tensor) -> bool:
     """Whether FSDP1 has taken a parameter into a flat one, or it is one."""
     return bool(imported(_COMMON, "_is_fsdp_flattened", SEEN)(parameter))
+
+
+def flattened_names(module: nn.Module) -> list[str]:
+    """Names of what a module has in the place of parameters that a flat one has taken over.
+
+    With ``use_orig_params=False`` these are plain tensors, views of the flat parameter.
+    """
+    tensors = {name: value for name, value in vars(module).items() if isinstance(value, Tensor)}
+    if tensors:
+        VIEW.check(Tensor)
+    return [name for name, value in tensors.items() if isinstance(value._base, FlatParameter)]
 
 
 class Unit:
@@ -76,6 +88,12 @@ class Unit:
     def shard(self) -> Tensor:
         """This rank's piece of the flat parameter, with padding (1-D)."""
         return getattr(self.flat, "_local_shard", self.flat)
+
+    @property
+    def compute_device(self) -> torch.device:
+        """Where the unit is gathered; its shard may lie in host memory."""
+        device: torch.device = self._module._handle.device
+        return device
 
     @property
     def is_idle(self) -> bool:
@@ -203,8 +221,9 @@ class FlatParameters:
 
 def has_flattened(model: nn.Module) -> bool:
     """Whether FSDP1 has taken over parameters of ``model``, or a module above has."""
-    return any(isinstance(m, FullyShardedDataParallel) for m in model.modules()) or any(
-        map(is_flattened, model.parameters())
+    return any(map(is_flattened, model.parameters())) or any(
+        isinstance(module, FullyShardedDataParallel) or flattened_names(module)
+        for module in model.modules()
     )
 
 

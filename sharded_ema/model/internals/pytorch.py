@@ -7,7 +7,7 @@ Python call for each of a thousand parameters would be felt.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
@@ -51,6 +51,28 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
 def is_persistent(module: nn.Module, name: str) -> bool:
     """Whether a buffer of the module is in its ``state_dict()``."""
     return name not in module._non_persistent_buffers_set
+
+
+CALLS = Members("the class of modules", SEEN, ("_call_impl",))
+AUTOGRAD = Members("torch._C", SEEN, ("_current_graph_task_id",))
+
+
+def is_being_called(modules: Iterable[nn.Module]) -> bool:
+    """Whether the code that asks was called by one of these modules, over however many others."""
+    CALLS.check(nn.Module)
+    code, wanted = nn.Module._call_impl.__code__, set(map(id, modules))
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code is code and id(frame.f_locals.get("self")) in wanted:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def is_in_a_backward() -> bool:
+    """Whether the code that asks was called by a backward, as hooks are."""
+    AUTOGRAD.check(torch._C)
+    return torch._C._current_graph_task_id() != -1
 
 
 # ---------------------------------------------------------------------- tensors

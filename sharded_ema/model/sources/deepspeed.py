@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from sharded_ema.errors import (
     BindError,
@@ -76,12 +77,12 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     inventory.is_settled = True
     _refuse_experts(inventory)
     _set_aside_untrained(inventory, trained_parameters(engine.optimizer))
-    steps = FollowsEngine(engine)
+    steps, devices = FollowsEngine(engine), frozenset({engine.device})
     if type(engine.optimizer).__name__ in PARTITIONED:
         shards = PartitionedShards(engine, partitions_of(engine), inventory)
-        return Source(shards, PartitionedStandIn(shards), steps)
+        return Source(shards, PartitionedStandIn(shards), steps, devices)
     masters = MasterShards(engine, inventory, shard_replicas=shard_replicas)
-    return Source(masters, MasterStandIn(masters), steps)
+    return Source(masters, MasterStandIn(masters), steps, devices)
 
 
 def _refuse_experts(inventory: Inventory) -> None:
@@ -292,7 +293,9 @@ class PartitionedStandIn:
 
     @torch.no_grad()
     def _refresh(self) -> None:
-        self._partitions.refresh(lambda: self._write(self._shards.live()))
+        # DeepSpeed's own refresh would take all weights back, also those that another average of
+        # the model stands in for.
+        self._partitions.rewrite(lambda: self._write(self._shards.live()))
 
 
 # ---------------------------------------------------------------------- without ZeRO
@@ -428,6 +431,10 @@ class FollowsEngine:
                 "a DeepSpeed engine knows its own optimizer: call attach() without arguments"
             )
         return EngineSteps(self._engine, listener)
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether it is the engine's, which trains masters of the averaged parameters."""
+        return any(optimizer is inner for inner in inner_optimizers(self._engine))
 
 
 class EngineSteps:

@@ -15,7 +15,13 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError
-from sharded_ema.model.internals.fsdp1 import FlatParameters, Flattened, has_flattened, is_flattened
+from sharded_ema.model.internals.fsdp1 import (
+    FlatParameters,
+    Flattened,
+    flattened_names,
+    has_flattened,
+    is_flattened,
+)
 from sharded_ema.model.inventory import (
     Found,
     Inventory,
@@ -61,20 +67,27 @@ class Names:
         for attribute, found in mine.items():
             yield attribute, found, found.tensor, found.shape
         flat = {id(unit.flat) for unit in self._flat.units}
+        for attribute in flattened_names(module):
+            if attribute not in mine:
+                raise _outside(attribute, module)
         for attribute, identity, tensor, shape in parameters_of(module):
             if attribute in mine or identity in flat:
                 continue
             if is_flattened(tensor):
-                raise BindError(
-                    f"parameter {attribute} of {type(module).__name__} belongs to a "
-                    "FullyShardedDataParallel module outside the target; pass the outermost one"
-                )
+                raise _outside(attribute, module)
             if isinstance(tensor, DTensor):
                 raise UnsupportedLayoutError(
                     f"parameter {attribute} of {type(module).__name__} is a DTensor beside "
                     "FullyShardedDataParallel (FSDP1); use fully_shard for all of the model"
                 )
             yield attribute, identity, tensor, shape
+
+
+def _outside(attribute: str, module: nn.Module) -> BindError:
+    return BindError(
+        f"parameter {attribute} of {type(module).__name__} belongs to a FullyShardedDataParallel "
+        "module outside the target; pass the outermost one"
+    )
 
 
 class FSDP1Shards:
@@ -207,4 +220,5 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     shards = FSDP1Shards(flat, names, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
-    return Source(shards, stand_in, FollowsOptimizers(inventory))
+    devices = frozenset(unit.compute_device for unit in flat.units)
+    return Source(shards, stand_in, FollowsOptimizers(inventory), devices)

@@ -48,7 +48,6 @@ class FSDP2Shards:
     is_pipeline = False
 
     def __init__(self, model: nn.Module, inventory: Inventory, *, shard_replicas: bool) -> None:
-        fsdp2.check_members(model)
         self._model = model
         self.inventory = inventory
         everything = (*inventory.averaged, *inventory.frozen, *inventory.buffers)
@@ -75,8 +74,8 @@ class FSDP2Shards:
         return whole_copy(named, groups)
 
     def settle(self) -> None:
-        """Free gathered parameters."""
-        fsdp2.reshard(self._model)
+        """Free what is gathered or being gathered."""
+        fsdp2.settle(self._model)
 
     def blocks(self) -> list[Tensor]:
         """This rank's tensors."""
@@ -145,7 +144,7 @@ def recognises(target: object) -> bool:
     """Whether a module has DTensors among its parameters; what is gathered of it is freed first."""
     if not isinstance(target, nn.Module):
         return False
-    fsdp2.reshard(target)
+    fsdp2.settle(target)
     return any(isinstance(parameter, DTensor) for parameter in target.parameters())
 
 
@@ -156,7 +155,7 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     shards = FSDP2Shards(target, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
-    return Source(shards, stand_in, FollowsOptimizers(inventory))
+    return Source(shards, stand_in, FollowsOptimizers(inventory), fsdp2.compute_devices(target))
 
 
 def _local(tensor: Tensor) -> Tensor:

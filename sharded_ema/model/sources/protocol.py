@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box, FlatRange, Shape
@@ -151,6 +152,18 @@ class StandsIn(Protocol):
         ...
 
 
+class FollowsSteps(Protocol):
+    """What tells of applied optimizer steps."""
+
+    def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
+        """Follow the steps of what the user passed to ``attach()``."""
+        ...
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether steps of a torch optimizer change what is averaged."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """A model as a framework has laid it out.
@@ -158,12 +171,15 @@ class Source:
     Attributes:
         reader: its shards.
         stand_in: how the average takes their place.
-        steps: what tells of applied optimizer steps, given what the user passed to ``attach()``.
+        steps: what tells of applied optimizer steps.
+        compute_devices: where the model computes, if its parameters may lie elsewhere (offload).
+            Copies to there may be under way for longer than the call that began them.
     """
 
     reader: ReadsShards
     stand_in: StandsIn
-    steps: Callable[[Sequence[Any], StepListener], StepHooks]
+    steps: FollowsSteps
+    compute_devices: frozenset[torch.device] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,8 +193,15 @@ class FollowsOptimizers:
     inventory: Inventory
 
     def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
-        named = (n for n in self.inventory.averaged if n.is_parameter)
-        return OptimizerSteps(optimizers, {id(n.tensor): n.fqn for n in named}, listener)
+        return OptimizerSteps(optimizers, self._parameters(), listener)
+
+    def trains(self, optimizer: Optimizer) -> bool:
+        """Whether it owns an averaged parameter."""
+        owned = (id(p) for group in optimizer.param_groups for p in group["params"])
+        return not self._parameters().keys().isdisjoint(owned)
+
+    def _parameters(self) -> dict[int, str]:
+        return {id(n.tensor): n.fqn for n in self.inventory.averaged if n.is_parameter}
 
 
 @torch.no_grad()
@@ -224,8 +247,10 @@ class InPlace:
         self._fill(self._targets(), tensors)
 
     def restore(self, backup: Backup) -> None:
-        self.settle()
-        put_back(backup, self._targets)
+        try:
+            self.settle()
+        finally:
+            put_back(backup, self._targets)
 
     def overwrite(self, tensors: Sequence[Tensor]) -> None:
         self.swap_in(tensors)

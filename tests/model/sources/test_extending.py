@@ -41,6 +41,7 @@ def average_and_save(path: str) -> None:
         assert ema.memory["ideal"] == 4 * 3 * (last - first)
         optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
         ema.attach(optimizer)
+        optimizer.step()  # with the weights that it was made of
         for index in range(1, 4):
             weight = model[0].weight
             weight.grad = weight.detach() - rows(index)[first:last]

@@ -452,6 +452,15 @@ def inside_a_unit(orig: bool) -> None:
     ShardedEMA(model, 0.9)
 
 
+def below_a_unit(orig: bool, nested: bool) -> None:
+    inner = wrap(nn.Linear(4, 4), use_orig_params=orig) if nested else nn.Linear(4, 4)
+    part = nn.Sequential(nn.Linear(4, 4), inner)
+    model = wrap(nn.Sequential(part, nn.Linear(4, 4)), use_orig_params=orig)
+    with torch.no_grad():
+        model(torch.ones(2, 4))
+    ShardedEMA(part, 0.9)
+
+
 def optimizer_of_the_bare_model() -> None:
     model = nn.Linear(4, 4)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -499,6 +508,11 @@ REFUSALS: dict[str, tuple[Callable[[], None], str, str]] = {
     "one shard": (with_shards_of_one_rank, "UnsupportedLayoutError", "shard groups of one rank"),
     "inside": (partial(inside_a_unit, True), "BindError", "outside the target"),
     "inside, flat": (partial(inside_a_unit, False), "BindError", "outside the target"),
+    **{
+        f"below, {orig=}, {nested=}": (partial(below_a_unit, orig, nested), "BindError", "outside")
+        for orig in (False, True)
+        for nested in (False, True)
+    },
     "optimizer": (optimizer_of_the_bare_model, "OptimizerError", "after wrapping"),
     "summon": (swap_in_summoned_parameters, "StateError", "summon_full_params"),
     "data": (partial(other_memory, "fsdp1"), "StateError", "param.data"),

@@ -220,6 +220,30 @@ def test_what_a_swap_refuses(engine_worlds: Worlds, tmp_path: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def step_unattached(stage: int, precision: str) -> list[str]:
+    run = build(stage, precision)
+    ema = ShardedEMA(run.engine, 0.9)
+    run.step(0)
+    ema.update()
+    before = run.masters()
+    run.engine.backward(run.loss(1))
+    with ema.swap(), pytest.raises(SwapError) as caught:
+        run.engine.step()
+    assert_equal(run.masters(), before)
+    ema.close()
+    run.engine.destroy()
+    return [str(caught.value)]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_step_in_the_swap_of_an_average_that_is_not_attached(
+    engine_worlds: Worlds, stage: int, precision: str
+) -> None:
+    for said in engine_worlds[2].run(step_unattached, stage, precision):
+        assert said[0].startswith("an optimizer step is not allowed")
+
+
 def wrong_attachments() -> list[str]:
     run = build(1)
     ema = ShardedEMA(run.engine, 0.9)
