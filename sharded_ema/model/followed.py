@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_ema.errors import AbsentRankError, EMAError, StateError, SwapError
+from sharded_ema.errors import AbsentRankError, BindError, EMAError, StateError, SwapError
 from sharded_ema.model.adapters import merged_layers
 from sharded_ema.model.agreement import Ranks, collective
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
@@ -328,7 +328,7 @@ class FollowedModel:
                 "restored on all ranks",
                 failures,
             )
-        self._tell_of_merged(failure)
+        self._check_left(failure)
 
     def _refuse_merged(self, what: str) -> None:
         """Refuse to write weights that merged adapters do not read."""
@@ -341,20 +341,33 @@ class FollowedModel:
                 "loralib)"
             )
 
-    def _tell_of_merged(self, failure: BaseException | None) -> None:
-        """Say that the base weights hold an average, which nothing here can take out again."""
+    def _check_left(self, failure: BaseException | None) -> None:
+        """Say what a swap has left in the model that nothing here can put back.
+
+        Args:
+            failure: what the block was left with, which then is told of it.
+        """
+        found: EMAError | None = None
         merged = merged_layers(self.inventory)
-        if not merged:
-            return
-        text = (
-            f"adapters were merged inside the swap() block and are still, as in {_some(merged)}: "
-            "the averaged parameters are restored, but the base weights hold the adapters of the "
-            "average, and unmerging would now take others out. Load the base weights again, and "
-            "unmerge before the block ends"
-        )
-        if failure is None:
-            raise SwapError(text)
-        failure.add_note(text)
+        if merged:
+            found = SwapError(
+                "adapters were merged inside the swap() block and are still, as in "
+                f"{_some(merged)}: the averaged parameters are restored, but the base weights hold "
+                "the adapters of the average, and unmerging would now take others out. Load the "
+                "base weights again, and unmerge before the block ends"
+            )
+        else:
+            try:
+                self.inventory.check_current()
+            except BindError as error:
+                found = BindError(
+                    "the swap() block has changed the model, which may hold the average where its "
+                    f"weights could not be put back: {error}"
+                )
+        if found is not None and failure is None:
+            raise found
+        if found is not None and failure is not None:
+            failure.add_note(str(found))
 
     def overwrite(
         self,

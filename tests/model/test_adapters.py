@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema import ShardedEMA
-from sharded_ema.errors import SwapError
+from sharded_ema.errors import BindError, SwapError
 from tests.helpers.layouts import assert_equal, world
 from tests.helpers.pool import WorkerPool
 
@@ -155,6 +155,20 @@ def test_what_is_merged_in_a_swap_and_left_so_is_named(kind: str) -> None:
         raise KeyError
     assert "merged inside the swap() block" in failure.value.__notes__[0]
     assert_equal(trained(model), before)
+
+
+@torch.no_grad()
+def test_adapters_that_are_merged_and_taken_away_in_a_swap() -> None:
+    model = with_peft(r=2)
+    ema, *_ = prepare(model)
+    with pytest.raises(BindError, match=r"changed the model.*was replaced"), ema.swap():
+        model.merge_and_unload()
+    model = with_peft(r=2)
+    ema, *_ = prepare(model)
+    with pytest.raises(KeyError) as failure, ema.swap():
+        model.merge_and_unload()
+        raise KeyError
+    assert "block has changed the model" in failure.value.__notes__[0]
 
 
 @torch.no_grad()
