@@ -237,7 +237,16 @@ def put_back(backup: Backup, targets: Callable[[], list[Tensor]]) -> None:
     Args:
         targets: what stands in the place of the backup's targets now; may raise.
     """
-    copy_into([target for target, _ in backup], [original for _, original in backup])
+    for target, original in backup:
+        _put_back(target, original)
     for now, (before, original) in zip(targets(), backup, strict=True):
-        if now.data_ptr() != before.data_ptr():
-            copy_into([now], [original])
+        if now.data_ptr() != before.data_ptr() or now.stride() != before.stride():
+            _put_back(now, original)
+
+
+@torch.no_grad()
+def _put_back(target: Tensor, original: Tensor) -> None:
+    if target.shape == original.shape:
+        target.copy_(original)
+    else:  # the body of the swap has given it another one
+        target.data = original.to(target.device, target.dtype, copy=True)
