@@ -57,8 +57,8 @@ class ShardedEMA:
             ``"ignore"`` leaves them out. Integer buffers are never averaged.
         frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not;
             default ``"save"``, but ``"skip"`` for a model with PEFT adapters.
-        shadow_dtype: dtype of the shadow. One below fp32 is refused with decays at which it would
-            not move.
+        shadow_dtype: dtype of the shadow; default fp32, and fp64 for parameters in fp64. One below
+            fp32 is refused with decays at which it would not move.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
@@ -95,7 +95,7 @@ class ShardedEMA:
         exclude: str | Sequence[str] | None = None,
         buffers: str = "copy",
         frozen: str | None = None,
-        shadow_dtype: torch.dtype = torch.float32,
+        shadow_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shard_replicas: bool = True,
         nonfinite: str = "skip",
@@ -569,6 +569,7 @@ class ShardedEMA:
                 f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
                 "weights as they are now; its schedule goes on with the checkpoint's counters",
             )
+        self._health.warn_of_loaded(self._average.examine())
         self._health.begin(self._average, self._model.weights(), loaded=True)
 
     # ------------------------------------------------------------------ common ground

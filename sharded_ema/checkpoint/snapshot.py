@@ -21,6 +21,7 @@ from sharded_ema.checkpoint.names import (
 )
 from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
 from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.inventory import Inventory
@@ -105,12 +106,14 @@ class Stored:
         prefix: of its keys.
         meta: what it says of itself.
         shapes: by key, without the prefix.
+        complex: keys of complex numbers.
     """
 
     where: str
     prefix: str
     meta: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    complex: frozenset[str]
 
 
 def stored_in_checkpoint(checkpoint: Checkpoint) -> Stored:
@@ -132,12 +135,18 @@ def stored_in_checkpoint(checkpoint: Checkpoint) -> Stored:
             )
         )
     (prefix,) = prefixes
-    shapes = {
-        key.removeprefix(prefix): tensor.shape
+    tensors = {
+        key.removeprefix(prefix): tensor
         for key, tensor in checkpoint.tensors.items()
         if key.startswith(prefix)
     }
-    return Stored(str(checkpoint.path), prefix, checkpoint.meta(prefix), shapes)
+    return Stored(
+        str(checkpoint.path),
+        prefix,
+        checkpoint.meta(prefix),
+        {key: tensor.shape for key, tensor in tensors.items()},
+        frozenset(key for key, tensor in tensors.items() if tensor.dtype in PARTS),
+    )
 
 
 def stored_in_state(state: Mapping[str, Any]) -> Stored:
@@ -154,8 +163,14 @@ def stored_in_state(state: Mapping[str, Any]) -> Stored:
         )
     ((_, tensor),) = pieces_of(value)
     meta = decode_meta(tensor.cpu().numpy().tobytes(), META_KEY)
-    shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
-    return Stored("the state", "", meta, shapes)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return Stored(
+        "the state",
+        "",
+        meta,
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        frozenset(key for key, value in tensors.items() if value.is_complex()),
+    )
 
 
 def check_fits(
@@ -184,6 +199,11 @@ def check_fits(
         f"{key} is {tuple(shapes[key])} there and {tuple(value.shape)} here"
         for key, value in own.items()
         if key in shapes and tuple(shapes[key]) != tuple(value.shape)
+    ]
+    differing += [
+        f"{key} is {'real' if value.is_complex() else 'complex'} there and not here"
+        for key, value in own.items()
+        if key in shapes and (key in stored.complex) != value.is_complex()
     ]
     if differing:
         raise CheckpointMismatchError(

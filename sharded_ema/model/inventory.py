@@ -311,7 +311,7 @@ def take_inventory(
             f"include={selection.include} exclude={selection.exclude}"
         )
     found.averaged += chosen
-    _warn_of_complex(found.buffers)
+    _warn_of_half_complex(found.buffers)
     return found
 
 
@@ -342,23 +342,32 @@ def refuse_partitioned(inventory: Inventory) -> None:
             )
 
 
-def _warn_of_complex(buffers: Iterable[Named]) -> None:
+def _warn_of_half_complex(buffers: Iterable[Named]) -> None:
     """Warn of buffers that no save can hold, before the first save fails because of them."""
-    found = [named.fqn for named in buffers if named.tensor.is_complex()]
+    found = [named.fqn for named in buffers if named.tensor.dtype is torch.complex32]
     if found:
         warnings.warn(
-            f"the buffers {found[:3]} are complex, which checkpoints cannot hold: save() refuses "
-            'them. Register them with persistent=False, or pass buffers="ignore"',
+            f"the buffers {found[:3]} are complex numbers of two float16, which checkpoints cannot "
+            "hold: save() refuses them. Register them with persistent=False, or pass "
+            'buffers="ignore"',
             EMAWarning,
             stacklevel=6,
+        )
+
+
+def _refuse_conjugated(named: Named) -> None:
+    """Refuse complex numbers whose memory holds their conjugates."""
+    if named.tensor.is_conj():
+        raise BindError(
+            f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} is conjugated lazily; "
+            "make it of resolve_conj()"
         )
 
 
 def _refuse_unusable(named: Named) -> None:
     """Refuse a parameter that cannot be averaged, or stored if it is frozen."""
     fqn, tensor = named.fqn, named.tensor
-    if tensor.is_complex() and tensor.requires_grad:
-        raise BindError(f"parameter {fqn} is complex; only real parameters can be averaged")
+    _refuse_conjugated(named)
     if tensor.layout != torch.strided:
         raise BindError(f"parameter {fqn} has the layout {tensor.layout}; make it dense")
     overlaps = zip(tensor.shape, tensor.stride(), strict=True)
