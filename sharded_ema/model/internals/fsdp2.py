@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sharded_ema.model.internals.members import Members, imported
@@ -42,6 +42,28 @@ def check_members(model: nn.Module) -> None:
             STATE.check(state)
             for group in _groups(state):
                 GROUP.check(group)
+
+
+def is_converted_by_gathers(local: Tensor) -> bool:
+    """Whether a local tensor is of a subclass that says how FSDP2 gathers it, such as in float8."""
+    return hasattr(local, "fsdp_pre_all_gather")
+
+
+def shard_inside(local: Any) -> str | None:
+    """Under which name such a tensor holds the shard that is trained; ``None`` if it holds none.
+
+    Of the tensors that it is made of (``__tensor_flatten__``) it is the one of its shape and dtype,
+    the others being scales and the like.
+    """
+    names, _ = local.__tensor_flatten__()
+    inside = [(name, getattr(local, name)) for name in names]
+    found = [
+        name
+        for name, tensor in inside
+        if type(tensor) in (Tensor, nn.Parameter)
+        and (tensor.shape, tensor.dtype) == (local.shape, local.dtype)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def reshard(model: nn.Module) -> None:
