@@ -45,6 +45,7 @@ class Health:
         self._uncounted = 0
         self._updates_seen = 0
         self._after_update: Tensor | None = None
+        self._statistics_at_start = torch.empty(0, device="cpu")
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -189,6 +190,26 @@ class Health:
                 f"after {average.num_updates} updates the average {name!r} is still the initial "
                 f"weights although the weights have moved: {reason}",
             )
+
+    def see_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Remember the running statistics that are not averaged, as the average is made."""
+        self._statistics_at_start = _probe(statistics)
+
+    def check_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Warn if running statistics move that are those of the weights and not of the average.
+
+        Those of layers in evaluation mode stand still, and those of none are none.
+        """
+        if torch.equal(_probe(statistics), self._statistics_at_start):
+            return
+        self.warn_once(
+            "statistics",
+            f"the model has {len(statistics)} buffers with running statistics, as of BatchNorm, "
+            "which the average would be evaluated and stored with as its raw weights have left "
+            'them (buffers="copy"); that is often worse than either. Pass buffers="average" (or '
+            '{"*.running_*": "average", "*": "copy"}), or recompute them inside a swap with '
+            "torch.optim.swa_utils.update_bn and save there",
+        )
 
     def check_horizon(self, average: Average, total_steps: int | None) -> None:
         """Warn if at the end of the planned run the initial weights would still count most.

@@ -52,25 +52,52 @@ def make_meta(settings: Settings, average: Average, inventory: Inventory) -> dic
             if named.aliases
         },
         "adapters": inventory.adapters,
-        "buffers": settings.buffers,
+        "buffers": settings.buffers_text,
         "frozen": settings.frozen,
         "absent": {"count": len(absent), "names": absent[:_MAX_ABSENT_NAMES]},
         "nonfinite_elements": average.shadow.collect_skipped(),
     }
 
 
-def make_averages(reader: ReadsShards, average: Average) -> dict[str, Tensor]:
-    """``<profile>.<name>``: the shadows as values that DCP can save and load in place."""
-    return {
-        f"{profile}.{shard.name.fqn}": value
-        for profile, views in average.shadow.views.items()
-        for shard, value in zip(reader.shards, reader.stored(views), strict=True)
-    }
+def make_averages(
+    reader: ReadsShards, average: Average, standing_in: str | None = None
+) -> dict[str, Tensor]:
+    """``<profile>.<name>``: the shadows as values that DCP can save and load in place.
+
+    Args:
+        standing_in: name of the average that stands in for the weights; its buffers are those that
+            the model has, which the body of the swap may have computed anew.
+    """
+    found = {}
+    for profile, views in average.shadow.views.items():
+        tensors = _as_in_the_model(reader, views) if profile == standing_in else views
+        for shard, value in zip(reader.shards, reader.stored(tensors), strict=True):
+            found[f"{profile}.{shard.name.fqn}"] = value
+    return found
 
 
-def make_state(reader: ReadsShards, average: Average, meta: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The averages, and what makes an export a whole model: frozen parameters and buffers."""
-    state = make_averages(reader, average)
+@torch.no_grad()
+def _as_in_the_model(reader: ReadsShards, views: Sequence[Tensor]) -> list[Tensor]:
+    found = list(views)
+    for i, (shard, live) in enumerate(zip(reader.shards, reader.live(), strict=True)):
+        # One that is the average, rounded to the model's dtype, is the average.
+        if not shard.name.is_parameter and not torch.equal(live, found[i].to(live)):
+            found[i] = live.to(found[i].device, found[i].dtype, copy=True)
+    return found
+
+
+def make_state(
+    reader: ReadsShards,
+    average: Average,
+    meta: Mapping[str, Any],
+    standing_in: str | None = None,
+) -> dict[str, Tensor]:
+    """The averages, and what makes an export a whole model: frozen parameters and buffers.
+
+    Args:
+        standing_in: see :func:`make_averages`.
+    """
+    state = make_averages(reader, average, standing_in)
     if meta["frozen"] == "save":
         for named in reader.inventory.frozen:
             state[FROZEN_PREFIX + named.fqn] = reader.stored_apart(named)

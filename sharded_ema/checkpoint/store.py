@@ -77,7 +77,11 @@ class Store:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages, what makes an export of them a whole model, and a description."""
-        return snapshot.make_state(self._model.reader, self._average, self._meta())
+        return self._state(self._meta())
+
+    def _state(self, meta: Mapping[str, Any]) -> dict[str, Tensor]:
+        model = self._model
+        return snapshot.make_state(model.reader, self._average, meta, model.standing_in)
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> Mapping[str, Any]:
         """Take over the values of a state, and return its description."""
@@ -129,7 +133,7 @@ class Store:
             check_target(target, format=format, replace=replace)
 
         self._model.ranks.agree(check, f"ema.save({target})")
-        state = snapshot.make_state(self._model.reader, self._average, self._joint_meta(step))
+        state = self._state(self._joint_meta(step))
         ranks, wait = self._model.ranks, None
         if asynchronous:
             ranks, wait = self._writers, self._staging.wait

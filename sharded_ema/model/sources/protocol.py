@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from sharded_ema.model.buffers import fill
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box, FlatRange, Shape
 from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener
@@ -238,15 +239,7 @@ def put_back(backup: Backup, targets: Callable[[], list[Tensor]]) -> None:
         targets: what stands in the place of the backup's targets now; may raise.
     """
     for target, original in backup:
-        _put_back(target, original)
+        fill(target, original)
     for now, (before, original) in zip(targets(), backup, strict=True):
         if now.data_ptr() != before.data_ptr() or now.stride() != before.stride():
-            _put_back(now, original)
-
-
-@torch.no_grad()
-def _put_back(target: Tensor, original: Tensor) -> None:
-    if target.shape == original.shape:
-        target.copy_(original)
-    else:  # the body of the swap has given it another one
-        target.data = original.to(target.device, target.dtype, copy=True)
+            fill(now, original)
