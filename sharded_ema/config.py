@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from sharded_ema.errors import ConfigError
 
 DEFAULT_PROFILE = "ema"
 
+#: What may become of buffers: for all of them, or by patterns of names, of which the first counts.
+Buffers = str | Mapping[str, str]
+
+_BUFFERS = ("copy", "average", "ignore")
 _CHOICES = {
-    "buffers": ("copy", "average", "ignore"),
     "frozen": ("save", "skip"),
     "nonfinite": ("skip", "raise", "allow"),
 }
@@ -22,7 +27,8 @@ class Settings:
     Attributes:
         update_every: applied optimizer steps between two updates of the shadow.
         start_step: applied optimizer step at which averaging starts.
-        buffers: ``"copy"`` (as they are), ``"average"`` (floating ones) or ``"ignore"``.
+        buffers: ``"copy"`` (as they are), ``"average"`` (floating ones) or ``"ignore"``; or one of
+            these for each pattern of names.
         frozen: ``"save"`` stores frozen parameters in checkpoints, ``"skip"`` does not.
         nonfinite: ``"skip"`` elements, ``"raise"``, or ``"allow"``.
         total_steps: planned optimizer steps, for warnings; ``None`` if unknown.
@@ -30,12 +36,19 @@ class Settings:
 
     update_every: int
     start_step: int
-    buffers: str
+    buffers: Buffers
     frozen: str
     nonfinite: str
     total_steps: int | None
 
     def __post_init__(self) -> None:
+        for pattern, choice in buffer_rules(self.buffers):
+            if choice not in _BUFFERS:
+                of = "" if isinstance(self.buffers, str) else f" for {pattern!r}"
+                raise ConfigError(
+                    f"buffers must be one of {', '.join(_BUFFERS)}, or a dict with one of them for "
+                    f"each pattern of names, got {choice!r}{of}"
+                )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(
@@ -51,3 +64,30 @@ class Settings:
             raise ConfigError(f"start_step must not be negative, got {self.start_step}")
         if self.total_steps is not None and self.total_steps < 1:
             raise ConfigError(f"total_steps must be at least 1, got {self.total_steps}")
+
+    @property
+    def buffers_text(self) -> str:
+        """What becomes of buffers as a checkpoint says it: the word, or the dict as JSON."""
+        if isinstance(self.buffers, str):
+            return self.buffers
+        return json.dumps(dict(self.buffers))
+
+
+def buffer_rules(buffers: Buffers) -> tuple[tuple[str, str], ...]:
+    """Patterns of names, each with what becomes of the buffers that it is the first to match.
+
+    Raises:
+        ConfigError: it is neither a word nor a dict of words by pattern, or the dict is empty.
+    """
+    if isinstance(buffers, str):
+        return (("*", buffers),)
+    if (
+        not isinstance(buffers, Mapping)
+        or not buffers
+        or not all(isinstance(text, str) for pair in buffers.items() for text in pair)
+    ):
+        raise ConfigError(
+            f"buffers must be one of {', '.join(_BUFFERS)}, or a dict with one of them for each "
+            f'pattern of names, such as {{"*.running_*": "average", "*": "copy"}}, got {buffers!r}'
+        )
+    return tuple(buffers.items())

@@ -26,7 +26,7 @@ from sharded_ema.averaging.schedules import Schedule, as_profiles
 from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
 from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
-from sharded_ema.config import Settings
+from sharded_ema.config import Settings, buffer_rules
 from sharded_ema.errors import CheckpointNotFoundError, StateError
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
@@ -54,13 +54,15 @@ class ShardedEMA:
             multiplied, so that the average does not depend on it but for what it did not see.
         start_step: applied optimizer step at which the shadow becomes the parameters and averaging
             starts. Before it, the average is the parameters.
-        include, exclude: shell-style patterns over parameter names.
-        buffers: ``"copy"`` stores buffers as they are, ``"average"`` averages floating ones,
-            ``"ignore"`` leaves them out. Integer buffers are never averaged.
+        include, exclude: shell-style patterns over names of parameters; buffers go by ``buffers``.
+        buffers: ``"copy"`` stores buffers as they are, ``"average"`` averages floating and complex
+            ones, ``"ignore"`` leaves them out; a dict has one of these for each pattern of names,
+            the first that matches counts: ``{"*.running_*": "average", "*": "copy"}``. What none
+            matches is copied. Integer buffers are never averaged.
         frozen: ``"save"`` stores parameters without gradient in checkpoints, ``"skip"`` does not;
             default ``"save"``, but ``"skip"`` for a model with PEFT adapters.
-        shadow_dtype: dtype of the shadow. One below fp32 is refused with decays at which it would
-            not move.
+        shadow_dtype: dtype of the shadow; default fp32, and fp64 for parameters in fp64. One below
+            fp32 is refused with decays at which it would not move.
         device: where the shadow lies; default each parameter's own device. Elsewhere, an update
             copies between devices and waits for it.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
@@ -98,9 +100,9 @@ class ShardedEMA:
         start_step: int = 0,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
-        buffers: str = "copy",
+        buffers: str | Mapping[str, str] = "copy",
         frozen: str | None = None,
-        shadow_dtype: torch.dtype = torch.float32,
+        shadow_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         shard_replicas: bool = True,
         nonfinite: str = "skip",
@@ -130,7 +132,9 @@ class ShardedEMA:
         else:
             check_dtype(shadow_dtype, profiles, total_steps)
         selection = Selection(
-            include=as_patterns(include), exclude=as_patterns(exclude) or (), buffers=buffers
+            include=as_patterns(include),
+            exclude=as_patterns(exclude) or (),
+            buffers=buffer_rules(buffers),
         )
         source = make_source(target, selection, process_group, shard_replicas=shard_replicas)
         self._closed = False
@@ -151,6 +155,7 @@ class ShardedEMA:
         self._health = Health()
         self._store = Store(self._average, self._model, settings, self._health)
         self._engine_checkpoints = EngineCheckpoints(target)
+        self._health.see_statistics(self._model.statistics())
         self._begin(self._average.start())
         self._watch = self._model.watch(self._weights_will_change)
         self._health.check_horizon(self._average, total_steps)
@@ -266,6 +271,7 @@ class ShardedEMA:
         def prepare() -> None:
             self._ready()
             self._check_moving()
+            self._check_statistics()
 
         average = self._average
         with self._model.replaced(
@@ -277,10 +283,13 @@ class ShardedEMA:
         """Overwrite the parameters with the average for good. Collective where swap is."""
         name = self._average.choose(profile)
         self._model.refuse_in_swap("copy_to()")
+
+        def prepare() -> None:
+            self._ready()
+            self._check_statistics()
+
         average = self._average
-        self._model.overwrite(
-            name, lambda: average.shadow.views[name], self._ready, average.counted
-        )
+        self._model.overwrite(name, lambda: average.shadow.views[name], prepare, average.counted)
         self._health.note_weights(self._average, self._model.weights())
 
     # ------------------------------------------------------------------ storing it
@@ -356,6 +365,7 @@ class ShardedEMA:
             ready=self._ready,
         )
         self._check_health()
+        self._check_statistics()
         return handle
 
     def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
@@ -493,6 +503,7 @@ class ShardedEMA:
             self._model.steps.end_round()
         if self._average.broken is None:
             self._check_health(closing=True)
+            self._check_statistics()
             self._health.check_forgotten(self._average)
         if self._model.steps is not None:
             self._model.steps.remove()
@@ -593,6 +604,7 @@ class ShardedEMA:
                 f"the checkpoint has no average {', '.join(fresh)}, which starts anew from the "
                 "weights as they are now; its schedule goes on with the checkpoint's counters",
             )
+        self._health.warn_of_loaded(self._average.examine())
         self._health.begin(self._average, self._model.weights(), loaded=True)
 
     # ------------------------------------------------------------------ common ground
@@ -631,6 +643,10 @@ class ShardedEMA:
         weights, attached = self._model.weights(), self._model.steps is not None
         self._health.check_counted(self._average, weights, attached=attached, closing=closing)
         self._health.check_moving(self._average, weights)
+
+    def _check_statistics(self) -> None:
+        if self._model.standing_in is None:  # else the body of a swap may have computed them anew
+            self._health.check_statistics(self._model.statistics())
 
     def _check_health(self, *, closing: bool = False) -> None:
         if self._model.is_itself:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import pickle
 import warnings
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.testing._internal.two_tensor import TwoTensor
 
-from sharded_ema import HalfLife, ShardedEMA
+from sharded_ema import HalfLife, ShardedEMA, inspect
 from sharded_ema.errors import (
     BindError,
     CheckpointExistsError,
@@ -264,6 +265,28 @@ def test_nonfinite_raise_and_allow() -> None:
         ShardedEMA(model, 0.5)
 
 
+def test_what_is_not_finite_in_a_loaded_average_heals(tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    careless = ShardedEMA(model, 0.5, nonfinite="allow")
+    with torch.no_grad():
+        model.weight[0, 1] = math.nan
+    careless.update()
+    careless.save(tmp_path / "x", step=1)
+    with torch.no_grad():
+        model.weight[0, 1] = 3.0
+    ema = ShardedEMA(model, 0.5)
+    with pytest.warns(EMAWarning, match=r"loaded holds NaN or Inf .* among them \['weight'\]"):
+        ema.load(tmp_path / "x")
+    before = averages(ema)["weight"]
+    assert math.isnan(before[0, 1])
+    ema.update()
+    before[0, 1] = 3.0
+    assert torch.equal(averages(ema)["weight"], before.lerp(model.weight.detach(), 0.5))
+    careless.load(tmp_path / "x")  # says nothing: they are allowed
+    careless.update()
+    assert math.isnan(averages(careless)["weight"][0, 1])
+
+
 def test_warnings_about_an_average_that_is_no_use() -> None:
     model = nn.Linear(4, 4)
     with pytest.warns(EMAWarning, match="spans 10,000 steps but the run has 100"):
@@ -348,28 +371,72 @@ def test_device_of_the_shadow_and_reference_kernel() -> None:
     assert_equal(averages(ema), averages(fast))
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support:UserWarning")
 def test_dtypes_that_the_format_lacks_are_refused_by_name(tmp_path: Path) -> None:
     model = nn.Linear(2, 2)
-    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex64))
-    with pytest.warns(EMAWarning, match=r"the buffers \['phase'\] are complex"):
+    model.register_buffer("phase", torch.zeros(2, dtype=torch.complex32))
+    with pytest.warns(EMAWarning, match=r"buffers \['phase'\] are complex numbers of two float16"):
         ema = ShardedEMA(model, 0.9)
-    with pytest.raises(CheckpointWriteError, match=r"_buffers\.phase has dtype torch\.complex64"):
+    with pytest.raises(CheckpointWriteError, match=r"_buffers\.phase has dtype torch\.complex32"):
         ema.save(tmp_path / "x", step=1)
     assert not list(tmp_path.iterdir())
     ShardedEMA(model, 0.9, buffers="ignore").save(tmp_path / "x", step=1)
 
 
-def test_patterns_know_all_names_of_a_tied_weight_and_averaged_buffers() -> None:
+def test_patterns_know_all_names_of_a_tied_weight_and_no_buffers() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2), nn.BatchNorm1d(2))
     model[1].weight = model[0].weight
     assert "0.weight" not in ShardedEMA(model, exclude="1.weight").names
     assert ShardedEMA(model, include="1.weight").names == ["0.weight"]
-    assert "2.running_var" in ShardedEMA(model, buffers="average").names
-    ema = ShardedEMA(model, buffers="average", exclude="2.running_var")
-    assert "2.running_var" not in ema.names and "2.running_mean" in ema.names
-    assert "_buffers.2.running_var" in ema.state_dict()
-    with pytest.raises(ConfigError, match="matches no parameter"):
-        ShardedEMA(model, exclude="2.running_var")
+    ema = ShardedEMA(model, buffers="average", include="2.weight")
+    assert ema.names == ["2.weight", "2.running_mean", "2.running_var"]
+    for buffers in ("average", "copy"):
+        with pytest.raises(
+            ConfigError, match=r"no parameter; it matches the buffer 2\.running_var"
+        ):
+            ShardedEMA(model, buffers=buffers, exclude="2.running_var")
+
+
+def test_buffers_by_pattern(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(3))
+    model.register_buffer("queue", torch.ones(2))
+    wave = torch.ones(2, dtype=torch.complex64)
+    model.register_buffer("wave", wave)
+    rules = {"*.running_mean": "average", "1.*": "ignore", "[w0]*": "average"}
+    ema = ShardedEMA(model, 0.5, include="0.weight", buffers=rules)
+    averaged = {"0.weight", "0.running_mean", "0.running_var", "1.running_mean", "wave"}
+    assert set(ema.names) == averaged
+    stored = {key for key in ema.state_dict() if key.startswith("_buffers")}
+    assert stored == {"_buffers.0.num_batches_tracked", "_buffers.queue"}  # the rest is copied
+    wave.mul_(3j)
+    ema.update()
+    with ema.swap():
+        assert wave.tolist() == [0.5 + 1.5j] * 2
+    ema.save(tmp_path / "x", step=1)
+    said = inspect(tmp_path / "x").facts["average"]["buffers"]["policy"]
+    assert list(json.loads(said).items()) == list(rules.items())
+    assert ShardedEMA(model, 0.5, include="0.weight", buffers=rules).load(tmp_path / "x") == 1
+    model[1].register_buffer("late", torch.ones(1))  # type: ignore[union-attr]
+    ema.state_dict()  # says nothing: it would be ignored
+    model.register_buffer("later", torch.ones(1))
+    with pytest.warns(EMAWarning, match=r"1 parameters or buffers were added .* \['later'\]"):
+        ema.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("buffers", "match"),
+    [
+        ({"*.runing_mean": "average"}, "of buffers matches no persistent buffer"),
+        ({"*": "mean"}, r"must be one of copy, average, ignore, .* got 'mean' for '\*'"),
+        ({}, "a dict with one of them for each pattern"),
+        ({"*": None}, "a dict with one of them for each pattern"),
+        (("average",), "a dict with one of them for each pattern"),
+        ("all", "buffers must be one of copy, average, ignore"),
+    ],
+)
+def test_bad_rules_for_buffers(buffers: Any, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        ShardedEMA(nn.Sequential(nn.BatchNorm1d(2)), buffers=buffers)
 
 
 def test_a_parameter_may_be_called_meta(tmp_path: Path) -> None:
@@ -445,7 +512,7 @@ def test_a_swap_restores_whatever_its_body_did_to_the_model() -> None:
 
 def test_parameters_that_cannot_be_averaged_are_named() -> None:
     for parameter, match in (
-        (torch.randn(3, dtype=torch.complex64), "parameter p is complex"),
+        (torch.randn(3, dtype=torch.complex64).conj(), "parameter p is conjugated lazily"),
         (torch.randn(1).expand(4), "parameter p is an expanded view"),
         (torch.empty(4, dtype=torch.float4_e2m1fn_x2), "parameter p packs two elements"),
     ):
@@ -457,9 +524,9 @@ def test_parameters_that_cannot_be_averaged_are_named() -> None:
 
 def test_what_is_excluded_may_be_of_any_kind() -> None:
     model = nn.Linear(2, 2)
-    model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    model.wave = nn.Parameter(torch.ones(2, dtype=torch.complex64).conj())
     model.quantised = nn.Parameter(TwoTensor(torch.ones(2), torch.ones(2)))
-    with pytest.raises(BindError, match="wave is complex"):
+    with pytest.raises(BindError, match="wave is conjugated"):
         ShardedEMA(model, exclude="quantised")
     with pytest.raises(BindError, match="quantised is a TwoTensor"):
         ShardedEMA(model, exclude="wave")

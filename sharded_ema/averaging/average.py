@@ -34,7 +34,7 @@ class Average:
         start_step: applied step at which averaging starts.
         nonfinite: ``"skip"`` elements that are NaN or Inf, ``"raise"`` before anything is touched,
             or ``"allow"``.
-        dtype: of the shadow.
+        dtype: of the shadow; ``None`` for at least fp32 and the precision of each parameter.
         device: where the shadow lies; ``None`` for each parameter's own device.
         impl: kernel implementation; ``None`` for the best.
 
@@ -55,7 +55,7 @@ class Average:
         update_every: int = 1,
         start_step: int = 0,
         nonfinite: str = "skip",
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         impl: str | None = None,
     ) -> None:
@@ -88,7 +88,7 @@ class Average:
             NonFiniteError: with ``nonfinite="raise"``; the step is counted, as on the ranks whose
                 parameters are finite, and its values are not taken in.
         """
-        self.track(live)
+        self.shadow.follow(live)
         bad = self.shadow.nonfinite() if self._nonfinite == "raise" else []
         clock = replace(self.clock, applied_steps=self.clock.applied_steps + 1)
         decays: dict[str, float] = {}
@@ -126,7 +126,7 @@ class Average:
         self.broken = None
 
     def track(self, live: Sequence[Tensor]) -> None:
-        """Take up parameters that moved in memory.
+        """Take up parameters whose memory has changed.
 
         Raises:
             StateError: one has another shape now.
@@ -166,6 +166,13 @@ class Average:
     def is_seed(self, live: Sequence[Tensor], positions: Sequence[int]) -> bool:
         """Whether these tensors are still what a fresh average was seeded with. Waits for them."""
         return self.shadow.equals(live, positions)
+
+    def examine(self) -> list[str]:
+        """Names of parameters whose loaded average holds NaN or Inf, unless that is allowed.
+
+        Such elements become the parameter's at the first update that finds it finite.
+        """
+        return [] if self._nonfinite == "allow" else self.shadow.examine()
 
     def mirror(self) -> None:
         """Before ``start_step`` the average is the parameters, NaN included."""
@@ -270,7 +277,7 @@ class Average:
 
 
 def check_dtype(
-    dtype: torch.dtype, profiles: Mapping[str, Schedule], total_steps: int | None
+    dtype: torch.dtype | None, profiles: Mapping[str, Schedule], total_steps: int | None
 ) -> None:
     """Refuse a dtype in which an average would not move.
 
@@ -279,11 +286,14 @@ def check_dtype(
     from its average.
 
     Args:
+        dtype: ``None`` for at least fp32, with which there is nothing to check.
         total_steps: planned optimizer steps; ``None`` if unknown.
 
     Raises:
         ConfigError: see above, or the dtype is no floating one.
     """
+    if dtype is None:
+        return
     if not dtype.is_floating_point:
         raise ConfigError(f"shadow_dtype must be a floating dtype, got {dtype}")
     if dtype.itemsize >= 4:

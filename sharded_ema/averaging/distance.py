@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.averaging.average import Average
+from sharded_ema.model.precision import real_view
 
 # Elements of a rank that a sampled distance looks at.
 SAMPLE_NUMEL = 1 << 18
@@ -53,8 +54,8 @@ def squared_distance(views: Sequence[Tensor], live: Sequence[Tensor], *, sampled
     sums: dict[torch.device, list[Tensor]] = {}
     for view, parameter in zip(views, live, strict=True):
         if parameter.numel():
-            a = view.reshape(-1)[::stride].double()
-            b = parameter.detach().reshape(-1)[::stride].to(a.device).double()
+            a = real_view(view).reshape(-1)[::stride].double()
+            b = real_view(parameter).detach().reshape(-1)[::stride].to(a.device).double()
             pair = torch.stack([(a - b).square().sum(), b.square().sum()])
             sums.setdefault(a.device, []).append(pair)
     # One wait for each device, not for each tensor.

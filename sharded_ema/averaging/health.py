@@ -16,6 +16,7 @@ from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import horizon
 from sharded_ema.errors import EMAWarning
 from sharded_ema.model.holdings import Record, find_differing
+from sharded_ema.model.precision import real_view
 
 # A sample for the question whether anything moved: a few elements of a few tensors.
 _PROBE_TENSORS = 32
@@ -43,6 +44,7 @@ class Health:
         self._uncounted = 0
         self._updates_seen = 0
         self._after_update: Tensor | None = None
+        self._statistics_at_start = torch.empty(0, device="cpu")
 
     def warn_once(self, topic: str, message: str) -> None:
         """Warn with :class:`EMAWarning`, once per topic."""
@@ -73,7 +75,19 @@ class Health:
             self.warn_once(
                 "nonfinite seed",
                 f"{len(bad)} parameters hold NaN or Inf as their average starts, among them "
-                f"{list(bad[:3])}; initialise or load the weights before making the average",
+                f"{list(bad[:3])}; initialise or load the weights before making the average. Until "
+                "then such elements of the average are no numbers; the first finite weights that "
+                "an update finds take their place",
+            )
+
+    def warn_of_loaded(self, bad: Sequence[str]) -> None:
+        """Warn of an average that was loaded with NaN or Inf."""
+        if bad:
+            self.warn_once(
+                "nonfinite load",
+                f"the average that was loaded holds NaN or Inf for {len(bad)} parameters, among "
+                f"them {list(bad[:3])}; such elements start anew from the weights at the next "
+                "update",
             )
 
     def note_weights(self, average: Average, live: Sequence[Tensor]) -> None:
@@ -167,7 +181,7 @@ class Health:
                 "its decay is 1, so it never will"
                 if share == 0.0
                 else f"its dtype {views[0].dtype} rounds every update away; use a float32 shadow"
-                if views[0].dtype != torch.float32
+                if views[0].dtype.itemsize < 4
                 else "check that the optimizer you attached is the one that trains this model"
             )
             self.warn_once(
@@ -175,6 +189,26 @@ class Health:
                 f"after {average.num_updates} updates the average {name!r} is still the initial "
                 f"weights although the weights have moved: {reason}",
             )
+
+    def see_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Remember the running statistics that are not averaged, as the average is made."""
+        self._statistics_at_start = _probe(statistics)
+
+    def check_statistics(self, statistics: Sequence[Tensor]) -> None:
+        """Warn if running statistics move that are those of the weights and not of the average.
+
+        Those of layers in evaluation mode stand still, and those of none are none.
+        """
+        if torch.equal(_probe(statistics), self._statistics_at_start):
+            return
+        self.warn_once(
+            "statistics",
+            f"the model has {len(statistics)} buffers with running statistics, as of BatchNorm, "
+            "which the average would be evaluated and stored with as its raw weights have left "
+            'them (buffers="copy"); that is often worse than either. Pass buffers="average" (or '
+            '{"*.running_*": "average", "*": "copy"}), or recompute them inside a swap with '
+            "torch.optim.swa_utils.update_bn and save there",
+        )
 
     def check_horizon(self, average: Average, total_steps: int | None) -> None:
         """Warn if at the end of the planned run the initial weights would still count most.
@@ -248,16 +282,13 @@ class Health:
 
 @torch.no_grad()
 def _probe(tensors: Sequence[Tensor]) -> Tensor:
-    """A few elements of a few tensors, fp32 on the CPU; NaN as 0, so that it equals itself."""
+    """A few elements of a few tensors, fp64 on the CPU; NaN as 0, so that it equals itself."""
     filled = [t for t in tensors if t.numel()]
     chosen = filled[:: max(1, len(filled) // _PROBE_TENSORS)]
     parts = []
     for tensor in chosen:
-        flat = (
-            tensor.detach().reshape(-1)
-            if tensor.is_contiguous()
-            else tensor.detach()[:1].reshape(-1)
-        )
+        plain = real_view(tensor.detach().resolve_conj())
+        flat = plain.reshape(-1) if plain.is_contiguous() else plain[:1].reshape(-1)
         step = max(1, flat.numel() // _PROBE_ELEMENTS)
-        parts.append(flat[::step][:_PROBE_ELEMENTS].float().cpu())
+        parts.append(flat[::step][:_PROBE_ELEMENTS].cpu().double())
     return torch.cat(parts).nan_to_num() if parts else torch.empty(0, device="cpu")

@@ -1,4 +1,4 @@
-"""The shadow of this rank's shards: one set of fp32 averages for each profile."""
+"""The shadow of this rank's shards: one set of averages for each profile."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ from torch import Tensor
 
 from sharded_ema.averaging.kernels import LerpPlan
 from sharded_ema.errors import StateError
+from sharded_ema.model.precision import average_dtype
 
 
 class Shadow:
     """Averages of a fixed list of local tensors, one set per profile.
 
-    Each profile has one flat buffer per device, with a view per parameter that has the
+    Each profile has one flat buffer per device and dtype, with a view per parameter that has the
     parameter's shape and, where that is gapless, its memory order.
 
     Args:
         profiles: names of the averages.
         live: this rank's part of every averaged tensor, in a fixed order.
         names: of these tensors, for messages.
-        dtype: dtype of the shadow.
+        dtype: dtype of the shadow; ``None`` for at least fp32 and the precision of each parameter.
         device: where the shadow lies; ``None`` for each parameter's own device.
         guard: skip and count non-finite elements.
         impl: kernel implementation; ``None`` for the best.
@@ -37,7 +38,7 @@ class Shadow:
         live: Sequence[Tensor],
         names: Sequence[str],
         *,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: torch.device | None,
         guard: bool,
         impl: str | None,
@@ -47,26 +48,28 @@ class Shadow:
         self._guard = guard
         self._impl = impl
         self._seeded = False
+        # Positions of shadows that may hold NaN or Inf, of which the average is to be rid.
+        self._unhealthy: set[int] = set()
         self._flats: list[Tensor] = []
         self.views = {name: self._allocate(live, dtype, device) for name in profiles}
         self._plan = self._make_plan(live)
-        self._pointers = [t.data_ptr() for t in live]
 
     # An evaluation may have turned inference mode on; its tensors could never be updated.
     @torch.inference_mode(False)
     def _allocate(
-        self, live: Sequence[Tensor], dtype: torch.dtype, device: torch.device | None
+        self, live: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
     ) -> list[Tensor]:
-        sizes: dict[torch.device, int] = {}
-        for tensor in live:
-            where = device or tensor.device
-            sizes[where] = sizes.get(where, 0) + tensor.numel()
-        free = {where: torch.empty(n, dtype=dtype, device=where) for where, n in sizes.items()}
+        kinds = [(device or t.device, average_dtype(t.dtype, dtype)) for t in live]
+        sizes: dict[tuple[torch.device, torch.dtype], int] = {}
+        for tensor, kind in zip(live, kinds, strict=True):
+            sizes[kind] = sizes.get(kind, 0) + tensor.numel()
+        free = {
+            (where, of): torch.empty(n, dtype=of, device=where) for (where, of), n in sizes.items()
+        }
         self._flats += free.values()
         views = []
-        for tensor in live:
-            where = device or tensor.device
-            flat, free[where] = free[where].tensor_split([tensor.numel()])
+        for tensor, kind in zip(live, kinds, strict=True):
+            flat, free[kind] = free[kind].tensor_split([tensor.numel()])
             # empty_like settles the memory order: the parameter's if gapless, else C order.
             strides = torch.empty_like(tensor, device="meta").stride()
             views.append(
@@ -81,15 +84,27 @@ class Shadow:
         shadows = list(self.views.values())
         return LerpPlan(shadows, list(live), guard=self._guard, impl=self._impl)
 
+    def follow(self, live: Sequence[Tensor]) -> None:
+        """Take up parameters whose memory has changed before an update reads them.
+
+        Raises:
+            StateError: see :meth:`track`.
+        """
+        if not self._plan.reads(live):
+            self.track(live)
+
     def track(self, live: Sequence[Tensor]) -> None:
-        """Take up parameters that moved in memory (``model.to()``), else do nothing.
+        """Take up parameters whose memory has changed: moved, converted, with other strides.
 
         Raises:
             StateError: a parameter changed its shape since the shadow was made.
         """
-        pointers = list(map(Tensor.data_ptr, live))
-        if pointers == self._pointers:
-            return
+        self._refuse_changed(live)
+        if not self._plan.reads(live):
+            self.collect_skipped()
+            self._plan = self._make_plan(live)
+
+    def _refuse_changed(self, live: Sequence[Tensor]) -> None:
         views = next(iter(self.views.values()))
         for tensor, view, name in zip(live, views, self._names, strict=True):
             if tensor.shape != view.shape:
@@ -98,9 +113,12 @@ class Shadow:
                     f"made and has {tuple(tensor.shape)} now; make a new ShardedEMA after "
                     "resizing a model"
                 )
-        self.collect_skipped()
-        self._plan = self._make_plan(live)
-        self._pointers = pointers
+            if tensor.is_complex() != view.is_complex() or tensor.is_conj():
+                raise StateError(
+                    f"parameter {name} is averaged as {view.dtype} and has become {tensor.dtype}"
+                    f"{', conjugated lazily' if tensor.is_conj() else ''}; make a new ShardedEMA "
+                    "after such a change, of tensors on which resolve_conj() was called"
+                )
 
     @torch.no_grad()
     def copy_live(
@@ -109,8 +127,9 @@ class Shadow:
         """Shadows become the parameters; this may wait for the device.
 
         Args:
-            keep_nonfinite: copy NaN and Inf too. Otherwise such elements keep what the shadow
-                held, unless it never held anything.
+            keep_nonfinite: copy NaN and Inf too, and let them be. Otherwise such elements keep what
+                the shadow held. If it never held anything they are copied, and become the
+                parameter's at the first update that finds it finite.
             profiles: of which; ``None`` for all.
 
         Returns:
@@ -118,7 +137,10 @@ class Shadow:
         """
         live = self._plan.live
         bad = [] if keep_nonfinite else self._plan.nonfinite()
-        for views in (self.views[name] for name in profiles or self.views):
+        chosen = set(self.views if profiles is None else profiles)
+        for name, views in zip(self.views, self._plan.shadows, strict=True):
+            if name not in chosen:
+                continue
             for i, (view, parameter) in enumerate(zip(views, live, strict=True)):
                 if i in bad and self._seeded:
                     value = parameter.to(view.device, view.dtype)
@@ -126,7 +148,21 @@ class Shadow:
                 else:
                     view.copy_(parameter)
         self._seeded = True
+        self._unhealthy |= set(bad)
         return [self._names[i] for i in bad]
+
+    def examine(self) -> list[str]:
+        """Look for NaN and Inf in the shadow, which later updates are to heal.
+
+        Returns:
+            Names of the parameters whose average holds some. Waits for the device.
+        """
+        self._unhealthy = self._sick(range(len(self._names)))
+        return [self._names[i] for i in sorted(self._unhealthy)]
+
+    def _sick(self, positions: Iterable[int]) -> set[int]:
+        views = self.views.values()
+        return {i for i in positions if not all(bool(torch.isfinite(v[i]).all()) for v in views)}
 
     @torch.no_grad()
     def equals(self, live: Sequence[Tensor], positions: Sequence[int]) -> bool:
@@ -140,7 +176,13 @@ class Shadow:
         Args:
             decays: by profile.
         """
-        self._plan.run([1.0 - decays[name] for name in self.views])
+        try:
+            if self._unhealthy:
+                self._plan.heal(self._unhealthy)
+            self._plan.run([1.0 - decays[name] for name in self.views])
+        except RuntimeError:
+            self._refuse_changed(self._plan.given)
+            raise
 
     def nonfinite(self) -> list[str]:
         """Names of parameters that hold NaN or Inf. Waits for the device."""
@@ -149,6 +191,7 @@ class Shadow:
     def collect_skipped(self) -> int:
         """Elements that the guard has skipped so far. Waits for the device."""
         self.skipped_elements += self._plan.take_skipped()
+        self._unhealthy = self._sick(self._unhealthy)
         return self.skipped_elements
 
     @property

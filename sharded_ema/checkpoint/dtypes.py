@@ -7,6 +7,8 @@ import torch
 from sharded_ema.errors import CheckpointWriteError
 
 SAFETENSORS_NAME: dict[torch.dtype, str] = {
+    torch.complex128: "C128",
+    torch.complex64: "C64",
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",

@@ -18,8 +18,12 @@ from sharded_ema.checkpoint.files import Location, open_regular
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape
 
+#: Complex dtypes and those of their parts. C128 is a name of our own, which safetensors lacks.
+PARTS: dict[str, str] = {"C64": "F32", "C128": "F64"}
 #: Bytes per element of the dtypes that this library stores, by their safetensors names.
 ITEMSIZE: dict[str, int] = {
+    "C128": 16,
+    "C64": 8,
     "F64": 8,
     "F32": 4,
     "F16": 2,
@@ -63,6 +67,11 @@ class Entry:
 def num_bytes(dtype: str, shape: Sequence[int]) -> int:
     """Bytes that a tensor of ``shape`` takes."""
     return math.prod(shape) * ITEMSIZE[dtype]
+
+
+def in_parts(dtype: str, shape: Shape) -> tuple[str, Shape]:
+    """The same elements as real numbers: complex ones get a last dimension of 2, others stay."""
+    return (PARTS[dtype], (*shape, 2)) if dtype in PARTS else (dtype, shape)
 
 
 def build_header(

@@ -21,12 +21,14 @@ from sharded_ema.checkpoint.names import (
 )
 from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
 from sharded_ema.checkpoint.reading.opened import Checkpoint
+from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.holdings import Tensors
 from sharded_ema.model.layout import Box
 from sharded_ema.model.pieces import Piece, pieces_of, unwritten, whole
+from sharded_ema.model.sources.protocol import ReadsShards
 
 # Names of absent tensors that are listed in full.
 _MAX_ABSENT_NAMES = 100
@@ -49,7 +51,7 @@ def make_meta(settings: Settings, average: Average, tensors: Tensors) -> dict[st
         **average.describe(),
         "aliases": tensors.aliases,
         "adapters": tensors.adapters,
-        "buffers": settings.buffers,
+        "buffers": settings.buffers_text,
         "frozen": settings.frozen,
         "absent": {"count": len(absent), "names": absent[:_MAX_ABSENT_NAMES]},
         "nonfinite_elements": average.shadow.collect_skipped(),
@@ -57,13 +59,29 @@ def make_meta(settings: Settings, average: Average, tensors: Tensors) -> dict[st
 
 
 def make_averages(model: FollowedModel, average: Average) -> dict[str, Tensor]:
-    """``<profile>.<name>``: the shadows as values that DCP can save and load in place."""
-    borrowed, shards = model.holdings.borrowed, model.reader.shards
-    return {
-        f"{profile}.{shard.name.fqn}": unwritten(value) if shard.name.fqn in borrowed else value
-        for profile, views in average.shadow.views.items()
-        for shard, value in zip(shards, model.reader.stored(views), strict=True)
-    }
+    """``<profile>.<name>``: the shadows as values that DCP can save and load in place.
+
+    Of an average that stands in for the weights, buffers are those that the model has, which the
+    body of the swap may have computed anew.
+    """
+    borrowed, reader = model.holdings.borrowed, model.reader
+    found = {}
+    for profile, views in average.shadow.views.items():
+        tensors = _as_in_the_model(reader, views) if profile == model.standing_in else views
+        for shard, value in zip(reader.shards, reader.stored(tensors), strict=True):
+            name = shard.name.fqn
+            found[f"{profile}.{name}"] = unwritten(value) if name in borrowed else value
+    return found
+
+
+@torch.no_grad()
+def _as_in_the_model(reader: ReadsShards, views: Sequence[Tensor]) -> list[Tensor]:
+    found = list(views)
+    for i, (shard, live) in enumerate(zip(reader.shards, reader.live(), strict=True)):
+        # One that is the average, rounded to the model's dtype, is the average.
+        if not shard.name.is_parameter and not torch.equal(live, found[i].to(live)):
+            found[i] = live.to(found[i].device, found[i].dtype, copy=True)
+    return found
 
 
 def make_state(
@@ -109,12 +127,14 @@ class Stored:
         prefix: of its keys.
         meta: what it says of itself.
         shapes: by key, without the prefix.
+        complex: keys of complex numbers.
     """
 
     where: str
     prefix: str
     meta: dict[str, Any]
     shapes: Mapping[str, tuple[int, ...]]
+    complex: frozenset[str]
 
 
 def stored_in_checkpoint(checkpoint: Checkpoint) -> Stored:
@@ -136,12 +156,18 @@ def stored_in_checkpoint(checkpoint: Checkpoint) -> Stored:
             )
         )
     (prefix,) = prefixes
-    shapes = {
-        key.removeprefix(prefix): tensor.shape
+    tensors = {
+        key.removeprefix(prefix): tensor
         for key, tensor in checkpoint.tensors.items()
         if key.startswith(prefix)
     }
-    return Stored(str(checkpoint.path), prefix, checkpoint.meta(prefix), shapes)
+    return Stored(
+        str(checkpoint.path),
+        prefix,
+        checkpoint.meta(prefix),
+        {key: tensor.shape for key, tensor in tensors.items()},
+        frozenset(key for key, tensor in tensors.items() if tensor.dtype in PARTS),
+    )
 
 
 def stored_in_state(state: Mapping[str, Any]) -> Stored:
@@ -158,8 +184,14 @@ def stored_in_state(state: Mapping[str, Any]) -> Stored:
         )
     ((_, tensor),) = pieces_of(value)
     meta = decode_meta(tensor.cpu().numpy().tobytes(), META_KEY)
-    shapes = {key: tuple(v.shape) for key, v in state.items() if isinstance(v, Tensor)}
-    return Stored("the state", "", meta, shapes)
+    tensors = {key: value for key, value in state.items() if isinstance(value, Tensor)}
+    return Stored(
+        "the state",
+        "",
+        meta,
+        {key: tuple(value.shape) for key, value in tensors.items()},
+        frozenset(key for key, value in tensors.items() if value.is_complex()),
+    )
 
 
 def check_fits(
@@ -188,6 +220,11 @@ def check_fits(
         f"{key} is {tuple(shapes[key])} there and {tuple(value.shape)} here"
         for key, value in own.items()
         if key in shapes and tuple(shapes[key]) != tuple(value.shape)
+    ]
+    differing += [
+        f"{key} is {'real' if value.is_complex() else 'complex'} there and not here"
+        for key, value in own.items()
+        if key in shapes and (key in stored.complex) != value.is_complex()
     ]
     if differing:
         raise CheckpointMismatchError(

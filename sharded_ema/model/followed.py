@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import AbsentRankError, BindError, EMAError, StateError, SwapError
 from sharded_ema.model.adapters import merged_layers
 from sharded_ema.model.agreement import Ranks, collective
+from sharded_ema.model.buffers import HeldBuffers, running_statistics
 from sharded_ema.model.devices import is_accelerator, is_capturing, wait_for
 from sharded_ema.model.holdings import (
     Digests,
@@ -23,6 +25,7 @@ from sharded_ema.model.holdings import (
     digest_of,
     take_stock,
 )
+from sharded_ema.model.internals.pytorch import local_tensor
 from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
 from sharded_ema.model.standing import StandingIn
@@ -84,6 +87,11 @@ class FollowedModel:
     def weights_at(self) -> list[int]:
         """Positions of these among the averaged tensors."""
         return [i for i, shard in enumerate(self.reader.shards) if shard.name.is_parameter]
+
+    def statistics(self) -> list[Tensor]:
+        """Running statistics, as of BatchNorm, that are not averaged."""
+        found = [named.read() for named in running_statistics(self.inventory.buffers)]
+        return [local_tensor(t) if isinstance(t, DTensor) else t for t in found]
 
     @property
     def counted_here(self) -> list[int]:
@@ -274,14 +282,18 @@ class FollowedModel:
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
         backup: Backup = []
+        held: list[HeldBuffers] = []
 
         def back_up() -> None:
             prepare()
             self._refuse_merged("swap()")
             backup.extend(self._stand_in.back_up())
+            held.append(HeldBuffers(self.inventory))
 
         self._together(back_up, "ema.swap()", lambda: {"profile": name, **alike()})
+        (buffers,) = held
         self.backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
+        self.backup_bytes += buffers.num_bytes
         self.standing_in = name
         self._standing = StandingIn(name, self.inventory.averaged)
         failure: BaseException | None = None
@@ -295,9 +307,11 @@ class FollowedModel:
             failure = error
             raise
         finally:
-            self._put_back(backup, failure)
+            self._put_back(backup, buffers, failure)
 
-    def _put_back(self, backup: Backup, failure: BaseException | None) -> None:
+    def _put_back(
+        self, backup: Backup, buffers: HeldBuffers, failure: BaseException | None
+    ) -> None:
         failures: dict[int, str] = {}
         if self._stand_in.leaves_together:
             own = None if failure is None else f"{type(failure).__name__}: {failure}"
@@ -314,6 +328,7 @@ class FollowedModel:
         try:
             self._come_to_rest()
             self._stand_in.restore(backup)
+            buffers.put_back()
         finally:
             self._come_to_rest()
             if self._standing is not None:

@@ -96,9 +96,10 @@ class Inventory:
         averaged: trainable parameters that the patterns select.
         frozen: parameters with ``requires_grad=False``.
         excluded: trainable parameters that the patterns leave out.
-        buffers: persistent buffers.
+        buffers: persistent buffers that are stored as they are.
+        ignored: persistent buffers that are left out.
         adapters: names of the PEFT adapters in it.
-        ignores_buffers: whether buffers are left out on purpose.
+        selection: what of it was asked for.
         is_settled: whether what is trained was settled when the model was wrapped, whatever
             ``requires_grad`` says later (DeepSpeed).
         registered: what the model has in the place of a parameter now.
@@ -109,8 +110,9 @@ class Inventory:
     frozen: list[Named] = field(default_factory=list)
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
+    ignored: list[Named] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
-    ignores_buffers: bool = False
+    selection: Selection = field(default_factory=lambda: Selection())
     is_settled: bool = False
     registered: Callable[[Named], Tensor | None] = Named.registered
     _held: list[Tensor] | None = None
@@ -148,15 +150,17 @@ class Inventory:
     def not_known(self) -> Iterator[tuple[str, str]]:
         """What the model has by now that the inventory lacks: topics and messages of warnings."""
         known = {id(n.tensor) for n in (*self.averaged, *self.frozen, *self.excluded)}
-        places = {(id(n.owner), n.attribute) for n in (*self.averaged, *self.buffers)}
+        stored = (*self.averaged, *self.buffers, *self.ignored)
+        places = {(id(named.owner), named.attribute) for named in stored}
         new = []
         for prefix, module in walk(self.model):
             for name, tensor in own_parameters(module).items():
                 if tensor is not None and id(tensor) not in known and not is_flattened(tensor):
                     new.append(prefix + name)
-            for name, buffer in own_buffers(module).items() if not self.ignores_buffers else ():
-                stored = buffer is not None and is_persistent(module, name)
-                if stored and (id(module), name) not in places:
+            for name, buffer in own_buffers(module).items():
+                kept = buffer is not None and is_persistent(module, name)
+                kept = kept and self.selection.of_buffer(prefix + name) != "ignore"
+                if kept and (id(module), name) not in places:
                     new.append(prefix + name)
         if new:
             yield (
@@ -241,13 +245,14 @@ class Selection:
         include: shell-style patterns over names, of which a tensor must match one to be averaged.
             ``None``: all. A tied weight goes by any of its names.
         exclude: patterns of which it must match none.
-        buffers: ``"average"`` treats floating-point buffers like parameters, ``"copy"`` lists
-            all buffers apart, ``"ignore"`` leaves them out.
+        buffers: what becomes of buffers by patterns over their names, of which the first counts:
+            ``"average"`` treats floating and complex ones like parameters, ``"copy"`` lists them
+            apart, ``"ignore"`` leaves them out. What no pattern matches is copied.
     """
 
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
-    buffers: str = "copy"
+    buffers: tuple[tuple[str, str], ...] = ()
 
     def takes(self, named: Named) -> bool:
         """Whether the patterns select a tensor by any of its names."""
@@ -255,16 +260,37 @@ class Selection:
             named, self.exclude
         )
 
-    def check(self, names: Sequence[str]) -> None:
-        """Refuse a pattern that matches nothing that can be averaged.
+    def of_buffer(self, name: str) -> str:
+        """What becomes of a buffer."""
+        return next((what for pattern, what in self.buffers if fnmatchcase(name, pattern)), "copy")
+
+    def check(self, parameters: Sequence[str], buffers: Sequence[str]) -> None:
+        """Refuse a pattern that matches nothing.
+
+        Args:
+            parameters, buffers: all names there are.
 
         Raises:
             ConfigError: see above.
         """
         for pattern in (*(self.include or ()), *self.exclude):
-            if not any(fnmatchcase(name, pattern) for name in names):
+            if any(fnmatchcase(name, pattern) for name in parameters):
+                continue
+            found = [name for name in buffers if fnmatchcase(name, pattern)]
+            raise ConfigError(
+                f"pattern {pattern!r} matches no parameter; "
+                + (
+                    f"it matches the buffer {found[0]}: buffers go by a dict such as "
+                    f'buffers={{{pattern!r}: "copy", "*": "average"}}'
+                    if found
+                    else f"names look like {list(parameters[:3])}"
+                )
+            )
+        for pattern, _ in self.buffers:
+            if pattern != "*" and not any(fnmatchcase(name, pattern) for name in buffers):
                 raise ConfigError(
-                    f"pattern {pattern!r} matches no parameter; names look like {list(names[:3])}"
+                    f"pattern {pattern!r} of buffers matches no persistent buffer; their names "
+                    f"look like {list(buffers[:3])}"
                 )
 
 
@@ -294,8 +320,8 @@ def take_inventory(
         ConfigError: a pattern matches nothing that can be averaged.
     """
     MODULE.check(model)
-    mode = selection.buffers
-    found = Inventory(model, adapters=adapters_of(model), ignores_buffers=mode == "ignore")
+    found = Inventory(model, adapters=adapters_of(model), selection=selection)
+    buffers: list[Named] = []
     parameters: dict[Hashable, Named] = {}
     taken: dict[str, Hashable] = {}
     for prefix, module in walk(model):
@@ -314,10 +340,9 @@ def take_inventory(
                 else Named(fqn, module, attribute, parameter, shape)
             )
         for attribute, buffer in own_buffers(module).items():
-            kept = not found.ignores_buffers and is_persistent(module, attribute)
-            if buffer is not None and kept:
+            if buffer is not None and is_persistent(module, attribute):
                 shape = tuple(buffer.shape)
-                found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
+                buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
     for named in parameters.values():
         if not named.tensor.requires_grad:
             found.frozen.append(named)
@@ -327,10 +352,11 @@ def take_inventory(
             found.excluded.append(named)
     for named in (*found.averaged, *found.frozen):
         _refuse_unusable(named)
-    smooth = [b for b in found.buffers if mode == "average" and b.tensor.is_floating_point()]
-    selection.check([name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)])
-    chosen = [b for b in smooth if selection.takes(b)]
-    found.buffers = [b for b in found.buffers if b not in chosen]
+    selection.check(
+        [name for n in parameters.values() for name in (n.fqn, *n.aliases)],
+        [named.fqn for named in buffers],
+    )
+    averaged = _sort_buffers(buffers, found)
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "
@@ -338,9 +364,28 @@ def take_inventory(
             f"(requires_grad=False) and {len(found.excluded)} left out by "
             f"include={selection.include} exclude={selection.exclude}"
         )
-    found.averaged += chosen
-    _warn_of_complex(found.buffers)
+    found.averaged += averaged
+    _warn_of_half_complex(found.buffers)
     return found
+
+
+def _sort_buffers(buffers: Iterable[Named], found: Inventory) -> list[Named]:
+    """Put buffers where they belong in an inventory, but for those to average, which are returned.
+
+    Raises:
+        BindError: one cannot be averaged.
+    """
+    averaged = []
+    for named in buffers:
+        what, tensor = found.selection.of_buffer(named.fqn), named.tensor
+        if what == "ignore":
+            found.ignored.append(named)
+        elif what == "average" and (tensor.is_floating_point() or tensor.is_complex()):
+            _refuse_conjugated(named)
+            averaged.append(named)
+        else:
+            found.buffers.append(named)
+    return averaged
 
 
 # ---------------------------------------------------------------------- what cannot be averaged
@@ -370,23 +415,32 @@ def refuse_partitioned(inventory: Inventory) -> None:
             )
 
 
-def _warn_of_complex(buffers: Iterable[Named]) -> None:
+def _warn_of_half_complex(buffers: Iterable[Named]) -> None:
     """Warn of buffers that no save can hold, before the first save fails because of them."""
-    found = [named.fqn for named in buffers if named.tensor.is_complex()]
+    found = [named.fqn for named in buffers if named.tensor.dtype is torch.complex32]
     if found:
         warnings.warn(
-            f"the buffers {found[:3]} are complex, which checkpoints cannot hold: save() refuses "
-            'them. Register them with persistent=False, or pass buffers="ignore"',
+            f"the buffers {found[:3]} are complex numbers of two float16, which checkpoints cannot "
+            "hold: save() refuses them. Register them with persistent=False, or pass "
+            'buffers="ignore"',
             EMAWarning,
             stacklevel=6,
+        )
+
+
+def _refuse_conjugated(named: Named) -> None:
+    """Refuse complex numbers whose memory holds their conjugates."""
+    if named.tensor.is_conj():
+        raise BindError(
+            f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} is conjugated lazily; "
+            "make it of resolve_conj()"
         )
 
 
 def _refuse_unusable(named: Named) -> None:
     """Refuse a parameter that cannot be averaged, or stored if it is frozen."""
     fqn, tensor = named.fqn, named.tensor
-    if tensor.is_complex() and tensor.requires_grad:
-        raise BindError(f"parameter {fqn} is complex; only real parameters can be averaged")
+    _refuse_conjugated(named)
     if tensor.layout != torch.strided:
         raise BindError(f"parameter {fqn} has the layout {tensor.layout}; make it dense")
     overlaps = zip(tensor.shape, tensor.stride(), strict=True)

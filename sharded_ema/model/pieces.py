@@ -180,6 +180,7 @@ def _chunk(box: Box) -> ChunkStorageMetadata:
 
 def whole(tensor: Tensor, *, writes: bool = True, reads: bool = True) -> FlatShard:
     """A tensor that every rank holds whole."""
+    tensor = tensor.resolve_conj().resolve_neg()  # or its memory would hold other numbers
     return FlatShard(
         tensor.shape,
         [(Box.whole(tensor.shape), tensor)],

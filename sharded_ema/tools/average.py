@@ -17,8 +17,9 @@ from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.tools.casting import FLOATING
+from sharded_ema.tools.casting import NUMBERS
 from sharded_ema.tools.contents import Average, find_tensors
+from sharded_ema.tools.diff import comparable
 from sharded_ema.tools.huggingface import holds_model, open_model, read_model
 from sharded_ema.tools.plan import Wanted, plan_model
 from sharded_ema.tools.report import Report
@@ -56,7 +57,7 @@ class _Input:
     def copied(self, tensor: StoredTensor) -> bool:
         """Whether a tensor has no mean: integers, and what an average has not averaged."""
         apart = tuple(self.average.prefix + part for part in (FROZEN_PREFIX, BUFFERS_PREFIX))
-        return tensor.dtype not in FLOATING or (self.described and tensor.key.startswith(apart))
+        return tensor.dtype not in NUMBERS or (self.described and tensor.key.startswith(apart))
 
 
 def average(
@@ -202,7 +203,7 @@ def _sources(
                 )
             used.add(other.key)
             if not last.copied(tensor):
-                if other.dtype not in FLOATING:
+                if not comparable(tensor, other) or other.dtype not in NUMBERS:
                     raise CheckpointMismatchError(
                         f"{name} is {other.dtype} in {each.path} and {tensor.dtype} in {last.path}"
                     )

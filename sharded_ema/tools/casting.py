@@ -6,11 +6,14 @@ from collections.abc import Callable
 
 import numpy
 
+from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.errors import ConfigError
 
 #: Names that users write, and safetensors'.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATING = {"F64", "F32", "F16", "BF16"}
+#: Whose values can be summed and compared; of complex ones, their parts.
+NUMBERS = FLOATING | PARTS.keys()
 # Elements rounded at a time: what lies between the steps stays in the processor's cache.
 _PIECE = 1 << 16
 
@@ -19,7 +22,7 @@ Cast = Callable[[Bytes], Bytes]
 
 
 def target_dtype(stored: str, wanted: str | None) -> str:
-    """dtype to write a tensor in; only floating-point tensors are converted.
+    """dtype to write a tensor in; only real floating-point tensors are converted.
 
     Raises:
         ConfigError: ``wanted`` is none of ``float32``, ``bfloat16``, ``float16``.
@@ -49,7 +52,12 @@ def caster(source: str, target: str) -> Cast | None:
 
 
 def round_once(values: numpy.ndarray, target: str) -> Bytes:
-    """float64 as uint8 of another dtype, each value the nearest one; `caster` goes over fp32."""
+    """float64 as uint8 of another dtype, each value the nearest one; `caster` goes over fp32.
+
+    Args:
+        target: a real dtype, or a complex one for values that are its parts.
+    """
+    target = PARTS.get(target, target)
     if target == "F64":
         return values.view("u1")
     if target == "BF16":
@@ -59,8 +67,8 @@ def round_once(values: numpy.ndarray, target: str) -> Bytes:
 
 
 def widen(data: Bytes, source: str) -> numpy.ndarray:
-    """The values as float64, exactly."""
-    return _to_wide(data, source).astype("<f8")
+    """The values as float64, exactly; of complex ones real and imaginary part in turn."""
+    return _to_wide(data, PARTS.get(source, source)).astype("<f8")
 
 
 def _to_wide(data: Bytes, source: str) -> numpy.ndarray:

@@ -11,9 +11,9 @@ from sharded_ema.checkpoint.files import OpenFiles
 from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.tools.casting import FLOATING
+from sharded_ema.tools.casting import NUMBERS
 from sharded_ema.tools.contents import Average, find_average
-from sharded_ema.tools.diff import Distance, distance, prefix_of_names
+from sharded_ema.tools.diff import Distance, comparable, distance, prefix_of_names
 from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_weights
@@ -107,7 +107,7 @@ def _distance(tensor: StoredTensor, other: StoredTensor) -> Distance:
     Raises:
         CheckpointMismatchError: their shapes differ, or one is not floating-point.
     """
-    if tensor.shape != other.shape or not {tensor.dtype, other.dtype} <= FLOATING:
+    if not comparable(tensor, other) or not {tensor.dtype, other.dtype} <= NUMBERS:
         raise CheckpointMismatchError(
             f"{tensor.key} is {tensor.dtype} of shape {tensor.shape}, and in "
             f"{other.checkpoint.path} {other.dtype} of shape {other.shape}; is it another model?"

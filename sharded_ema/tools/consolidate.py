@@ -118,6 +118,7 @@ def consolidate(
             exclude=exclude,
             base=weights,
             model=read_model(as_path(like, "like")) if like is not None else None,
+            format=format,
         )
         _check_shapes_known(checkpoint, wanted)
         if not average.meta and isinstance(checkpoint.index, DcpIndex):

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.files import OpenFiles
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
-from sharded_ema.checkpoint.safetensors import ITEMSIZE
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, PARTS
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.tools.casting import FLOATING, Bytes, widen
+from sharded_ema.tools.casting import FLOATING, NUMBERS, Bytes, widen
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
@@ -89,7 +89,7 @@ def _compare_sides(
             continue
         apart = distance(mine, theirs)
         # A counter, such as that of batch norm, would drown the weights.
-        total.add(apart, counts_only=not {mine.dtype, theirs.dtype} <= FLOATING)
+        total.add(apart, counts_only=not {mine.dtype, theirs.dtype} <= NUMBERS)
         rows.append((name, _dtypes(mine, theirs), apart))
     report.facts |= {
         "compared_tensors": len(rows),
@@ -305,19 +305,20 @@ class Distance:
 def comparable(left: StoredTensor, right: StoredTensor) -> bool:
     """Whether :func:`distance` can compare two tensors: 8-bit floats only with their own kind."""
     known = {left.dtype, right.dtype} <= FLOATING | _INTEGERS.keys()
+    known |= {left.dtype, right.dtype} <= PARTS.keys()
     return left.shape == right.shape and (known or left.dtype == right.dtype)
 
 
 def distance(left: StoredTensor, right: StoredTensor) -> Distance:
-    """Compare two tensors for which :func:`comparable` holds.
+    """Compare two tensors for which :func:`comparable` holds; a complex element counts as two.
 
     Raises:
         CheckpointCorruptError: data is damaged.
     """
     found = Distance()
-    blocks = _in_step(left.blocks(), right.blocks(), left.itemsize, right.itemsize)
-    for mine, theirs in blocks:
-        _compare(found, mine, left.dtype, theirs, right.dtype)
+    one, other = (PARTS.get(tensor.dtype, tensor.dtype) for tensor in (left, right))
+    for mine, theirs in _in_step(left.blocks(), right.blocks(), ITEMSIZE[one], ITEMSIZE[other]):
+        _compare(found, mine, one, theirs, other)
     return found
 
 

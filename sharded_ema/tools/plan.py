@@ -10,7 +10,7 @@ from pathlib import Path
 import xxhash
 
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
-from sharded_ema.checkpoint.safetensors import num_bytes
+from sharded_ema.checkpoint.safetensors import in_parts, num_bytes
 from sharded_ema.errors import ConfigError
 from sharded_ema.model.layout import Shape
 from sharded_ema.tools.casting import target_dtype
@@ -36,6 +36,7 @@ class Wanted:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     base: Checkpoint | None = None
+    format: str = "safetensors"
 
     @property
     def shapes(self) -> Mapping[str, Shape] | None:
@@ -60,6 +61,17 @@ class Output:
     def num_bytes(self) -> int:
         """Of it in the file."""
         return num_bytes(self.dtype, self.source.shape)
+
+    def described(self, format: str) -> tuple[str, str, Shape]:
+        """Name, dtype and shape in the header of a safetensors file.
+
+        Args:
+            format: of the files in the end: in those of PyTorch there is room for every dtype.
+        """
+        stored = self.dtype, self.source.shape
+        if self.dtype == "C128" and format == "safetensors":
+            stored = in_parts(*stored)
+        return self.name, *stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +135,7 @@ def plan_model(average: Average, wanted: Wanted, report: Report) -> Plan:
     """
     limit = parse_size(wanted.max_shard_size)
     outputs = _outputs(average, wanted, report)
+    report.notes += _said_of_complex(outputs, wanted.format)
     header = average.header()
     if wanted.base is not None:
         header["base"] = wanted.base.path.name
@@ -171,6 +184,24 @@ def _with_tied(average: Average, wanted: Wanted) -> Iterable[tuple[str, StoredTe
             names = names[:1]
         for each in names:
             yield each, tensor
+
+
+def _said_of_complex(outputs: Sequence[Output], format: str) -> Iterable[str]:
+    """What a reader of the files has to know of complex tensors."""
+    if format != "safetensors":
+        return
+    single, double = ([o.name for o in outputs if o.dtype == dtype] for dtype in ("C64", "C128"))
+    if single:
+        yield (
+            f"{len(single)} tensors are complex64, such as {single[0]}, which safetensors 0.7 and "
+            "later can read"
+        )
+    if double:
+        yield (
+            f"{len(double)} tensors are complex128, such as {double[0]}, which safetensors lacks: "
+            "they are written as float64 with a last dimension of 2, of which "
+            "torch.view_as_complex makes what they were; --format torch keeps them"
+        )
 
 
 def _tell_absent(average: Average, wanted: Wanted, report: Report) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
-from sharded_ema.checkpoint.safetensors import ITEMSIZE
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, PARTS
 from sharded_ema.tools.casting import Bytes, round_once, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import Model
@@ -63,9 +63,9 @@ class Sums:
         length = max(1, min(budget // taken, BLOCK_BYTES // max(itemsizes)))
         inputs = [_Input(tensor, length, tally) for tensor in sources]
         sums = np.empty((len(self.weights), length))
-        numel = output.source.num_bytes // output.source.itemsize
-        for start in range(0, numel, length):
-            count = min(length, numel - start)
+        total = output.source.num_bytes // _itemsize(output.source.dtype)
+        for start in range(0, total, length):
+            count = min(length, total - start)
             sums[:, :count] = 0.0
             for factors, values in zip(self.weights.T, inputs, strict=True):
                 values.add_to(sums[:, :count], factors)
@@ -75,8 +75,13 @@ class Sums:
             yield rounded
 
 
+def _itemsize(dtype: str) -> int:
+    """Bytes of a value; a complex element is two."""
+    return ITEMSIZE[PARTS.get(dtype, dtype)]
+
+
 class _Input:
-    """The elements of one tensor in order, as they are asked for.
+    """The values of one tensor in order, as they are asked for.
 
     Args:
         length: elements to read at a time.
@@ -91,8 +96,8 @@ class _Input:
         self._rest: Bytes = np.empty(0, np.uint8)
 
     def add_to(self, sums: NDArray[np.float64], factors: NDArray[np.float64]) -> None:
-        """Add the next elements, times each factor, to the rows of ``sums``."""
-        itemsize = ITEMSIZE[self._dtype]
+        """Add the next values, times each factor, to the rows of ``sums``."""
+        itemsize = _itemsize(self._dtype)
         done = 0
         while done < sums.shape[1]:
             if not self._rest.size:

@@ -14,6 +14,7 @@ from sharded_ema.averaging.posthoc import Fit, Profile, fit
 from sharded_ema.averaging.schedules import Power
 from sharded_ema.checkpoint.files import OpenFiles, as_location, as_path
 from sharded_ema.checkpoint.reading.opened import StoredTensor
+from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.huggingface import read_model
@@ -27,6 +28,7 @@ from sharded_ema.tools.workplace import check_target
 MAX_WIDTHS = 100
 # Relative rounding error of a stored value.
 _ROUNDING = {"F64": 2.0**-53, "F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}
+_ROUNDING |= {dtype: _ROUNDING[part] for dtype, part in PARTS.items()}
 
 
 def synthesize(

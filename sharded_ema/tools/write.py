@@ -181,7 +181,9 @@ def write_models(
         for folder in folders:
             if folder != place.model:
                 folder.mkdir()
-        tally = _write_files(plan, place, folders, blocks, what=what, jobs=jobs, progress=progress)
+        tally = _write_files(
+            plan, place, folders, blocks, what=what, jobs=jobs, progress=progress, format=format
+        )
         names: list[str] = []
         for folder in folders:
             if format == "safetensors":
@@ -205,12 +207,13 @@ def _write_files(
     what: str,
     jobs: int,
     progress: bool,
+    format: str,
 ) -> Tally:
     """Write the files that are not finished yet; the tally of these."""
     sizes = {name: len(folders) * group_bytes(group) for name, group in plan.files.items()}
     tallies = run_jobs(
         [
-            partial(_write_group, name, group, place, folders, blocks)
+            partial(_write_group, name, group, place, folders, blocks, format)
             for name, group in plan.files.items()
             if name not in place.finished
         ],
@@ -232,11 +235,12 @@ def _write_group(
     place: Workplace,
     folders: Mapping[Path, Mapping[str, str]],
     blocks: Blocks,
+    format: str,
     advance: Callable[[int], None],
 ) -> Tally:
     """Write one file of every model."""
     tally = Tally()
-    described = [(o.name, o.dtype, o.source.shape) for o in group]
+    described = [output.described(format) for output in group]
     files: list[_NewFile] = []
     with ExitStack() as stack:
         for folder, texts in folders.items():

@@ -126,3 +126,78 @@ def test_a_dtype_in_which_it_moves(dtype: torch.dtype) -> None:
     for _ in range(100):
         average.advance(live)
     assert float(average.shadow.views["p"][0][0]) > 0.97
+
+
+SCHEDULES = [
+    Constant(0.9),
+    Constant(0.0),
+    Power(gamma=6.94),
+    HalfLifeFraction(0.1),
+    Warmup(0.99),
+    Warmup(0.99, kind="inverse_gamma"),
+]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("nonfinite", ["skip", "raise"])
+@pytest.mark.parametrize("start_step", [0, 2])
+@pytest.mark.parametrize("impl", ["foreach", "reference"])
+def test_a_seed_that_is_not_finite_heals_under_every_schedule(
+    schedule: Schedule, nonfinite: str, start_step: int, impl: str
+) -> None:
+    live = [torch.randn(5), torch.randn(6000), torch.randn(3, 2).bfloat16()]
+    live += [torch.randn(4, dtype=torch.complex64)]
+    live[0][1], live[1][7], live[2][0, 0] = math.nan, math.inf, -math.inf
+    live[3][2] = complex(1.0, math.nan)
+    settings = {"nonfinite": nonfinite, "start_step": start_step, "impl": impl}
+    average = make(live, schedule, **settings)
+    for _ in range(start_step):
+        average.mirror()
+        try:
+            average.advance(live)
+        except NonFiniteError:
+            assert nonfinite == "raise"
+    assert average.clock.seed_step == start_step
+    loop = [t.double() if not t.is_complex() else torch.view_as_real(t).double() for t in live]
+    for n in range(1, 4):
+        live = [torch.randn_like(tensor) for tensor in live]
+        if n == 1 and nonfinite == "skip":
+            live[1][7] = math.nan  # longer than the others
+        average.advance(live)
+        decay = schedule.decay(n)
+        for view, kept, now in zip(average.shadow.views["p"], loop, live, strict=True):
+            now = torch.view_as_real(now) if now.is_complex() else now
+            view = torch.view_as_real(view) if view.is_complex() else view
+            value = torch.where(torch.isfinite(now), now.double(), kept)
+            kept.copy_(torch.where(torch.isfinite(kept), kept, value))
+            kept.lerp_(torch.where(torch.isfinite(value), value, kept), 1 - decay)
+            bad = ~torch.isfinite(kept)
+            assert bool((~torch.isfinite(view) == bad).all())
+            assert torch.allclose(view[~bad].double(), kept[~bad], atol=1e-5)
+        assert average.shadow.collect_skipped() == (1 if nonfinite == "skip" else 0)
+    assert all(bool(torch.isfinite(view).all()) for view in average.shadow.views["p"])
+
+
+def test_what_is_allowed_stays_but_where_nothing_of_it_is_left() -> None:
+    for schedule, stays in ((Constant(0.9), True), (Power(gamma=6.94), False)):
+        live = [torch.tensor([1.0, math.nan, math.inf])]
+        average = make(live, schedule, nonfinite="allow")
+        live[0].fill_(2.0)
+        average.advance(live)
+        assert bool(torch.isfinite(average.shadow.views["p"][0]).all()) is not stays
+
+
+def test_the_precision_of_the_shadow_is_that_of_each_parameter() -> None:
+    live = [torch.randn(3).to(d) for d in (torch.float64, torch.bfloat16, torch.float32)]
+    live.append(torch.randn(3, dtype=torch.complex128))
+    average = make(live, Constant(0.99))
+    dtypes = [view.dtype for view in average.shadow.views["p"]]
+    assert dtypes == [torch.float64, torch.float32, torch.float32, torch.complex128]
+    assert average.shadow.num_bytes == 3 * (8 + 4 + 4 + 16)
+    assert sum(average.shadow.allocated.values()) == average.shadow.num_bytes
+    exact = live[0].clone()
+    for _ in range(200):
+        live[0].mul_(1.0 + 1e-10)  # which fp32 would not see
+        average.advance(live)
+        exact = 0.99 * exact + 0.01 * live[0]
+    assert torch.allclose(average.shadow.views["p"][0], exact, rtol=1e-14, atol=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import pytest
@@ -12,6 +13,7 @@ from sharded_ema.averaging import kernels
 from sharded_ema.averaging.kernels import LerpPlan
 from sharded_ema.averaging.kernels.batches import STAGE_NUMEL, make_batches
 from sharded_ema.errors import ConfigError
+from sharded_ema.model.precision import average_dtype
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 WEIGHTS = [0.1, 0.001, 0.7]
@@ -34,9 +36,13 @@ def shadows(live: list[Tensor]) -> list[list[Tensor]]:
     return [[t.clone() for t in one] for _ in WEIGHTS]
 
 
-def run_both(live: list[Tensor], *, guard: bool) -> tuple[LerpPlan, LerpPlan]:
-    fast = LerpPlan(shadows(live), live, guard=guard)
-    plain = LerpPlan(shadows(live), live, guard=guard, impl="reference")
+def run_both(
+    live: list[Tensor], *, guard: bool, dtype: torch.dtype = torch.float32
+) -> tuple[LerpPlan, LerpPlan]:
+    fast, plain = (
+        LerpPlan([[t.to(dtype) for t in s] for s in shadows(live)], live, guard=guard, impl=impl)
+        for impl in ("foreach", "reference")
+    )
     for _ in range(2):
         fast.run(WEIGHTS)
         plain.run(WEIGHTS)
@@ -73,6 +79,103 @@ def test_huge_finite_values_are_not_taken_for_infinite() -> None:
     plan.run([0.5])
     assert plan.take_skipped() == 0
     assert bool((plan.shadows[0][0] > 1e38).all())
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_float64_shadow_equals_reference(dtype: torch.dtype, guard: bool) -> None:
+    run_both(parameters(dtype), guard=guard, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_shadows_of_several_dtypes_in_one_plan(guard: bool) -> None:
+    """fp64, bf16, fp32 and complex parameters in turn, as a model may have them."""
+    live = [t for d in DTYPES for t in parameters(d)[:4]]
+    live += [torch.randn(5000).to(d) for d in DTYPES]
+    live += [torch.randn(3, 4, dtype=torch.complex128), torch.randn(1 << 19, dtype=torch.complex64)]
+    live += [torch.randn(40, 30, dtype=torch.complex64).t()]
+    torch.manual_seed(1)
+    seeds = [torch.randn_like(t, dtype=average_dtype(t.dtype, None)) for t in live]
+    plan = LerpPlan([[s.clone() for s in seeds]], live, guard=guard)
+    plan.run([0.3])
+    for shadow, seed, parameter in zip(plan.shadows[0], seeds, live, strict=True):
+        want, value = seed, parameter.to(seed.dtype)
+        if seed.is_complex():
+            want, value = torch.view_as_real(want), torch.view_as_real(value)
+        assert torch.equal(shadow, torch.lerp(want, value, 0.3))
+        wide = want.double() + 0.3 * (value.double() - want.double())
+        exact = parameter.dtype in (torch.float64, torch.complex128)
+        assert torch.allclose(shadow.double(), wide, rtol=0, atol=1e-15 if exact else 1e-6)
+
+
+@pytest.mark.parametrize("impl", ["foreach", "reference"])
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weight", [1.0, 1.0 - 2.0**-30, 1.0 - 2.0**-24])
+def test_what_is_left_of_a_shadow_that_is_not_finite(
+    dtype: torch.dtype, guard: bool, impl: str, weight: float
+) -> None:
+    """A decay of 0, or one that rounds to 0, leaves nothing of it; of a huge one neither."""
+    live = [torch.full((n,), 2.0).to(dtype) for n in (3, 5000)]
+    live[1][0] = math.nan
+    for bad in (math.nan, math.inf, -math.inf, -3e38):
+        shadows = [torch.full(t.shape, bad) for t in live]
+        LerpPlan([shadows], live, guard=guard, impl=impl).run([weight])
+        for shadow, parameter in zip(shadows, live, strict=True):
+            finite = torch.isfinite(parameter)
+            gone = weight > 1.0 - 2.0**-25
+            if gone:
+                assert bool((shadow[finite] == 2.0).all())
+            elif bad != -3e38:
+                assert not bool(torch.isfinite(shadow).any())
+            if guard and math.isfinite(bad):
+                assert bool((shadow[~finite] == torch.tensor(bad)).all())
+        wide = [torch.full(t.shape, bad, dtype=torch.float64) for t in live]
+        LerpPlan([wide], live, guard=guard, impl=impl).run([weight])
+        left = torch.isfinite(wide[0]).all() and bool((wide[0] == 2.0).all())
+        assert left == (weight == 1.0)
+
+
+def test_a_step_of_the_whole_range_is_a_copy() -> None:
+    """lerp would take the difference, which overflows."""
+    for impl in ("foreach", "reference"):
+        plan = LerpPlan(
+            [[torch.full((3,), -3e38)]], [torch.full((3,), 3e38)], guard=True, impl=impl
+        )
+        plan.run([1.0])
+        assert torch.equal(plan.shadows[0][0], plan.live[0])
+
+
+def test_finite_values_are_those_of_torch_lerp_at_every_weight() -> None:
+    torch.manual_seed(0)
+    live, seed = [torch.randn(7000), torch.randn(30)], [torch.randn(7000), torch.randn(30)]
+    for weight in (0.0, 1e-9, 0.25, 0.4999, 0.5, 0.75, 1 - 1e-6, 1 - 2.0**-25, 1.0):
+        plan = LerpPlan([[t.clone() for t in seed]], live, guard=True)
+        plan.run([weight])
+        for shadow, start, end in zip(plan.shadows[0], seed, live, strict=True):
+            assert torch.equal(shadow, torch.lerp(start, end, weight))
+
+
+def test_elements_that_are_not_finite_are_healed_one_by_one() -> None:
+    live = [torch.arange(6.0).view(2, 3).t(), torch.randn(STAGE_NUMEL + 9).bfloat16()]
+    views = [[torch.zeros(t.shape), torch.ones(t.shape)] for t in live]
+    plan = LerpPlan([list(pair) for pair in zip(*views, strict=True)], live, guard=True)
+    plan.shadows[0][0][2, 1], plan.shadows[1][1][-1] = math.nan, math.inf
+    live[0][0, 1] = math.nan
+    plan.shadows[1][0][0, 1] = -math.inf  # whose parameter is not finite either
+    plan.heal([0, 1])
+    assert plan.shadows[0][0][2, 1] == live[0][2, 1] and plan.shadows[0][0].sum() == live[0][2, 1]
+    assert plan.shadows[1][1][-1] == live[1][-1]
+    assert bool((plan.shadows[1][1][:-1] == 1).all())
+    assert not bool(torch.isfinite(plan.shadows[1][0][0, 1]))
+
+
+def test_what_overflows_in_the_shadow_counts_as_not_finite() -> None:
+    live = [torch.full((9,), 1e300, dtype=torch.float64), torch.ones(9, dtype=torch.float64)]
+    plan = LerpPlan([[torch.zeros(9), torch.zeros(9)]], live, guard=True)
+    plan.run([0.5])
+    assert plan.nonfinite() == [0] and plan.take_skipped() == 9
+    assert plan.shadows[0][0].tolist() == [0.0] * 9
 
 
 def test_reference_follows_float64() -> None:

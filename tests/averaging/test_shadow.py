@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -71,3 +72,107 @@ def test_a_bf16_shadow_would_stand_still() -> None:
             shadow.lerp({"ema": 0.999})
     assert float(shadows[0].views["ema"][0][0]) > 1.07
     assert float(shadows[1].views["ema"][0][0]) == 1.0
+
+
+def transposed(tensor: Tensor) -> None:
+    tensor.data = tensor.data.t()
+
+
+def transposed_by_set(tensor: Tensor) -> None:
+    rows, columns = tensor.shape
+    tensor.set_(tensor.untyped_storage(), 0, (rows, columns), (1, rows))  # type: ignore[call-overload]
+
+
+def every_second(tensor: Tensor) -> None:
+    # The same address and shape, and back again; there is room for it, see `roomy`.
+    plain = torch.empty_like(tensor, device="meta", memory_format=torch.contiguous_format).stride()
+    strides = [2 * s for s in plain] if tensor.is_contiguous() else plain
+    tensor.data = tensor.data.as_strided(tensor.shape, strides)
+
+
+def other_memory(tensor: Tensor) -> None:
+    tensor.data = torch.randn_like(tensor)
+
+
+def reinterpreted(tensor: Tensor) -> None:
+    other = torch.bfloat16 if tensor.dtype is torch.float16 else tensor.dtype
+    tensor.data = tensor.data.view(other)
+
+
+def roomy(rows: int, dtype: torch.dtype) -> list[Tensor]:
+    """A square, and two vectors that follow each other in memory, with room behind them."""
+    square = torch.randn(2 * rows * rows).to(dtype)[: rows * rows].view(rows, rows)
+    pair = torch.randn(8 * rows).to(dtype)
+    return [square, pair[:rows], pair[rows : 2 * rows]]
+
+
+CHANGES = [transposed, transposed_by_set, every_second, other_memory, reinterpreted]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [6, 90, 1030])
+@pytest.mark.parametrize(
+    ("guard", "impl"), [(True, "foreach"), (False, "foreach"), (True, "reference")]
+)
+def test_memory_that_changes_in_place_is_followed(
+    change: Callable[[Tensor], None], dtype: torch.dtype, rows: int, guard: bool, impl: str
+) -> None:
+    live = roomy(rows, dtype)
+    shadow = make(live, "a", "b", guard=guard, impl=impl)
+    shadow.copy_live(keep_nonfinite=False)
+    expected = [tensor.float().clone() for tensor in live]
+    for number, tensor in enumerate([live[0], live[1], live[0], live[2]]):
+        if tensor.dim() == 2 or "transposed" not in change.__name__:
+            change(tensor)
+        assert len({id(t) for t in live}) == 3
+        shadow.follow(live)
+        shadow.lerp({"a": 0.5, "b": 0.9})
+        for kept, now in zip(expected, live, strict=True):
+            kept.lerp_(now.float(), 0.5)
+        for view, kept in zip(shadow.views["a"], expected, strict=True):
+            assert torch.equal(view, kept), number
+
+
+@pytest.mark.parametrize("profiles", ["a", "ab"])
+def test_objects_that_are_new_each_time_are_followed(profiles: str) -> None:
+    """As buffers are: aliases, whose own shape stays when that of the buffer changes."""
+    whole = torch.randn(1 << 21)
+    live = [whole[: 1 << 20].view(1 << 10, 1 << 10), torch.randn(5, 5), torch.randn(())]
+    shadow = make(live, *profiles)
+    shadow.copy_live(keep_nonfinite=True)
+    expected = [tensor.clone() for tensor in live]
+    for step in range(6):
+        if step % 2:
+            for tensor in live[:2]:
+                transposed(tensor)
+        shadow.follow([tensor.detach() for tensor in live])
+        shadow.lerp(dict.fromkeys(profiles, 0.5))
+        for view, kept, now in zip(shadow.views["a"], expected, live, strict=True):
+            assert torch.equal(view, kept.lerp_(now, 0.5)), step
+
+
+@pytest.mark.parametrize("rows", [2, 90, 1030])
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        lambda rows: (1, rows),
+        lambda rows: (rows * rows // 2, 1, 2),
+        lambda rows: (1,),
+        lambda rows: (rows, rows - 1),
+        lambda rows: (rows, rows, 1),
+    ],
+)
+def test_a_shape_that_changes_in_place_is_refused(
+    shape: Callable[[int], tuple[int, ...]], rows: int, guard: bool
+) -> None:
+    live = [torch.randn(3), torch.randn(rows, rows)]
+    shadow = make(live, guard=guard)
+    shadow.copy_live(keep_nonfinite=True)
+    wanted = shape(rows)
+    live[1].data = live[1].data.view(-1)[: math.prod(wanted)].view(wanted)
+    with pytest.raises(StateError, match=r"parameter b had local shape"):
+        shadow.follow(live)
+        shadow.lerp({"ema": 0.5})
+        shadow.track(live)  # what is small and unguarded is refused where somebody looks

@@ -134,7 +134,7 @@ def test_layouts(tmp_path: Path, chunking: Chunking, layout: str, chunks: int) -
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_checkpoint_of_something_else(tmp_path: Path) -> None:
     state = {"model": {"w": torch.ones(3)}, "optim": {"a": torch.ones(2), "b": torch.ones(2)},
-             "c": torch.ones(1, dtype=torch.complex64)}  # fmt: skip
+             "c": torch.ones(1, dtype=torch.complex32)}  # fmt: skip
     dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
     report = inspect(tmp_path)
     assert report.ok and report.facts["metadata"] == "unverified"

@@ -6,20 +6,23 @@ A plan is made once for a set of tensors and run at every update. ``impl`` choos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from sharded_ema.averaging.kernels.batches import (
     Batch,
+    heal,
     is_finite,
     lerp_batch,
     lerp_batch_guarded,
     make_batches,
 )
 from sharded_ema.averaging.kernels.reference import lerp_reference
+from sharded_ema.averaging.kernels.watch import Watch
 from sharded_ema.errors import ConfigError
+from sharded_ema.model.precision import real_view
 
 IMPLS = ("foreach", "reference")
 
@@ -30,8 +33,13 @@ class LerpPlan:
     Args:
         shadows: for each profile one tensor per parameter, shaped like ``live``.
         live: the parameters; the plan keeps these tensors (not copies) and reads them at each run.
+            Complex ones are read as the real numbers that they are made of.
         guard: skip and count elements whose parameter is not finite.
         impl: one of :data:`IMPLS`; ``None`` for the first.
+
+    Attributes:
+        given: the parameters.
+        shadows, live: all tensors, of real numbers.
 
     Raises:
         ConfigError: there is no such implementation.
@@ -47,14 +55,24 @@ class LerpPlan:
     ) -> None:
         if impl is not None and impl not in IMPLS:
             raise ConfigError(f"impl {impl!r} is unknown; registered: {', '.join(IMPLS)}")
-        self.shadows = shadows
-        self.live = live
+        self.given = list(live)
+        self.shadows = [[real_view(tensor) for tensor in views] for views in shadows]
+        self.live = [real_view(tensor) for tensor in live]
         self.guard = guard
         self._reference = impl == "reference"
         self._batches: list[Batch] = []
         if not self._reference:
-            self._batches = make_batches(shadows, live, guard=guard)
+            self._batches = make_batches(self.shadows, self.live, guard=guard)
+        direct = {id(t) for batch in self._batches if batch.stage is None for t in batch.live}
+        copied = {id(t) for batch in self._batches if batch.stage is not None for t in batch.live}
+        if self._reference:
+            copied = set(map(id, self.live))
+        self._watch = Watch(live, direct, copied)
         self._skipped: dict[torch.device, Tensor] = {}
+
+    def reads(self, live: Sequence[Tensor]) -> bool:
+        """Whether a run would read these tensors as they are now. Takes next to no time."""
+        return self._watch.holds(live)
 
     @torch.no_grad()
     def run(self, weights: Sequence[float]) -> None:
@@ -90,4 +108,18 @@ class LerpPlan:
         """Positions in ``live`` of tensors that hold NaN or Inf. Waits for the device."""
         if self._batches and all(is_finite(batch) for batch in self._batches):
             return []
-        return [i for i, t in enumerate(self.live) if not bool(torch.isfinite(t).all())]
+        pairs = zip(self.live, self.shadows[0], strict=True)
+        return [i for i, (t, shadow) in enumerate(pairs) if not _fits(t, shadow.dtype)]
+
+    @torch.no_grad()
+    def heal(self, positions: Iterable[int]) -> None:
+        """Elements of these shadows that are NaN or Inf become the parameter's."""
+        for i in positions:
+            for views in self.shadows:
+                heal(views[i], self.live[i])
+
+
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all elements are finite, also in a narrower dtype."""
+    narrower = dtype.itemsize < tensor.dtype.itemsize
+    return bool(torch.isfinite(tensor.to(dtype) if narrower else tensor).all())

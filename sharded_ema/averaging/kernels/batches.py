@@ -60,8 +60,8 @@ def make_batches(
         guard: whether non-finite elements will be looked for.
     """
     live, *shadows = _join([live, *shadows])
-    direct: dict[torch.device, list[int]] = {}
-    staged: dict[tuple[torch.device, torch.device, torch.dtype], list[int]] = {}
+    direct: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    staged: dict[tuple[_Kind, _Kind], list[int]] = {}
     for i, parameter in enumerate(live):
         shadow = shadows[0][i]
         same = parameter.dtype == shadow.dtype and parameter.device == shadow.device
@@ -69,10 +69,9 @@ def make_batches(
         # stage; a CPU looks first and stages only what is too small to be looked at alone.
         looks = is_accelerator(parameter.device) or parameter.numel() < TINY_NUMEL
         if same and not (guard and looks):
-            direct.setdefault(shadow.device, []).append(i)
+            direct.setdefault(_kind(shadow), []).append(i)
         else:
-            key = (shadow.device, parameter.device, parameter.dtype)
-            staged.setdefault(key, []).append(i)
+            staged.setdefault((_kind(shadow), _kind(parameter)), []).append(i)
     batches: list[Batch] = []
     for indices in direct.values():
         if not guard and len(shadows) == 1:
@@ -81,19 +80,27 @@ def make_batches(
             )
         else:
             batches += [Batch(b, s) for b, s in _blocks(shadows, live, indices, REREAD_NUMEL)]
-    buffers: dict[torch.device, Tensor] = {}
-    for (device, _, _), indices in staged.items():
+    buffers: dict[_Kind, Tensor] = {}
+    for (kind, _), indices in staged.items():
+        if kind not in buffers:
+            device, dtype = kind
+            buffers[kind] = torch.empty(STAGE_NUMEL, dtype=dtype, device=device)
         for block, targets in _blocks(shadows, live, indices, STAGE_NUMEL):
-            if device not in buffers:
-                dtype = shadows[0][indices[0]].dtype
-                buffers[device] = torch.empty(STAGE_NUMEL, dtype=dtype, device=device)
             views, position = [], 0
             for tensor in block:
-                view = buffers[device][position : position + tensor.numel()]
+                view = buffers[kind][position : position + tensor.numel()]
                 views.append(view.as_strided(tensor.shape, _dense_strides(tensor)))
                 position += tensor.numel()
-            batches.append(Batch(block, targets, views, buffers[device][:position]))
+            batches.append(Batch(block, targets, views, buffers[kind][:position]))
     return batches
+
+
+#: What one kernel takes together.
+_Kind = tuple[torch.device, torch.dtype]
+
+
+def _kind(tensor: Tensor) -> _Kind:
+    return tensor.device, tensor.dtype
 
 
 def _join(columns: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
@@ -201,7 +208,8 @@ def lerp_batch_guarded(batch: Batch, weights: Sequence[float], skipped: Tensor) 
         finite = torch.isfinite(value)
         skipped += value.numel() - finite.sum()
         for shadow, weight in zip(batch.shadows, weights, strict=True):
-            shadow[i].lerp_(torch.where(finite, value, shadow[i]), weight)
+            target = torch.where(finite, value, shadow[i])
+            _lerp_list([shadow[i]], [target], weight)
 
 
 def is_finite(batch: Batch, source: Sequence[Tensor] | None = None) -> bool:
@@ -224,4 +232,29 @@ def _fill_stage(batch: Batch) -> list[Tensor]:
 
 def _lerp(batch: Batch, source: list[Tensor], weights: Sequence[float]) -> None:
     for shadow, weight in zip(batch.shadows, weights, strict=True):
+        _lerp_list(shadow, source, weight)
+
+
+def _lerp_list(shadow: list[Tensor], source: list[Tensor], weight: float) -> None:
+    """``lerp``, but for a weight that leaves nothing of the shadow.
+
+    ``lerp`` would then take away 0 times the difference, which is NaN where the shadow is not
+    finite and where the difference overflows.
+    """
+    # A kernel has the weight in fp32 unless the shadow is fp64.
+    whole = 1.0 if shadow[0].dtype is torch.float64 else 1.0 - 2.0**-25
+    if weight >= whole:
+        foreach_copy_(shadow, source)
+    else:
         foreach_lerp_(shadow, source, weight)
+
+
+def heal(shadow: Tensor, live: Tensor) -> None:
+    """Elements of a shadow that are NaN or Inf become the parameter's; nothing waits for a GPU.
+
+    Args:
+        shadow, live: of one shape.
+    """
+    for into, value in _split([shadow, live], STAGE_NUMEL):
+        found = value.to(into.device, into.dtype)
+        into.copy_(torch.where(torch.isfinite(into), into, found))

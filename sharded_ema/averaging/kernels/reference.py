@@ -19,9 +19,9 @@ def lerp_reference(
     """``shadow <- shadow + weight * (live - shadow)``, in place, tensor by tensor.
 
     Args:
-        shadows: for each profile one tensor per parameter, fp32, shaped like ``live``.
+        shadows: for each profile one tensor per parameter, shaped like ``live``.
         live: the parameters, any floating dtype.
-        weights: for each profile ``1 - decay``.
+        weights: for each profile ``1 - decay``; 1 gives the parameter, whatever the shadow holds.
         guard: leave elements alone whose parameter is NaN or Inf.
 
     Returns:
@@ -34,5 +34,9 @@ def lerp_reference(
         skipped += (~finite).sum().cpu()
         for shadow, weight in zip(shadows, weights, strict=True):
             target = torch.where(finite, value, shadow[i]) if guard else value
-            shadow[i].lerp_(target, weight)
+            precision = torch.float64 if target.dtype is torch.float64 else torch.float32
+            if torch.tensor(weight, dtype=precision, device="cpu") == 1:
+                shadow[i].copy_(target)
+            else:
+                shadow[i].lerp_(target, weight)
     return skipped

@@ -34,6 +34,8 @@ _KNOWN = {*_REBUILD, _UNTYPED, Global("collections", "OrderedDict")}
 
 #: safetensors names of torch's dtypes and of its typed storages.
 DTYPE_NAMES: dict[str, str] = {
+    "complex128": "C128",
+    "complex64": "C64",
     "float64": "F64",
     "float32": "F32",
     "float16": "F16",
@@ -51,6 +53,8 @@ DTYPE_NAMES: dict[str, str] = {
     "bool": "BOOL",
 }
 _STORAGE_NAMES: dict[str, str] = {
+    "ComplexDoubleStorage": "C128",
+    "ComplexFloatStorage": "C64",
     "DoubleStorage": "F64",
     "FloatStorage": "F32",
     "HalfStorage": "F16",
@@ -247,6 +251,7 @@ def _described(rebuild: Any, where: str) -> tuple[str, str, Shape, Shape | None]
     if storage.of != PERSISTENT or not isinstance(storage_type, Global):
         _refuse(where)
     dtype = _STORAGE_NAMES.get(storage_type.name)
+    # Bits that say that the values are conjugates, or negative, of what is stored come last.
     # A storage without a type is followed by the dtype, after requires_grad and hooks.
     if storage_type == _UNTYPED and len(rest) > 2 and isinstance(rest[2], Global):
         dtype = DTYPE_NAMES.get(rest[2].name)
@@ -257,6 +262,7 @@ def _described(rebuild: Any, where: str) -> tuple[str, str, Shape, Shape | None]
         or not is_shape(strides)
         or len(shape) != len(strides)
         or storage_offset != 0
+        or any(isinstance(bits, dict) and any(bits.values()) for bits in rest)
     ):
         _refuse(where)
     return dtype, record, shape, _unless_c_order(shape, strides, where)

@@ -141,7 +141,7 @@ def is_meta(item: WriteItem) -> bool:
 
 def host_bytes(tensor: Any) -> Any:
     """The elements in C order as a numpy uint8 array; a view when they already lie so."""
-    plain = tensor.detach().cpu().contiguous().reshape(-1)
+    plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
     return plain.view(torch.uint8).numpy()
 
 

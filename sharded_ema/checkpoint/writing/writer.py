@@ -30,7 +30,7 @@ from sharded_ema.checkpoint.names import CHUNKS_NAME, shard_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import FileRecord, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
-from sharded_ema.checkpoint.safetensors import build_header
+from sharded_ema.checkpoint.safetensors import build_header, in_parts
 from sharded_ema.checkpoint.writing.commit import (
     Commit,
     Place,
@@ -130,7 +130,8 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
     for item, tensor in zip(items, tensors, strict=True):
         number = counts[item.index.fqn] = counts.get(item.index.fqn, -1) + 1
         name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
-        described.append((f"{item.index.fqn}@{number}", name, tuple(tensor.shape)))  # type: ignore
+        parts = in_parts(name, tuple(tensor.shape))  # type: ignore[union-attr]
+        described.append((f"{item.index.fqn}@{number}", *parts))
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
     file_name = shard_name(place.position)
     total = len(header) + entries[-1].stop

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from sharded_ema.errors import StateError
@@ -90,6 +90,28 @@ def _holds(group: Any, modules: Mapping[nn.Module, None]) -> bool:
         if any(module in modules for module in (place.module, *place.shared_modules)):
             return True
     return False
+
+
+def is_converted_by_gathers(local: Tensor) -> bool:
+    """Whether a local tensor is of a subclass that says how FSDP2 gathers it, such as in float8."""
+    return hasattr(local, "fsdp_pre_all_gather")
+
+
+def shard_inside(local: Any) -> str | None:
+    """Under which name such a tensor holds the shard that is trained; ``None`` if it holds none.
+
+    Of the tensors that it is made of (``__tensor_flatten__``) it is the one of its shape and dtype,
+    the others being scales and the like.
+    """
+    names, _ = local.__tensor_flatten__()
+    inside = [(name, getattr(local, name)) for name in names]
+    found = [
+        name
+        for name, tensor in inside
+        if type(tensor) in (Tensor, nn.Parameter)
+        and (tensor.shape, tensor.dtype) == (local.shape, local.dtype)
+    ]
+    return found[0] if len(found) == 1 else None
 
 
 def _groups(state: Any) -> list[Any]:

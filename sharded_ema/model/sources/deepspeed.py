@@ -76,6 +76,7 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     inventory = take_inventory(module_of(engine), selection)
     inventory.is_settled = True
     _refuse_experts(inventory)
+    _refuse_complex(inventory)
     _set_aside_untrained(inventory, trained_parameters(engine.optimizer))
     steps, devices = FollowsEngine(engine), frozenset({engine.device})
     if type(engine.optimizer).__name__ in PARTITIONED:
@@ -90,6 +91,15 @@ def _refuse_experts(inventory: Inventory) -> None:
         if is_expert(named.tensor):
             raise UnsupportedLayoutError(
                 f"parameter {named.fqn} is an expert of DeepSpeed's MoE, which is not supported"
+            )
+
+
+def _refuse_complex(inventory: Inventory) -> None:
+    for named in inventory.averaged:
+        if named.is_parameter and named.tensor.is_complex():
+            raise UnsupportedLayoutError(
+                f"parameter {named.fqn} is complex, of which DeepSpeed has no masters; keep it as "
+                "two real parameters, or as one with a last dimension of 2 (torch.view_as_real)"
             )
 
 

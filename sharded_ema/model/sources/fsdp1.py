@@ -119,7 +119,9 @@ class FSDP1Shards:
         )
         self.shards = self.shares.shards
         self._parameters = [named.tensor for named in inventory.averaged if named.is_parameter]
-        self._buffers = [named for named in inventory.averaged if not named.is_parameter]
+        self._buffers = [
+            (i, named) for i, named in enumerate(inventory.averaged) if not named.is_parameter
+        ]
         self._seen: list[int] = []
         self._held: list[Tensor] = []
 
@@ -143,11 +145,13 @@ class FSDP1Shards:
     def live(self) -> list[Tensor]:
         pointers = [unit.shard.data_ptr() for unit in self._flat.units]
         pointers += map(Tensor.data_ptr, self._parameters)
-        pointers += [named.read().data_ptr() for named in self._buffers]
         if pointers != self._seen:
             self._refuse_detached()
-            self._held, self._seen = self.shares.cut(self.blocks()), pointers
-        return self._held
+            self._held, self._seen = self.blocks(), pointers
+        blocks = list(self._held)
+        for i, named in self._buffers:  # which modules replace freely
+            blocks[i] = named.read()
+        return self.shares.cut(blocks)
 
     def _refuse_detached(self) -> None:
         """Refuse parameters that have left the shard, which then is not what is trained."""

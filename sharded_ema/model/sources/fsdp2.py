@@ -41,7 +41,8 @@ class FSDP2Shards:
 
     Raises:
         UnsupportedLayoutError: a parameter has another placement than ``Shard`` and ``Replicate``,
-            its local tensor is no plain tensor, or its mesh has nothing to do with the others.
+            its local tensor neither is nor holds a plain tensor, or its mesh has nothing to do
+            with the others.
     """
 
     kind = "fsdp2"
@@ -59,6 +60,11 @@ class FSDP2Shards:
         # Parameter objects stay; only averaged buffers must be looked up every time.
         self._fixed = all(named.is_parameter for named in inventory.averaged)
         self._held = [(n.tensor, isinstance(n.tensor, DTensor)) for n in inventory.averaged]
+        self._inside = [
+            (i, _shard_inside(local_tensor(tensor)))
+            for i, (tensor, sharded) in enumerate(self._held)
+            if sharded and not _is_plain(local_tensor(tensor))
+        ]
         self.shares = Shares(
             inventory,
             [self._place(named) for named in inventory.averaged],
@@ -79,9 +85,12 @@ class FSDP2Shards:
 
     def blocks(self) -> list[Tensor]:
         """This rank's tensors."""
-        if self._fixed:
-            return [local_tensor(t) if sharded else t for t, sharded in self._held]
-        return [_local(named.read()) for named in self.inventory.averaged]
+        if not self._fixed:
+            return [_local(named.read()) for named in self.inventory.averaged]
+        found = [local_tensor(t) if sharded else t for t, sharded in self._held]
+        for i, name in self._inside:
+            found[i] = getattr(found[i], name)
+        return found
 
     def live(self) -> list[Tensor]:
         return self.shares.cut(self.blocks())
@@ -101,7 +110,7 @@ class FSDP2Shards:
         if not isinstance(tensor, DTensor):
             groups = self._meshes.replicas(named.fqn, tensor)
             return whole(tensor.detach(), writes=leads(groups), reads=False)
-        box, block = box_of(tensor), local_tensor(tensor).detach()
+        box, block = box_of(tensor), _local(tensor).detach()
         return FlatShard(
             tensor.shape,
             [(box, block)] if box.numel else [],
@@ -123,8 +132,7 @@ class FSDP2Shards:
                 found[named.fqn] = Copy(box, tensor, synchronised=False, over=groups)
             elif groups or beyond:
                 loose = beyond or bool(self._meshes.others(named.fqn, tensor.device_mesh))
-                block = local_tensor(tensor)
-                found[named.fqn] = Copy(box_of(tensor), block, not loose, over=groups)
+                found[named.fqn] = Copy(box_of(tensor), _local(tensor), not loose, over=groups)
         return found
 
     def self_check(self) -> None:
@@ -159,8 +167,22 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
 
 
 def _local(tensor: Tensor) -> Tensor:
-    block: Tensor = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
-    return block
+    """This rank's elements as a plain tensor."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    block: Tensor = local_tensor(tensor)
+    return block if _is_plain(block) else getattr(block, _shard_inside(block))
+
+
+def _is_plain(local: Tensor) -> bool:
+    return type(local) in (Tensor, nn.Parameter)
+
+
+def _shard_inside(local: Tensor) -> str:
+    """Where a local tensor that gathers convert holds its shard: it was asked before."""
+    name = fsdp2.shard_inside(local)
+    assert name is not None
+    return name
 
 
 def _like(parameter: DTensor, tensor: Tensor) -> DTensor:
@@ -195,9 +217,18 @@ def _refuse_unsupported(named: Named) -> None:
             f"parameter {named.fqn} is a DTensor with placements {tensor.placements}; only Shard "
             "and Replicate have a part of the tensor on each rank that can be averaged"
         )
-    kind = type(local_tensor(tensor))
-    if kind not in (Tensor, nn.Parameter):
+    local = local_tensor(tensor)
+    if _is_plain(local):
+        return
+    kind = type(local).__name__
+    if not fsdp2.is_converted_by_gathers(local):
         raise UnsupportedLayoutError(
-            f"the local tensor of parameter {named.fqn} is a {kind.__name__}; "
+            f"the local tensor of parameter {named.fqn} is a {kind}; "
             "only plain tensors can be averaged. Convert the model after making its average"
+        )
+    if fsdp2.shard_inside(local) is None:
+        raise UnsupportedLayoutError(
+            f"the local tensor of parameter {named.fqn} is a {kind}, which fully_shard gathers "
+            f"through its fsdp_pre_all_gather, and no one plain tensor of {tensor.dtype} in it is "
+            "the shard that is trained; train in a dtype that the shards have, or exclude it"
         )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sharded_ema.model.buffers import fill
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box, FlatRange, Shape
 from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener
@@ -267,7 +268,8 @@ def put_back(backup: Backup, targets: Callable[[], list[Tensor]]) -> None:
     Args:
         targets: what stands in the place of the backup's targets now; may raise.
     """
-    copy_into([target for target, _ in backup], [original for _, original in backup])
+    for target, original in backup:
+        fill(target, original)
     for now, (before, original) in zip(targets(), backup, strict=True):
-        if now.data_ptr() != before.data_ptr():
-            copy_into([now], [original])
+        if now.data_ptr() != before.data_ptr() or now.stride() != before.stride():
+            fill(now, original)

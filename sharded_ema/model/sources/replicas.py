@@ -19,7 +19,9 @@ from sharded_ema.errors import StateError, UnsupportedLayoutError
 from sharded_ema.model.internals.pytorch import reached_devices
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Box, FlatRange, divide
+from sharded_ema.model.memory import Layouts, pick
 from sharded_ema.model.pieces import FlatShard, range_pieces
+from sharded_ema.model.precision import real_view
 from sharded_ema.model.sources.protocol import Shard
 
 # Elements that one gather brings to every rank (64 MiB of fp32).
@@ -59,6 +61,12 @@ class Replicas:
         self._rank = rank
         #: This rank's elements of every tensor, in C order.
         self.spans = [self._parts[rank].get(i, FlatRange(0, 0)) for i in range(len(tensors))]
+        #: Positions of tensors that no replica keeps whole.
+        self.divided = [
+            i
+            for i, tensor in enumerate(tensors)
+            if max(part[i].numel if i in part else 0 for part in self._parts) < tensor.numel()
+        ]
 
     @torch.no_grad()
     def gather(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
@@ -106,7 +114,7 @@ def _broadcast_strided(
             target = targets[index]
             if not target.is_contiguous():
                 whole = target.contiguous()
-                dist.broadcast(whole, group=group, group_src=owner)
+                dist.broadcast(real_view(whole), group=group, group_src=owner)
                 target.copy_(whole)
 
 
@@ -116,11 +124,11 @@ def _views(
     for index, span in slices:
         target = targets[index]
         if target.is_contiguous() and target.device == device and target.dtype == dtype:
-            yield target.view(-1)[span.start : span.stop]
+            yield real_view(target.view(-1)[span.start : span.stop]).view(-1)
 
 
 def _all_gather(group: dist.ProcessGroup, streams: Sequence[Sequence[Tensor]]) -> None:
-    """Fill each member's stream of 1-D tensors from that member, a bounded block at a time."""
+    """Fill each member's stream of real 1-D tensors from that member, a block at a time."""
     longest = max(sum(t.numel() for t in stream) for stream in streams)
     if not longest:
         return
@@ -205,14 +213,16 @@ class Shares:
         for i, place in enumerate(self.places):
             alike.setdefault(tuple(g.group_name for g in place.groups), []).append(i)
         self._replicas: list[tuple[list[int], Replicas]] = []
-        self._spans: dict[int, FlatRange] = {}
+        self._divided: list[int] = []
+        spans: dict[int, FlatRange] = {}
         found: dict[int, Shard] = {}
         for members in alike.values():
             replicas = Replicas(self.places[members[0]].groups, [targets[i] for i in members])
             self._replicas.append((members, replicas))
+            self._divided += (members[i] for i in replicas.divided)
             for i, span in zip(members, replicas.spans, strict=True):
                 place = self.places[i]
-                self._spans[i] = span
+                spans[i] = span
                 found[i] = Shard(
                     inventory.averaged[i],
                     place.box,
@@ -222,22 +232,33 @@ class Shares:
                 )
         self.shards = [found[i] for i in range(len(places))]
         self.together = any(replicas.size > 1 for _, replicas in self._replicas)
-        self._sliced = any(shard.range is not None for shard in self.shards)
-        self._pointers: list[int] = []
-        self._parts: list[Tensor] = []
+        # What this rank has not all of; the rest of its tensors is averaged as it is.
+        self._spans = {i: spans[i] for i in spans if spans[i].numel < targets[i].numel()}
+        self._divided.sort()
+        self._pick = pick(self._divided, len(places))
+        self._shapes = [targets[i].shape for i in self._divided]
+        self._layouts: Layouts | None = None
+        self._parts: dict[int, Tensor] = {}
 
     def cut(self, tensors: list[Tensor]) -> list[Tensor]:
-        """This rank's parts of its blocks, as views; they are made again only when one moved."""
-        if not self._sliced:
+        """This rank's parts of its blocks, as views; they are made again only when one moved.
+
+        Raises:
+            StateError: a tensor of which replicas keep slices has another shape or is no longer
+                contiguous; also on those that keep nothing of it.
+        """
+        if not self._spans:
             return tensors
-        pointers = list(map(Tensor.data_ptr, tensors))
-        if pointers != self._pointers:
-            self._parts = [
-                tensor if shard.range is None else _cut(shard, self._spans[i], tensor)
-                for i, (shard, tensor) in enumerate(zip(self.shards, tensors, strict=True))
-            ]
-            self._pointers = pointers
-        return self._parts
+        divided = self._pick(tensors)
+        if self._layouts is None or not self._layouts.hold(divided):
+            for i, tensor, shape in zip(self._divided, divided, self._shapes, strict=True):
+                _refuse_changed(self.shards[i], tensor, shape)
+            self._parts = {i: _cut(span, tensors[i]) for i, span in self._spans.items()}
+            self._layouts = Layouts(divided)
+        found = list(tensors)
+        for i, part in self._parts.items():
+            found[i] = part
+        return found
 
     def fill(self, targets: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
         """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
@@ -260,16 +281,25 @@ def stored_shard(shard: Shard, tensor: Tensor) -> FlatShard:
     )
 
 
-def _cut(shard: Shard, span: FlatRange, tensor: Tensor) -> Tensor:
+def _cut(span: FlatRange, tensor: Tensor) -> Tensor:
     """A slice as a view."""
     if not span.numel:
         return tensor.detach().new_empty(0)
+    return tensor.detach().view(-1)[span.start : span.stop]
+
+
+def _refuse_changed(shard: Shard, tensor: Tensor, shape: torch.Size) -> None:
+    """Refuse a tensor of which slices are no longer views of the same elements."""
+    if tensor.shape != shape:
+        raise StateError(
+            f"parameter {shard.name.fqn} had local shape {tuple(shape)} when the average was made "
+            f"and has {tuple(tensor.shape)} now; make a new ShardedEMA after resizing a model"
+        )
     if not tensor.is_contiguous():
         raise StateError(
             f"parameter {shard.name.fqn} changed its memory format after the average was made; "
             "make a new ShardedEMA after model.to(memory_format=...)"
         )
-    return tensor.detach().view(-1)[span.start : span.stop]
 
 
 def leads(groups: Groups) -> bool:
