@@ -8,7 +8,6 @@ the store of its checkpoints (:mod:`sharded_ema.checkpoint`), and what is notice
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
@@ -26,7 +25,7 @@ from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
 from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
 from sharded_ema.config import Settings
-from sharded_ema.errors import CheckpointNotFoundError, StateError
+from sharded_ema.errors import CheckpointNotFoundError, StateError, warn
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
@@ -114,11 +113,10 @@ class ShardedEMA:
             total_steps=total_steps,
         )
         if force_dtype:
-            warnings.warn(
+            warn(
                 "force_dtype is deprecated: a shadow_dtype below float32 is accepted wherever the "
                 "average moves in it",
                 DeprecationWarning,
-                stacklevel=2,
             )
         else:
             check_dtype(shadow_dtype, profiles, total_steps)

@@ -6,7 +6,6 @@ small samples when the user saves, swaps, asks for metrics or closes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import horizon
-from sharded_ema.errors import BindError, EMAWarning
+from sharded_ema.errors import BindError, warn
 from sharded_ema.model.agreement import refuse_differing
 from sharded_ema.model.layout import Box
 
@@ -46,10 +45,10 @@ class Health:
         self._after_update: Tensor | None = None
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Warn with :class:`EMAWarning`, once per topic."""
+        """Warn with :class:`~sharded_ema.errors.EMAWarning`, once per topic."""
         if topic not in self._warned:
             self._warned.add(topic)
-            warnings.warn(message, EMAWarning, stacklevel=4)
+            warn(message)
 
     def begin(self, average: Average, live: Sequence[Tensor], *, loaded: bool = False) -> None:
         """Averaging starts here, or goes on after a load.

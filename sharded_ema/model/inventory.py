@@ -7,7 +7,6 @@ bare model.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -18,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from sharded_ema.errors import BindError, ConfigError, EMAWarning
+from sharded_ema.errors import BindError, ConfigError, warn
 from sharded_ema.model.internals.deepspeed import is_of_an_engine
 from sharded_ema.model.internals.fsdp1 import is_flattened
 from sharded_ema.model.internals.pytorch import (
@@ -346,11 +345,9 @@ def _warn_of_complex(buffers: Iterable[Named]) -> None:
     """Warn of buffers that no save can hold, before the first save fails because of them."""
     found = [named.fqn for named in buffers if named.tensor.is_complex()]
     if found:
-        warnings.warn(
+        warn(
             f"the buffers {found[:3]} are complex, which checkpoints cannot hold: save() refuses "
-            'them. Register them with persistent=False, or pass buffers="ignore"',
-            EMAWarning,
-            stacklevel=6,
+            'them. Register them with persistent=False, or pass buffers="ignore"'
         )
 
 
