@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,13 @@ from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
 from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
 from sharded_ema.config import Settings
-from sharded_ema.errors import CheckpointNotFoundError, StateError, warn
+from sharded_ema.errors import (
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    StateError,
+    is_called_from,
+    warn,
+)
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_patterns
@@ -146,7 +152,19 @@ class ShardedEMA:
         self._health.check_horizon(self._average, total_steps)
 
     def __getstate__(self) -> dict[str, Any]:
+        if is_called_from("torch.distributed.checkpoint"):
+            raise CheckpointWriteError(f"the ShardedEMA lies {_BELOW}")
+        self._model.refuse_copies()
         return {name: value for name, value in vars(self).items() if name not in self._not_copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self._closed:
+            self._watch = self._model.watch(self._weights_will_change)
+
+    def __create_write_items__(self, key: str, value: object) -> NoReturn:
+        """Refuse what torch.distributed.checkpoint would pickle whole; it asks by this name."""
+        raise CheckpointWriteError(f"the ShardedEMA lies under {key!r}, {_BELOW}")
 
     # ------------------------------------------------------------------ following the optimizer
 
@@ -608,3 +626,11 @@ class ShardedEMA:
         if self._model.standing_in is None:
             self._check_moving(closing=closing)
         self._health.check_finite(self._average.shadow.collect_skipped())
+
+
+_BELOW = (
+    "below the top level of the state, and only there torch.distributed.checkpoint calls "
+    "state_dict() and load_state_dict(). Move it up, as in dcp.save({'ema': ema, ...}) and "
+    "dcp.load({'ema': ema, ...}); or put ema.state_dict() there, and pass that to "
+    "ema.load_state_dict() after the load"
+)

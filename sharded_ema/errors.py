@@ -99,7 +99,7 @@ class EMAWarning(UserWarning):
     """Something is legal but makes the average useless; the text names the remedy."""
 
 
-# ---------------------------------------------------------------------- warnings
+# ---------------------------------------------------------------------- who has called
 
 # Packages that lie between a user's line and this library: they run hooks, and wrap what is called.
 _BETWEEN = {
@@ -145,8 +145,22 @@ def user_line() -> Line:
     )
 
 
+def is_called_from(package: str) -> bool:
+    """Whether code of a package, or of one of its modules, has called, however far away that is."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if f"{_module(frame)}.".startswith(f"{package}."):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def _is_between(frame: FrameType) -> bool:
-    return str(frame.f_globals.get("__name__")).partition(".")[0] in _BETWEEN
+    return _module(frame).partition(".")[0] in _BETWEEN
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
 
 
 @contextmanager

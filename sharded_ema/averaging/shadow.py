@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,9 @@ class Shadow:
         skipped_elements: those that the guard has skipped, as of the last look.
     """
 
+    # What a copy does not share: it reads the tensors of a copied model, which track() tells.
+    not_copied = ("_plan", "_pointers")
+
     def __init__(
         self,
         profiles: Iterable[str],
@@ -49,8 +53,15 @@ class Shadow:
         self._seeded = False
         self._flats: list[Tensor] = []
         self.views = {name: self._allocate(live, dtype, device) for name in profiles}
-        self._plan = self._make_plan(live)
+        self._plan: LerpPlan | None = self._make_plan(live)
         self._pointers = [t.data_ptr() for t in live]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.collect_skipped()
+        return {name: value for name, value in vars(self).items() if name not in self.not_copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _plan=None, _pointers=[])
 
     # An evaluation may have turned inference mode on; its tensors could never be updated.
     @torch.inference_mode(False)
@@ -102,6 +113,11 @@ class Shadow:
         self._plan = self._make_plan(live)
         self._pointers = pointers
 
+    @property
+    def _tracked(self) -> LerpPlan:
+        assert self._plan is not None, "a copy is tracked before it is used"
+        return self._plan
+
     @torch.no_grad()
     def copy_live(
         self, *, keep_nonfinite: bool, profiles: Iterable[str] | None = None
@@ -116,8 +132,9 @@ class Shadow:
         Returns:
             Names of parameters in which NaN or Inf were found, if that was looked for.
         """
-        live = self._plan.live
-        bad = [] if keep_nonfinite else self._plan.nonfinite()
+        plan = self._tracked
+        live = plan.live
+        bad = [] if keep_nonfinite else plan.nonfinite()
         for views in (self.views[name] for name in profiles or self.views):
             for i, (view, parameter) in enumerate(zip(views, live, strict=True)):
                 if i in bad and self._seeded:
@@ -140,15 +157,16 @@ class Shadow:
         Args:
             decays: by profile.
         """
-        self._plan.run([1.0 - decays[name] for name in self.views])
+        self._tracked.run([1.0 - decays[name] for name in self.views])
 
     def nonfinite(self) -> list[str]:
         """Names of parameters that hold NaN or Inf. Waits for the device."""
-        return [self._names[i] for i in self._plan.nonfinite()]
+        return [self._names[i] for i in self._tracked.nonfinite()]
 
     def collect_skipped(self) -> int:
         """Elements that the guard has skipped so far. Waits for the device."""
-        self.skipped_elements += self._plan.take_skipped()
+        if self._plan is not None:
+            self.skipped_elements += self._plan.take_skipped()
         return self.skipped_elements
 
     @property

@@ -79,6 +79,22 @@ def make_state(reader: ReadsShards, average: Average, meta: Mapping[str, Any]) -
     return state
 
 
+@torch.no_grad()
+def as_plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a model in one process, all of it, as plain tensors.
+
+    Averages are the memory of the shadow, as before. Frozen parameters and buffers are copies:
+    whoever loads into the state in place would overwrite the model's.
+    """
+    plain = {}
+    for key, value in state.items():
+        pieces = pieces_of(value)
+        tensor = pieces[0][1] if pieces else torch.empty(value.shape, dtype=value.dtype)
+        apart = key.startswith((FROZEN_PREFIX, BUFFERS_PREFIX))
+        plain[key] = tensor.detach().clone() if apart else tensor
+    return plain
+
+
 def _meta_tensor(meta: Mapping[str, Any], ranks: Sequence[int]) -> Tensor:
     data = encode_meta(dict(meta))
     if len(data) > META_BYTES:
