@@ -73,7 +73,7 @@ def make_state(reader: ReadsShards, average: Average, meta: Mapping[str, Any]) -
     if meta["frozen"] == "save":
         for named in reader.inventory.frozen:
             state[FROZEN_PREFIX + named.fqn] = reader.stored_apart(named)
-    for named in reader.inventory.buffers:
+    for named in (*reader.inventory.buffers, *reader.inventory.extra):
         state[BUFFERS_PREFIX + named.fqn] = reader.stored_apart(named)
     state[META_KEY] = _meta_tensor(meta, reader.ranks)
     return state

@@ -14,25 +14,21 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from sharded_ema.errors import BindError, ConfigError, warn
 from sharded_ema.model.internals.deepspeed import is_of_an_engine
 from sharded_ema.model.internals.fsdp1 import is_flattened
 from sharded_ema.model.internals.pytorch import (
+    EXTRA_STATE,
     MODULE,
     is_persistent,
     keeps_elements_elsewhere,
     own_buffers,
-    own_children,
     own_parameters,
 )
 from sharded_ema.model.layout import Shape
-
-# Attributes through which wrappers hold the module they wrap. They are no part of the name that
-# the bare model's state_dict() gives a parameter.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
+from sharded_ema.model.names import Keys, find_keys, walk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,6 +43,7 @@ class Named:
             a framework flattens parameters, the one that the optimizer trains.
         shape: global shape.
         aliases: other names of the same tensor (tied weights).
+        paths: where modules have it, which are its names unless hooks change these.
     """
 
     fqn: str
@@ -55,6 +52,17 @@ class Named:
     tensor: Tensor
     shape: Shape
     aliases: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Where its owner has it."""
+        return self.paths[0] if self.paths else self.fqn
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """What patterns may call it, each once."""
+        return tuple(dict.fromkeys((self.fqn, *self.aliases, *self.paths)))
 
     @property
     def is_parameter(self) -> bool:
@@ -79,6 +87,26 @@ class Named:
         return own_parameters(self.owner).get(self.attribute)
 
 
+class ExtraState(Named):
+    """What ``get_extra_state()`` of a module returns."""
+
+    __slots__ = ()
+
+    def read(self) -> Tensor:
+        """It as it is now.
+
+        Raises:
+            BindError: it is no tensor any more.
+        """
+        value = self.owner.get_extra_state()
+        if not isinstance(value, Tensor):
+            raise BindError(
+                f"get_extra_state() of a {type(self.owner).__name__} ({self.fqn}) has returned a "
+                f"tensor before, and returns a {type(value).__name__} now; only tensors are saved"
+            )
+        return value.detach()
+
+
 @dataclass(slots=True)
 class Inventory:
     """The tensors of a model, sorted by what happens to them.
@@ -89,6 +117,7 @@ class Inventory:
         frozen: parameters with ``requires_grad=False``.
         excluded: trainable parameters that the patterns leave out.
         buffers: persistent buffers.
+        extra: extra states of modules that are tensors.
         adapters: names of the PEFT adapters in it.
         ignores_buffers: whether buffers are left out on purpose.
         is_settled: whether what is trained was settled when the model was wrapped, whatever
@@ -101,6 +130,7 @@ class Inventory:
     frozen: list[Named] = field(default_factory=list)
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
+    extra: list[Named] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     ignores_buffers: bool = False
     is_settled: bool = False
@@ -128,7 +158,7 @@ class Inventory:
         """
         names = {(id(module), prefix) for prefix, module in walk(self.model)}
         for named in (*self.averaged, *self.frozen, *self.buffers):
-            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
+            there = (id(named.owner), named.path.removesuffix(named.attribute)) in names
             if there and (not named.is_parameter or self.registered(named) is named.tensor):
                 continue
             raise BindError(
@@ -171,22 +201,6 @@ _REMEDY = (
     "Make a new ShardedEMA after such a change and load the last save with strict=False, which "
     "keeps what is averaged already"
 )
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules with the prefix their tensors have in the bare model's ``state_dict()``.
-
-    A shared module is met once under each of its names, as in ``state_dict()``.
-    """
-    yield prefix, module
-    is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
-    children = own_children(module)
-    for name, child in children.items():
-        # Lightning Fabric holds a module twice: wrapped, and as it was.
-        again = name == "_original_module" and "_forward_module" in children
-        if child is not None and not again:
-            wrapped = name in _WRAPPED or (is_parallel and name == "module")
-            yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -246,7 +260,7 @@ class Selection:
 
 
 def _fits(named: Named, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
+    return any(fnmatchcase(name, p) for name in named.all_names for p in patterns)
 
 
 def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -276,19 +290,25 @@ def take_inventory(
     parameters: dict[Hashable, Named] = {}
     for prefix, module in walk(model):
         _refuse_lazy(prefix, module)
+    keys = find_keys(model, lambda module: ((a, tensor) for a, _, tensor, _ in found_on(module)))
+    for prefix, module in walk(model):
         for attribute, identity, parameter, shape in found_on(module):
-            fqn = prefix + attribute
+            path = prefix + attribute
             known = parameters.get(identity)
             parameters[identity] = (
-                replace(known, aliases=(*known.aliases, fqn))
+                replace(known, paths=(*known.paths, path))
                 if known
-                else Named(fqn, module, attribute, parameter, shape)
+                else Named(path, module, attribute, parameter, shape, paths=(path,))
             )
         for attribute, buffer in own_buffers(module).items():
             kept = not found.ignores_buffers and is_persistent(module, attribute)
             if buffer is not None and kept:
-                shape = tuple(buffer.shape)
-                found.buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
+                path, shape = prefix + attribute, tuple(buffer.shape)
+                named = Named(path, module, attribute, buffer, shape, paths=(path,))
+                found.buffers.append(_under_its_keys(named, keys))
+    parameters = {i: _under_its_keys(named, keys) for i, named in parameters.items()}
+    if not found.ignores_buffers:
+        found.extra = _extra_states(keys)
     for named in parameters.values():
         if not named.tensor.requires_grad:
             found.frozen.append(named)
@@ -299,7 +319,7 @@ def take_inventory(
     for named in (*found.averaged, *found.frozen):
         _refuse_unusable(named)
     smooth = [b for b in found.buffers if mode == "average" and b.tensor.is_floating_point()]
-    selection.check([name for n in (*parameters.values(), *smooth) for name in (n.fqn, *n.aliases)])
+    selection.check([name for n in (*parameters.values(), *smooth) for name in n.all_names])
     chosen = [b for b in smooth if selection.takes(b)]
     found.buffers = [b for b in found.buffers if b not in chosen]
     if not found.averaged:
@@ -311,7 +331,48 @@ def take_inventory(
         )
     found.averaged += chosen
     _warn_of_complex(found.buffers)
+    if not found.adapters:  # whose exports are no whole models
+        _warn_of_strangers(found, keys)
     return found
+
+
+def _under_its_keys(named: Named, keys: Keys) -> Named:
+    """A tensor by the names that the state dict gives it; by its path if it has none there."""
+    names = list(dict.fromkeys(key for path in named.paths for key in keys.of(path)))
+    names = names or [named.path]
+    return replace(named, fqn=names[0], aliases=tuple(names[1:]))
+
+
+def _extra_states(keys: Keys) -> list[Named]:
+    """What modules store beside their tensors, as far as that is a tensor, too."""
+    found: list[Named] = []
+    others = []
+    for key, module in keys.extra.items():
+        value = module.get_extra_state()
+        if isinstance(value, Tensor):
+            found.append(ExtraState(key, module, EXTRA_STATE, value, tuple(value.shape)))
+        else:
+            others.append(f"{key}, a {type(value).__name__}")
+    if others:
+        warn(
+            f"get_extra_state() of {len(others)} modules returns no tensor ({others[0]}), which "
+            "would have to be pickled: saves and exports leave it out. Load an export with "
+            "strict=False, or let get_extra_state() return a tensor"
+        )
+    return found
+
+
+def _warn_of_strangers(found: Inventory, keys: Keys) -> None:
+    """Warn if an export would lack what the state dict has, or have what it lacks."""
+    stored = (*found.averaged, *found.frozen, *found.buffers)
+    lost = [named.path for named in stored if not any(map(keys.of, named.paths))]
+    if keys.made or lost:
+        warn(
+            f"state_dict() of the model, as its hooks leave it, has {len(keys.made)} entries that "
+            f"are no parameters or buffers of it {keys.made[:3]}, and lacks {len(lost)} that are "
+            f"{lost[:3]}: saves and exports have what is in the modules, under its names there. "
+            "Load an export with strict=False, or pass --rename to consolidate"
+        )
 
 
 # ---------------------------------------------------------------------- what cannot be averaged

@@ -165,17 +165,17 @@ class Stage:
                 "not supported"
             )
 
-    def is_borrowed(self, fqn: str) -> bool:
+    def is_borrowed(self, path: str) -> bool:
         """Whether an earlier pipeline stage holds the tensor, too, and writes it."""
         ties = self._engine.module.tied_comms if self.is_pipeline else {}
         return any(
-            fqn.startswith(f"tied_modules.{key}.") and min(tie["ranks"]) != dist.get_rank()
+            path.startswith(f"tied_modules.{key}.") and min(tie["ranks"]) != dist.get_rank()
             for key, tie in ties.items()
         )
 
-    def writes_whole(self, fqn: str) -> bool:
-        """Whether of those that hold the tensor ``fqn`` whole this rank is the one to write it."""
-        return dist.get_rank(self.replicas) == 0 and not self.is_borrowed(fqn)
+    def writes_whole(self, path: str) -> bool:
+        """Whether of those that hold a tensor whole this rank is the one to write it."""
+        return dist.get_rank(self.replicas) == 0 and not self.is_borrowed(path)
 
 
 # ---------------------------------------------------------------------- ZeRO 1, 2 and 3

@@ -154,8 +154,8 @@ class PartitionedShards:
     def _shard(self, named: Named, place: Partition | None) -> Shard:
         box = Box.whole(named.shape)
         if place is None:
-            return Shard(named, box, writes=self._stage.writes_whole(named.fqn))
-        return Shard(named, box, place.range, writes=not self._stage.is_borrowed(named.fqn))
+            return Shard(named, box, writes=self._stage.writes_whole(named.path))
+        return Shard(named, box, place.range, writes=not self._stage.is_borrowed(named.path))
 
     def live(self) -> list[Tensor]:
         masters = self.partitions.masters()
@@ -195,7 +195,7 @@ class PartitionedShards:
 
     def stored_apart(self, named: Named) -> Tensor:
         if not is_in_pieces(named.tensor):
-            writes = self._stage.writes_whole(named.fqn)
+            writes = self._stage.writes_whole(named.path)
             return whole(named.read().detach(), writes=writes, reads=False)
         shape, piece = named.shape, piece_weights(named.tensor)
         return FlatShard(
@@ -327,7 +327,7 @@ class MasterShards:
         ]
 
     def _borrowed(self, named: Named) -> bool:
-        return self._stage.is_borrowed(named.fqn)
+        return self._stage.is_borrowed(named.path)
 
     def master(self, index: int) -> Tensor:
         """What the optimizer trains for the parameter at ``index``, whole."""
@@ -352,7 +352,7 @@ class MasterShards:
         return [stored_shard(s, t) for s, t in zip(self.shards, tensors, strict=True)]
 
     def stored_apart(self, named: Named) -> Tensor:
-        writes = self._stage.writes_whole(named.fqn)
+        writes = self._stage.writes_whole(named.path)
         return whole(named.read().detach(), writes=writes, reads=False)
 
     def copies(self) -> Mapping[str, Copy]:
