@@ -176,8 +176,8 @@ COMMANDS = {
             _argument(
                 "--tied",
                 choices=("drop", "emit"),
-                default="drop",
-                help="tied weights under one name, or under all (default: %(default)s)",
+                help="tied weights under one name, or under all (default: all; with --like the "
+                "names in its weights, or one if it has none)",
             ),
             _NO_PROGRESS,
             _JSON,

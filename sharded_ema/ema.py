@@ -8,12 +8,11 @@ the store of its checkpoints (:mod:`sharded_ema.checkpoint`), and what is notice
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +26,13 @@ from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
 from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
 from sharded_ema.config import Settings, buffer_rules
-from sharded_ema.errors import CheckpointNotFoundError, StateError
+from sharded_ema.errors import (
+    CheckpointNotFoundError,
+    CheckpointWriteError,
+    StateError,
+    is_called_from,
+    warn,
+)
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
@@ -123,11 +128,10 @@ class ShardedEMA:
             total_steps=total_steps,
         )
         if force_dtype:
-            warnings.warn(
+            warn(
                 "force_dtype is deprecated: a shadow_dtype below float32 is accepted wherever the "
                 "average moves in it",
                 DeprecationWarning,
-                stacklevel=2,
             )
         else:
             check_dtype(shadow_dtype, profiles, total_steps)
@@ -161,7 +165,19 @@ class ShardedEMA:
         self._health.check_horizon(self._average, total_steps)
 
     def __getstate__(self) -> dict[str, Any]:
+        if is_called_from("torch.distributed.checkpoint"):
+            raise CheckpointWriteError(f"the ShardedEMA lies {_BELOW}")
+        self._model.refuse_copies()
         return {name: value for name, value in vars(self).items() if name not in self._not_copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if not self._closed:
+            self._watch = self._model.watch(self._weights_will_change)
+
+    def __create_write_items__(self, key: str, value: object) -> NoReturn:
+        """Refuse what torch.distributed.checkpoint would pickle whole; it asks by this name."""
+        raise CheckpointWriteError(f"the ShardedEMA lies under {key!r}, {_BELOW}")
 
     # ------------------------------------------------------------------ following the optimizer
 
@@ -652,3 +668,11 @@ class ShardedEMA:
         if self._model.is_itself:
             self._check_moving(closing=closing)
         self._health.check_finite(self._average.shadow.collect_skipped())
+
+
+_BELOW = (
+    "below the top level of the state, and only there torch.distributed.checkpoint calls "
+    "state_dict() and load_state_dict(). Move it up, as in dcp.save({'ema': ema, ...}) and "
+    "dcp.load({'ema': ema, ...}); or put ema.state_dict() there, and pass that to "
+    "ema.load_state_dict() after the load"
+)

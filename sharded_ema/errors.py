@@ -2,10 +2,19 @@
 
 A message says what went wrong, where (parameter name, rank, path) and how to mend it. When
 ranks fail differently, all of them raise one error of the first failing rank's class; its
-``failures`` maps each failing rank to that rank's own message.
+``failures`` maps each failing rank to that rank's own message. What is no failure but makes an
+average useless is warned of by :func:`warn`, at the line of the user's program.
 """
 
 from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import FrameType
+from typing import Any, NamedTuple
 
 
 class EMAError(Exception):
@@ -88,6 +97,90 @@ class CheckpointWriteError(CheckpointError):
 
 class EMAWarning(UserWarning):
     """Something is legal but makes the average useless; the text names the remedy."""
+
+
+# ---------------------------------------------------------------------- who has called
+
+# Packages that lie between a user's line and this library: they run hooks, and wrap what is called.
+_BETWEEN = {
+    "sharded_ema",
+    "torch",
+    "deepspeed",
+    "accelerate",
+    "lightning",
+    "lightning_fabric",
+    "pytorch_lightning",
+    "contextlib",
+    "copy",
+    "functools",
+}
+
+
+class Line(NamedTuple):
+    """A line of a program, as :func:`warnings.warn_explicit` wants it."""
+
+    file: str
+    number: int
+    module: str
+    registry: dict[Any, Any]
+
+
+_speaking_for: ContextVar[Line | None] = ContextVar("line", default=None)
+
+
+def user_line() -> Line:
+    """The line of the user's program that has called the library, however far away that is."""
+    known = _speaking_for.get()
+    if known is not None:
+        return known
+    frame = inspect.currentframe()
+    assert frame is not None  # as CPython has them
+    while frame.f_back is not None and _is_between(frame):
+        frame = frame.f_back
+    return Line(
+        frame.f_code.co_filename,
+        frame.f_lineno,
+        frame.f_globals.get("__name__", frame.f_code.co_filename),
+        frame.f_globals.setdefault("__warningregistry__", {}),
+    )
+
+
+def is_called_from(package: str) -> bool:
+    """Whether code of a package, or of one of its modules, has called, however far away that is."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if f"{_module(frame)}.".startswith(f"{package}."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _is_between(frame: FrameType) -> bool:
+    return _module(frame).partition(".")[0] in _BETWEEN
+
+
+def _module(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__"))
+
+
+@contextmanager
+def speaking_for(line: Line) -> Iterator[None]:
+    """What is warned of in the block belongs to a line that has asked for it before."""
+    token = _speaking_for.set(line)
+    try:
+        yield
+    finally:
+        _speaking_for.reset(token)
+
+
+def warn(message: str, category: type[Warning] = EMAWarning, line: Line | None = None) -> None:
+    """Warn at the user's line.
+
+    Args:
+        line: to blame; the one that has called the library if ``None``.
+    """
+    file, number, module, registry = line or user_line()
+    warnings.warn_explicit(message, category, file, number, module, registry)
 
 
 def error_classes() -> dict[str, type[EMAError]]:

@@ -16,8 +16,8 @@ LAUNCH = Path(__file__).parent / "launch"
 
 @pytest.fixture(scope="session")
 def worlds() -> Iterator[dict[int, WorkerPool]]:
-    """Worlds of 2, 3 and 4 ranks."""
-    pools = {size: WorkerPool(size) for size in (2, 3, 4)}
+    """Worlds of 1 to 4 ranks."""
+    pools = {size: WorkerPool(size) for size in (1, 2, 3, 4)}
     yield pools
     for pool in pools.values():
         pool.stop()
@@ -26,7 +26,7 @@ def worlds() -> Iterator[dict[int, WorkerPool]]:
 @pytest.fixture(scope="session")
 def engine_worlds() -> Iterator[dict[int, WorkerPool]]:
     """Worlds of their own for DeepSpeed, which changes what it is imported into."""
-    pools = {size: WorkerPool(size) for size in (2, 4)}
+    pools = {size: WorkerPool(size) for size in (1, 2, 4)}
     yield pools
     for pool in pools.values():
         pool.stop()

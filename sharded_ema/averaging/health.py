@@ -6,7 +6,6 @@ small samples when the user saves, swaps, asks for metrics or closes.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from sharded_ema.averaging.average import Average
 from sharded_ema.averaging.schedules import horizon
-from sharded_ema.errors import EMAWarning
+from sharded_ema.errors import warn
 from sharded_ema.model.holdings import Record, find_differing
 from sharded_ema.model.precision import real_view
 
@@ -47,10 +46,10 @@ class Health:
         self._statistics_at_start = torch.empty(0, device="cpu")
 
     def warn_once(self, topic: str, message: str) -> None:
-        """Warn with :class:`EMAWarning`, once per topic."""
+        """Warn with :class:`~sharded_ema.errors.EMAWarning`, once per topic."""
         if topic not in self._warned:
             self._warned.add(topic)
-            warnings.warn(message, EMAWarning, stacklevel=4)
+            warn(message)
 
     def begin(self, average: Average, live: Sequence[Tensor], *, loaded: bool = False) -> None:
         """Averaging starts here, or goes on after a load.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,9 @@ class Shadow:
         skipped_elements: those that the guard has skipped, as of the last look.
     """
 
+    # What a copy does not share: it reads the tensors of a copied model, which track() tells.
+    not_copied = ("_plan",)
+
     def __init__(
         self,
         profiles: Iterable[str],
@@ -52,7 +56,14 @@ class Shadow:
         self._unhealthy: set[int] = set()
         self._flats: list[Tensor] = []
         self.views = {name: self._allocate(live, dtype, device) for name in profiles}
-        self._plan = self._make_plan(live)
+        self._plan: LerpPlan | None = self._make_plan(live)
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.collect_skipped()
+        return {name: value for name, value in vars(self).items() if name not in self.not_copied}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _plan=None)
 
     # An evaluation may have turned inference mode on; its tensors could never be updated.
     @torch.inference_mode(False)
@@ -90,7 +101,7 @@ class Shadow:
         Raises:
             StateError: see :meth:`track`.
         """
-        if not self._plan.reads(live):
+        if not self._tracked.reads(live):
             self.track(live)
 
     def track(self, live: Sequence[Tensor]) -> None:
@@ -100,7 +111,7 @@ class Shadow:
             StateError: a parameter changed its shape since the shadow was made.
         """
         self._refuse_changed(live)
-        if not self._plan.reads(live):
+        if self._plan is None or not self._plan.reads(live):
             self.collect_skipped()
             self._plan = self._make_plan(live)
 
@@ -120,6 +131,11 @@ class Shadow:
                     "after such a change, of tensors on which resolve_conj() was called"
                 )
 
+    @property
+    def _tracked(self) -> LerpPlan:
+        assert self._plan is not None, "a copy is tracked before it is used"
+        return self._plan
+
     @torch.no_grad()
     def copy_live(
         self, *, keep_nonfinite: bool, profiles: Iterable[str] | None = None
@@ -135,10 +151,10 @@ class Shadow:
         Returns:
             Names of parameters in which NaN or Inf were found, if that was looked for.
         """
-        live = self._plan.live
-        bad = [] if keep_nonfinite else self._plan.nonfinite()
+        live = self._tracked.live
+        bad = [] if keep_nonfinite else self._tracked.nonfinite()
         chosen = set(self.views if profiles is None else profiles)
-        for name, views in zip(self.views, self._plan.shadows, strict=True):
+        for name, views in zip(self.views, self._tracked.shadows, strict=True):
             if name not in chosen:
                 continue
             for i, (view, parameter) in enumerate(zip(views, live, strict=True)):
@@ -176,22 +192,24 @@ class Shadow:
         Args:
             decays: by profile.
         """
+        plan = self._tracked
         try:
             if self._unhealthy:
-                self._plan.heal(self._unhealthy)
-            self._plan.run([1.0 - decays[name] for name in self.views])
+                plan.heal(self._unhealthy)
+            plan.run([1.0 - decays[name] for name in self.views])
         except RuntimeError:
-            self._refuse_changed(self._plan.given)
+            self._refuse_changed(plan.given)
             raise
 
     def nonfinite(self) -> list[str]:
         """Names of parameters that hold NaN or Inf. Waits for the device."""
-        return [self._names[i] for i in self._plan.nonfinite()]
+        return [self._names[i] for i in self._tracked.nonfinite()]
 
     def collect_skipped(self) -> int:
         """Elements that the guard has skipped so far. Waits for the device."""
-        self.skipped_elements += self._plan.take_skipped()
-        self._unhealthy = self._sick(self._unhealthy)
+        if self._plan is not None:
+            self.skipped_elements += self._plan.take_skipped()
+            self._unhealthy = self._sick(self._unhealthy)
         return self.skipped_elements
 
     @property

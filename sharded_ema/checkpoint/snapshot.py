@@ -89,7 +89,8 @@ def make_state(
 ) -> dict[str, Tensor]:
     """The averages, and what makes an export a whole model: frozen parameters and buffers."""
     state = make_averages(model, average)
-    apart = {FROZEN_PREFIX: model.inventory.frozen, BUFFERS_PREFIX: model.inventory.buffers}
+    inventory = model.inventory
+    apart = {FROZEN_PREFIX: inventory.frozen, BUFFERS_PREFIX: inventory.buffers + inventory.extra}
     if meta["frozen"] == "skip":
         del apart[FROZEN_PREFIX]
     for prefix, tensors in apart.items():
@@ -99,6 +100,22 @@ def make_state(
             state[prefix + named.fqn] = unwritten(value) if is_borrowed else value
     state[META_KEY] = _meta_tensor(meta, model.reader.ranks)
     return state
+
+
+@torch.no_grad()
+def as_plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state of a model in one process, all of it, as plain tensors.
+
+    Averages are the memory of the shadow, as before. Frozen parameters and buffers are copies:
+    whoever loads into the state in place would overwrite the model's.
+    """
+    plain = {}
+    for key, value in state.items():
+        pieces = pieces_of(value)
+        tensor = pieces[0][1] if pieces else torch.empty(value.shape, dtype=value.dtype)
+        apart = key.startswith((FROZEN_PREFIX, BUFFERS_PREFIX))
+        plain[key] = tensor.detach().clone() if apart else tensor
+    return plain
 
 
 def _meta_tensor(meta: Mapping[str, Any], ranks: Sequence[int]) -> Tensor:

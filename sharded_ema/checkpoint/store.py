@@ -23,6 +23,7 @@ from sharded_ema.config import Settings
 from sharded_ema.errors import CheckpointExistsError, ConfigError
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
+from sharded_ema.model.world import world_size
 
 
 class Store:
@@ -77,7 +78,8 @@ class Store:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Averages, what makes an export of them a whole model, and a description."""
-        return snapshot.make_state(self._model, self._average, self._meta())
+        state = snapshot.make_state(self._model, self._average, self._meta())
+        return snapshot.as_plain(state) if world_size() == 1 else state
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool) -> Mapping[str, Any]:
         """Take over the values of a state, and return its description."""

@@ -69,6 +69,21 @@ class FollowedModel:
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in self.not_copied}
 
+    def refuse_copies(self) -> None:
+        """Refuse to copy or pickle what belongs to several ranks, or stands in for weights.
+
+        Raises:
+            StateError: the model is spread over ranks, or wrapped for that.
+            SwapError: an average stands in for the weights.
+        """
+        self.refuse_in_swap("copying or pickling the ShardedEMA")
+        if self.reader.ranks and (self.ranks.size > 1 or self.reader.kind != "plain"):
+            raise StateError(
+                "a ShardedEMA of a model that is wrapped for several ranks cannot be copied or "
+                "pickled: each rank has its part, and meets the others in process groups. Save it "
+                "with ema.save(), and load it into the ShardedEMA of the other model"
+            )
+
     @property
     def inventory(self) -> Inventory:
         """Its tensors."""

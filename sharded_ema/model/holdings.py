@@ -56,6 +56,7 @@ class Tensors:
             "averaged": inventory.averaged,
             "frozen": inventory.frozen,
             "a buffer": inventory.buffers,
+            "an extra state": inventory.extra,
         }
         return cls(
             held={

@@ -7,7 +7,6 @@ bare model.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -15,32 +14,21 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from sharded_ema.errors import BindError, ConfigError, EMAWarning
+from sharded_ema.errors import BindError, ConfigError, warn
 from sharded_ema.model.internals.deepspeed import is_of_an_engine
 from sharded_ema.model.internals.fsdp1 import is_flattened
 from sharded_ema.model.internals.pytorch import (
+    EXTRA_STATE,
     MODULE,
     is_persistent,
     keeps_elements_elsewhere,
     own_buffers,
-    own_children,
     own_parameters,
 )
 from sharded_ema.model.layout import Shape
-
-# Attributes through which wrappers hold the module they wrap. They are no part of the name that
-# the bare model's state_dict() gives a parameter.
-_WRAPPED = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "_forward_module"}
-
-
-class Parts(nn.ModuleList):
-    """Several modules that are one model, such as the pipeline stages that lie on this rank.
-
-    Their tensors keep the names that they have in the modules.
-    """
+from sharded_ema.model.names import Keys, Parts, find_keys, walk
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -55,6 +43,7 @@ class Named:
             a framework flattens parameters, the one that the optimizer trains.
         shape: global shape.
         aliases: other names of the same tensor (tied weights).
+        paths: where modules have it, which are its names unless hooks change these.
     """
 
     fqn: str
@@ -63,6 +52,17 @@ class Named:
     tensor: Tensor
     shape: Shape
     aliases: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+
+    @property
+    def path(self) -> str:
+        """Where its owner has it."""
+        return self.paths[0] if self.paths else self.fqn
+
+    @property
+    def all_names(self) -> tuple[str, ...]:
+        """What patterns may call it, each once."""
+        return tuple(dict.fromkeys((self.fqn, *self.aliases, *self.paths)))
 
     @property
     def is_parameter(self) -> bool:
@@ -87,6 +87,26 @@ class Named:
         return own_parameters(self.owner).get(self.attribute)
 
 
+class ExtraState(Named):
+    """What ``get_extra_state()`` of a module returns."""
+
+    __slots__ = ()
+
+    def read(self) -> Tensor:
+        """It as it is now.
+
+        Raises:
+            BindError: it is no tensor any more.
+        """
+        value = self.owner.get_extra_state()
+        if not isinstance(value, Tensor):
+            raise BindError(
+                f"get_extra_state() of a {type(self.owner).__name__} ({self.fqn}) has returned a "
+                f"tensor before, and returns a {type(value).__name__} now; only tensors are saved"
+            )
+        return value.detach()
+
+
 @dataclass(slots=True)
 class Inventory:
     """The tensors of a model, sorted by what happens to them.
@@ -98,6 +118,7 @@ class Inventory:
         excluded: trainable parameters that the patterns leave out.
         buffers: persistent buffers that are stored as they are.
         ignored: persistent buffers that are left out.
+        extra: extra states of modules that are tensors.
         adapters: names of the PEFT adapters in it.
         selection: what of it was asked for.
         is_settled: whether what is trained was settled when the model was wrapped, whatever
@@ -111,6 +132,7 @@ class Inventory:
     excluded: list[Named] = field(default_factory=list)
     buffers: list[Named] = field(default_factory=list)
     ignored: list[Named] = field(default_factory=list)
+    extra: list[Named] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     selection: Selection = field(default_factory=lambda: Selection())
     is_settled: bool = False
@@ -138,7 +160,7 @@ class Inventory:
         """
         names = {(id(module), prefix) for prefix, module in walk(self.model)}
         for named in (*self.averaged, *self.frozen, *self.buffers):
-            there = (id(named.owner), named.fqn.removesuffix(named.attribute)) in names
+            there = (id(named.owner), named.path.removesuffix(named.attribute)) in names
             if there and (not named.is_parameter or self.registered(named) is named.tensor):
                 continue
             raise BindError(
@@ -158,9 +180,11 @@ class Inventory:
                 if tensor is not None and id(tensor) not in known and not is_flattened(tensor):
                     new.append(prefix + name)
             for name, buffer in own_buffers(module).items():
-                kept = buffer is not None and is_persistent(module, name)
-                kept = kept and self.selection.of_buffer(prefix + name) != "ignore"
-                if kept and (id(module), name) not in places:
+                if buffer is None or not is_persistent(module, name):
+                    continue
+                named = Named(prefix + name, module, name, buffer, tuple(buffer.shape))
+                ignored = self.selection.of_buffer(named) == "ignore"
+                if not ignored and (id(module), name) not in places:
                     new.append(prefix + name)
         if new:
             yield (
@@ -183,23 +207,6 @@ _REMEDY = (
     "Make a new ShardedEMA after such a change and load the last save with strict=False, which "
     "keeps what is averaged already"
 )
-
-
-def walk(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """All modules with the prefix their tensors have in the bare model's ``state_dict()``.
-
-    A shared module is met once under each of its names, as in ``state_dict()``.
-    """
-    yield prefix, module
-    is_parallel = isinstance(module, DistributedDataParallel | nn.DataParallel)
-    is_parts = isinstance(module, Parts)
-    children = own_children(module)
-    for name, child in children.items():
-        # Lightning Fabric holds a module twice: wrapped, and as it was.
-        again = name == "_original_module" and "_forward_module" in children
-        if child is not None and not again:
-            wrapped = name in _WRAPPED or is_parts or (is_parallel and name == "module")
-            yield from walk(child, prefix if wrapped else f"{prefix}{name}.")
 
 
 def as_model(target: nn.Module | Sequence[nn.Module]) -> nn.Module:
@@ -260,9 +267,9 @@ class Selection:
             named, self.exclude
         )
 
-    def of_buffer(self, name: str) -> str:
-        """What becomes of a buffer."""
-        return next((what for pattern, what in self.buffers if fnmatchcase(name, pattern)), "copy")
+    def of_buffer(self, named: Named) -> str:
+        """What becomes of a buffer, which goes by any of its names."""
+        return next((what for pattern, what in self.buffers if _fits(named, (pattern,))), "copy")
 
     def check(self, parameters: Sequence[str], buffers: Sequence[str]) -> None:
         """Refuse a pattern that matches nothing.
@@ -295,7 +302,7 @@ class Selection:
 
 
 def _fits(named: Named, patterns: Iterable[str]) -> bool:
-    return any(fnmatchcase(n, p) for n in (named.fqn, *named.aliases) for p in patterns)
+    return any(fnmatchcase(name, p) for name in named.all_names for p in patterns)
 
 
 def as_patterns(patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
@@ -326,23 +333,28 @@ def take_inventory(
     taken: dict[str, Hashable] = {}
     for prefix, module in walk(model):
         _refuse_lazy(prefix, module)
+    keys = find_keys(model, lambda module: ((a, tensor) for a, _, tensor, _ in found_on(module)))
+    for prefix, module in walk(model):
         for attribute, identity, parameter, shape in found_on(module):
-            fqn = prefix + attribute
-            if taken.setdefault(fqn, identity) != identity:
+            path = prefix + attribute
+            if taken.setdefault(path, identity) != identity:
                 raise BindError(
-                    f"two parts of the model have a parameter {fqn}; parts of one model keep the "
+                    f"two parts of the model have a parameter {path}; parts of one model keep the "
                     "names that they have in the whole (a ModuleDict of layers by their numbers)"
                 )
             known = parameters.get(identity)
             parameters[identity] = (
-                replace(known, aliases=(*known.aliases, fqn))
+                replace(known, paths=(*known.paths, path))
                 if known
-                else Named(fqn, module, attribute, parameter, shape)
+                else Named(path, module, attribute, parameter, shape, paths=(path,))
             )
         for attribute, buffer in own_buffers(module).items():
             if buffer is not None and is_persistent(module, attribute):
-                shape = tuple(buffer.shape)
-                buffers.append(Named(prefix + attribute, module, attribute, buffer, shape))
+                path, shape = prefix + attribute, tuple(buffer.shape)
+                named = Named(path, module, attribute, buffer, shape, paths=(path,))
+                buffers.append(_under_its_keys(named, keys))
+    parameters = {i: _under_its_keys(named, keys) for i, named in parameters.items()}
+    extra = _extra_states(keys)
     for named in parameters.values():
         if not named.tensor.requires_grad:
             found.frozen.append(named)
@@ -353,10 +365,11 @@ def take_inventory(
     for named in (*found.averaged, *found.frozen):
         _refuse_unusable(named)
     selection.check(
-        [name for n in parameters.values() for name in (n.fqn, *n.aliases)],
-        [named.fqn for named in buffers],
+        [name for n in parameters.values() for name in n.all_names],
+        [name for n in (*buffers, *extra) for name in n.all_names],
     )
     averaged = _sort_buffers(buffers, found)
+    found.extra = [n for n in extra if selection.of_buffer(n) != "ignore"]
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "
@@ -366,6 +379,8 @@ def take_inventory(
         )
     found.averaged += averaged
     _warn_of_half_complex(found.buffers)
+    if not found.adapters:  # whose exports are no whole models
+        _warn_of_strangers(found, keys)
     return found
 
 
@@ -377,7 +392,7 @@ def _sort_buffers(buffers: Iterable[Named], found: Inventory) -> list[Named]:
     """
     averaged = []
     for named in buffers:
-        what, tensor = found.selection.of_buffer(named.fqn), named.tensor
+        what, tensor = found.selection.of_buffer(named), named.tensor
         if what == "ignore":
             found.ignored.append(named)
         elif what == "average" and (tensor.is_floating_point() or tensor.is_complex()):
@@ -386,6 +401,45 @@ def _sort_buffers(buffers: Iterable[Named], found: Inventory) -> list[Named]:
         else:
             found.buffers.append(named)
     return averaged
+
+
+def _under_its_keys(named: Named, keys: Keys) -> Named:
+    """A tensor by the names that the state dict gives it; by its path if it has none there."""
+    names = list(dict.fromkeys(key for path in named.paths for key in keys.of(path)))
+    names = names or [named.path]
+    return replace(named, fqn=names[0], aliases=tuple(names[1:]))
+
+
+def _extra_states(keys: Keys) -> list[Named]:
+    """What modules store beside their tensors, as far as that is a tensor, too."""
+    found: list[Named] = []
+    others = []
+    for key, module in keys.extra.items():
+        value = module.get_extra_state()
+        if isinstance(value, Tensor):
+            found.append(ExtraState(key, module, EXTRA_STATE, value, tuple(value.shape)))
+        else:
+            others.append(f"{key}, a {type(value).__name__}")
+    if others:
+        warn(
+            f"get_extra_state() of {len(others)} modules returns no tensor ({others[0]}), which "
+            "would have to be pickled: saves and exports leave it out. Load an export with "
+            "strict=False, or let get_extra_state() return a tensor"
+        )
+    return found
+
+
+def _warn_of_strangers(found: Inventory, keys: Keys) -> None:
+    """Warn if an export would lack what the state dict has, or have what it lacks."""
+    stored = (*found.averaged, *found.frozen, *found.buffers)
+    lost = [named.path for named in stored if not any(map(keys.of, named.paths))]
+    if keys.made or lost:
+        warn(
+            f"state_dict() of the model, as its hooks leave it, has {len(keys.made)} entries that "
+            f"are no parameters or buffers of it {keys.made[:3]}, and lacks {len(lost)} that are "
+            f"{lost[:3]}: saves and exports have what is in the modules, under its names there. "
+            "Load an export with strict=False, or pass --rename to consolidate"
+        )
 
 
 # ---------------------------------------------------------------------- what cannot be averaged
@@ -419,12 +473,10 @@ def _warn_of_half_complex(buffers: Iterable[Named]) -> None:
     """Warn of buffers that no save can hold, before the first save fails because of them."""
     found = [named.fqn for named in buffers if named.tensor.dtype is torch.complex32]
     if found:
-        warnings.warn(
+        warn(
             f"the buffers {found[:3]} are complex numbers of two float16, which checkpoints cannot "
             "hold: save() refuses them. Register them with persistent=False, or pass "
-            'buffers="ignore"',
-            EMAWarning,
-            stacklevel=6,
+            'buffers="ignore"'
         )
 
 

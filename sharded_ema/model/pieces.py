@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from sharded_ema.errors import EMAWarning
+from sharded_ema.errors import warn
 from sharded_ema.model.internals.pytorch import box_of, local_tensor, wrapper_tensor
 from sharded_ema.model.layout import Box, FlatRange
 
@@ -77,11 +76,9 @@ class FlatShard(Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         if sum(box.numel for box, _ in self._pieces) < self.numel():
-            warnings.warn(
+            warn(
                 "the state of a sharded average is pickled (torch.save?), which keeps this rank's "
-                "pieces only; save it with ema.save() or dcp.save, on all ranks",
-                EMAWarning,
-                stacklevel=2,
+                "pieces only; save it with ema.save() or dcp.save, on all ranks"
             )
         return super().__reduce_ex__(protocol)
 

@@ -10,7 +10,6 @@ of the one object (:class:`MethodWrap`).
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
@@ -20,7 +19,7 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sharded_ema.errors import EMAWarning, OptimizerError
+from sharded_ema.errors import OptimizerError, warn
 from sharded_ema.model.internals.pytorch import is_nested_step, runs_own_hooks
 
 # Where wrappers come from whose step() is that of the optimizer inside, or nothing.
@@ -222,11 +221,9 @@ def _check_ownership(optimizers: Sequence[Optimizer], parameters: dict[int, str]
         owned |= mine
     orphans = [name for key, name in parameters.items() if key not in owned]
     if orphans:
-        warnings.warn(
+        warn(
             f"{len(orphans)} averaged parameters belong to no attached optimizer, among them "
-            f"{orphans[:3]}; attach every optimizer of the model in one call, or exclude them",
-            EMAWarning,
-            stacklevel=4,
+            f"{orphans[:3]}; attach every optimizer of the model in one call, or exclude them"
         )
 
 

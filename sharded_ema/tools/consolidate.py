@@ -41,7 +41,7 @@ def consolidate(
     prefix: str | None = None,
     like: str | os.PathLike[str] | None = None,
     jobs: int = 1,
-    tied: str = "drop",
+    tied: str | None = None,
     adapter: str | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -71,7 +71,9 @@ def consolidate(
             safetensors weights, names and shapes must be theirs. The directory of a PEFT adapter
             makes the output one: ``adapter_model.safetensors``, with PEFT's names.
         jobs: output files written at a time.
-        tied: ``"drop"`` writes tied weights under one name, ``"emit"`` under all their names.
+        tied: ``"emit"`` writes tied weights under all their names, as ``load_state_dict`` wants
+            them, ``"drop"`` under one. Default ``"emit"``; with ``like`` the names there, and
+            ``"drop"`` if it has no weights.
         adapter: write the PEFT adapter of this name; needed if the model had several.
         include, exclude: shell patterns of output names; ``*`` also stands for dots. Each must fit
             a name.

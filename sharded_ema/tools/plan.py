@@ -30,7 +30,7 @@ class Wanted:
     dtype: str | None
     max_shard_size: str | int
     model: Model | None
-    tied: str = "drop"
+    tied: str | None = None
     adapter: str | None = None
     rename: Renaming = field(default_factory=lambda: Renaming(()))
     include: Sequence[str] = ()
@@ -146,7 +146,7 @@ def plan_model(average: Average, wanted: Wanted, report: Report) -> Plan:
 
 def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
     """All tensors in the order in which they will be written."""
-    if wanted.tied not in ("drop", "emit"):
+    if wanted.tied not in (None, "drop", "emit"):
         raise ConfigError(f'tied must be "drop" or "emit", got {wanted.tied!r}')
     if wanted.is_adapter:
         named = adapter_tensors(average, wanted.adapter)
@@ -174,13 +174,18 @@ def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
 
 
 def _with_tied(average: Average, wanted: Wanted) -> Iterable[tuple[str, StoredTensor]]:
-    """The tensors by name; tied ones by those of their names that the output is to have."""
+    """The tensors by name; tied ones by those of their names that the output is to have.
+
+    By all of them, as the ``state_dict()`` of the model has, unless the output is to be like a
+    model directory: its files have one, and ``from_pretrained`` ties the rest again.
+    """
     aliases = average.aliases
+    drop = wanted.tied == "drop" or (wanted.tied is None and wanted.model is not None)
     for name, tensor in average.tensors.items():
         names = [name, *aliases.get(name, [])]
         if wanted.shapes is not None and len(names) > 1:
             names = [n for n in names if wanted.rename(n) in wanted.shapes]
-        elif wanted.tied == "drop":
+        elif drop:
             names = names[:1]
         for each in names:
             yield each, tensor

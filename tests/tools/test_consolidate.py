@@ -187,13 +187,18 @@ def test_tied_weights(tmp_path: Path) -> None:
     tensors = {"ema.embed": np.ones((3, 2), "f4")}
     said = {"": meta(aliases={"embed": ["head"]})}
     source = make(tmp_path / "c", tensors, metas=said)
-    run(source, tmp_path / "drop")
+    run(source, tmp_path / "drop", tied="drop")
     run(source, tmp_path / "emit", tied="emit")
+    run(source, tmp_path / "default")
     assert set(load_file(tmp_path / "drop" / "model.safetensors")) == {"embed"}
-    both = load_file(tmp_path / "emit" / "model.safetensors")
-    assert equal(both, {"embed": np.ones((3, 2), "f4"), "head": np.ones((3, 2), "f4")})
+    for name in ("emit", "default"):
+        both = load_file(tmp_path / name / "model.safetensors")
+        assert equal(both, {"embed": np.ones((3, 2), "f4"), "head": np.ones((3, 2), "f4")})
     like = tmp_path / "like"
     like.mkdir()
+    (like / "config.json").write_text("{}")
+    run(source, tmp_path / "config", like=like)
+    assert set(load_file(tmp_path / "config" / "model.safetensors")) == {"embed"}
     save_file({"head": np.zeros((3, 2), "f4")}, like / "model.safetensors")
     assert run(source, tmp_path / "as", like=like).ok
     assert set(load_file(tmp_path / "as" / "model.safetensors")) == {"head"}

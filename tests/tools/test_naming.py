@@ -141,6 +141,7 @@ def test_a_base_fills_what_is_not_stored(tmp_path: Path, dtype: str | None) -> N
             assert file.metadata()["base"] == "base" and file.metadata()["kind"] == "ema"
         wanted = {n: torch.from_numpy(np.array(x)) for n, x in weights().items()}
         wanted |= {"body.a": torch.from_numpy(a), "body.b": torch.from_numpy(b)}
+        wanted["head.tied"] = wanted["model.embed"]
         if dtype is not None:
             wanted = {name: tensor.bfloat16() for name, tensor in wanted.items()}
         wanted |= {"mask": torch.from_numpy(mask), "steps": torch.tensor([3])}

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 
 from sharded_ema.checkpoint.files import Location
-from sharded_ema.errors import EMAError
+from sharded_ema.errors import EMAError, speaking_for, user_line
 
 logger = logging.getLogger("sharded_ema")
 
@@ -77,9 +77,11 @@ class Background:
 
     def start(self, handle: SaveHandle, write: Callable[[], object]) -> None:
         """Begin ``write()``, and return at once. The last one must have been waited for."""
+        line = user_line()
 
         def work() -> None:
-            handle._run(write)
+            with speaking_for(line):
+                handle._run(write)
             error = handle._future.exception()
             if error is not None:  # seen now by who reads logs, raised later by who comes next
                 logger.error("the save of %s failed in the background: %s", handle.path, error)

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import errno
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,12 +23,7 @@ from sharded_ema.checkpoint import durable, removal
 from sharded_ema.checkpoint.files import URL, Location, as_location, driver, entries
 from sharded_ema.checkpoint.names import LATEST_NAME, MANIFEST_NAME, is_part, temporary
 from sharded_ema.checkpoint.run import is_pointer
-from sharded_ema.errors import (
-    CheckpointExistsError,
-    CheckpointWriteError,
-    ConfigError,
-    EMAWarning,
-)
+from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError, warn
 
 
 class Target(ABC):
@@ -92,11 +86,9 @@ class Target(ABC):
             if keep_last is not None:
                 removal.remove_outdated(self._location, keep_last)
         except OSError as error:
-            warnings.warn(
+            warn(
                 f"{self._location} is committed, but what lies beside it could not be brought up "
-                f"to date: {error}",
-                EMAWarning,
-                stacklevel=2,
+                f"to date: {error}"
             )
 
 

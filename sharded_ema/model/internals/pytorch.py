@@ -7,7 +7,8 @@ Python call for each of a thousand parameters would be felt.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
@@ -29,8 +30,13 @@ SEEN = "PyTorch 2.8 to 2.13"
 # ---------------------------------------------------------------------- modules
 
 MODULE = Members(
-    "a module", SEEN, ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
-)
+    "a module",
+    SEEN,
+    (
+        "_parameters", "_buffers", "_modules", "_non_persistent_buffers_set",
+        "_state_dict_hooks", "_save_to_state_dict", "_version",
+    ),
+)  # fmt: skip
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
@@ -73,6 +79,60 @@ def is_in_a_backward() -> bool:
     """Whether the code that asks was called by a backward, as hooks are."""
     AUTOGRAD.check(torch._C)
     return torch._C._current_graph_task_id() != -1
+
+
+#: The last part of the key of what ``get_extra_state()`` returns.
+EXTRA_STATE = "_extra_state"
+
+
+def state_dict_hooks(module: nn.Module) -> list[Callable[..., Any]]:
+    """What changes the state dict of a module and of those inside, but for wrappers' own hooks."""
+    hooks = module._state_dict_hooks.values()
+    return [h for h in hooks if not str(getattr(h, "__module__", "")).startswith(_WRAPPERS)]
+
+
+_WRAPPERS = "torch.distributed."
+
+
+def saves_itself(module: nn.Module) -> bool:
+    """Whether a module puts its tensors into a state dict in a way of its own."""
+    return type(module)._save_to_state_dict is not nn.Module._save_to_state_dict
+
+
+def save_instead(
+    module: nn.Module,
+    parameters: dict[str, Tensor],
+    buffers: dict[str, Tensor | None],
+    state: dict[str, Any],
+    prefix: str,
+) -> None:
+    """Let a module put other tensors into a state dict than its own, in their place."""
+    own = module.__dict__
+    before = own["_parameters"], own["_buffers"]
+    own["_parameters"], own["_buffers"] = parameters, buffers
+    try:
+        module._save_to_state_dict(state, prefix, keep_vars=True)
+    finally:
+        own["_parameters"], own["_buffers"] = before
+
+
+def has_extra_state(module: nn.Module) -> bool:
+    """Whether the state dict of a module has what ``get_extra_state()`` returns."""
+    return type(module).get_extra_state is not nn.Module.get_extra_state
+
+
+def new_state() -> Any:
+    """An empty state dict, with the metadata that hooks may look at."""
+    state: Any = OrderedDict()
+    state._metadata = OrderedDict()
+    return state
+
+
+def add_metadata(state: Any, prefix: str, module: nn.Module) -> dict[str, Any]:
+    """What a state dict says of a module, before it is asked for its tensors."""
+    said = {"version": module._version}
+    state._metadata[prefix[:-1]] = said
+    return said
 
 
 # ---------------------------------------------------------------------- tensors

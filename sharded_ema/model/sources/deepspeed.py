@@ -7,7 +7,6 @@ fp32 it trains the parameters themselves.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,10 +16,10 @@ from torch.optim import Optimizer
 
 from sharded_ema.errors import (
     BindError,
-    EMAWarning,
     OptimizerError,
     StateError,
     UnsupportedLayoutError,
+    warn,
 )
 from sharded_ema.model.internals.deepspeed import (
     PARTITIONED,
@@ -116,11 +115,9 @@ def _set_aside_untrained(inventory: Inventory, trained: set[int]) -> None:
             f"the engine's optimizer holds none of the {len(names)} trainable parameters, among "
             f"them {names[:3]}; pass model_parameters to deepspeed.initialize"
         )
-    warnings.warn(
+    warn(
         f"{len(names)} trainable parameters are in no parameter group of the engine, among them "
-        f"{names[:3]}; they never move and are stored as frozen ones are",
-        EMAWarning,
-        stacklevel=5,
+        f"{names[:3]}; they never move and are stored as frozen ones are"
     )
 
 

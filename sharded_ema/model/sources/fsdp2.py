@@ -204,7 +204,9 @@ def _own_storage(tensor: Tensor) -> Tensor:
     PyTorch's asynchronous stager takes a DTensor for one with data of its own if the local tensor
     has a storage offset, as views of a flat buffer have, and fails (seen in 2.13).
     """
-    return from_dlpack(tensor) if tensor.storage_offset() and tensor.numel() else tensor
+    if not tensor.numel():
+        return tensor.new_empty(tensor.shape)
+    return from_dlpack(tensor) if tensor.storage_offset() else tensor
 
 
 def _refuse_unsupported(named: Named) -> None:
