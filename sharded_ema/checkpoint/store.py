@@ -144,12 +144,14 @@ class Store:
             }
 
         target = self._model.ranks.agree(check, f"ema.save({path})", alike)[0]
-        state = snapshot.make_state(self._model, self._average, self._joint_meta(step))
         ranks, wait = self._model.ranks, None
+        with ranks.interruptible():
+            state = snapshot.make_state(self._model, self._average, self._joint_meta(step))
         if asynchronous:
             ranks, wait = self._writers, self._staging.wait
             ranks.barrier("ema.save()")  # makes the group, which no thread could
-            state = self._staging.copy(state)
+            with ranks.interruptible():
+                state = self._staging.copy(state)
         handle = SaveHandle(target, step, wait)
 
         def write() -> None:

@@ -1,7 +1,7 @@
 """Save and load a state dict through DCP, with every failure turned into one error on all ranks.
 
 DCP reports failures as ``CheckpointException``, which is a ``BaseException``: it must not leave the
-library. What it says is kept, rank by rank.
+library. What it says is kept, rank by rank. Ctrl-C stays what it is where it was pressed.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def save_state(
     """
     writer = WRITERS[format](path, replace=replace, ranks=ranks.size)
     try:
-        with _quiet():
+        with _quiet(), ranks.interruptible():
             dcp.save(
                 state,
                 storage_writer=writer,
@@ -78,7 +78,7 @@ def save_state(
             )
     except CheckpointException as error:
         writer.abandon()
-        _raise_failures(error, CheckpointWriteError)
+        _raise_failures(error, CheckpointWriteError, ranks.rank)
     except (RuntimeError, ValueError) as error:
         # DCP wraps what happens on a rank; what gets here is a collective that broke (or, with
         # ValueError, whose group was destroyed).
@@ -88,6 +88,9 @@ def save_state(
             f"the ranks lost contact while writing {path}, because one died or the process group "
             f"was destroyed before close(); it is there whole or not at all: {error}"
         ) from error
+    except BaseException:  # an interruption between two steps of DCP
+        writer.abandon()
+        raise
     if ranks.rank == 0:  # DCP's coordinator, which has committed
         make_target(path).settle(latest=latest, keep_last=keep_last)
 
@@ -100,12 +103,12 @@ def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ra
             half-filled.
     """
     try:
-        with _quiet():
+        with _quiet(), ranks.interruptible():
             dcp.load(
                 state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1
             )
     except CheckpointException as error:
-        _raise_failures(error, CheckpointCorruptError)
+        _raise_failures(error, CheckpointCorruptError, ranks.rank)
     except RuntimeError as error:
         ranks.give_up()
         raise CheckpointError(f"the ranks lost contact while reading: {error}") from error
@@ -119,12 +122,17 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _raise_failures(error: CheckpointException, unknown: type[EMAError]) -> NoReturn:
+def _raise_failures(error: CheckpointException, unknown: type[EMAError], me: int) -> NoReturn:
     verdicts: dict[int, tuple[str, str]] = {}
     for rank, (failure, _trace) in error.failures.items():
         own: Any = failure
+        interrupted = not isinstance(own, Exception)
+        if interrupted and rank == me:  # as Ctrl-C is, which is no failure
+            raise own from None
         if isinstance(own, EMAError):
             verdicts[rank] = (type(own).__name__, str(own))
+        elif interrupted:
+            verdicts[rank] = (unknown.__name__, f"interrupted by a {type(own).__name__}")
         else:
             verdicts[rank] = (unknown.__name__, f"{type(own).__name__}: {own}")
     raise_joint_failure(verdicts, cause=error)

@@ -6,6 +6,7 @@ group: a background save and a training collective that met there would wait for
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -94,6 +95,10 @@ class Ranks:
         """
         if self.size == 1:
             return
+        with self.interruptible():
+            self._meet(purpose)
+
+    def _meet(self, purpose: str) -> None:
         if not dist.is_initialized():
             raise StateError(
                 "the process group has been destroyed; call close() and all saves before "
@@ -147,11 +152,28 @@ class Ranks:
         """
         if self.size == 1:
             return [value]
-        self.barrier(purpose)
         values: list[Any] = [None] * self.size
-        with self._unless_lost(purpose):
-            dist.all_gather_object(values, value, group=self._group)
+        with self.interruptible():
+            self.barrier(purpose)
+            with self._unless_lost(purpose):
+                dist.all_gather_object(values, value, group=self._group)
         return values
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """End the group if the block is interrupted, so that no rank waits for this one.
+
+        In a collective that this rank leaves by Ctrl-C, or never comes to, the others get an error
+        at once. They make another group when all next meet.
+        """
+        try:
+            yield
+        except (KeyboardInterrupt, SystemExit) as interruption:
+            # What hangs up is the death of the group, which frames on the way still hold.
+            traceback.clear_frames(interruption.__traceback__)
+            self._room.break_up()
+            self.close()
+            raise
 
     def agree(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import xxhash
@@ -58,6 +59,7 @@ class StockStorageWriter(FileSystemWriter):
         try:
             results = super().write_data(plan, planner).wait() if plan.items else []
         except RuntimeError as error:
+            _raise_interruption(error)
             raise CheckpointWriteError(f"cannot write to {self.path}: {_reason(error)}") from error
         digests: dict[str, FileRecord] = {}
         metas = {
@@ -105,12 +107,22 @@ class StockStorageWriter(FileSystemWriter):
 
 def _reason(error: RuntimeError) -> str:
     """Why torch.save failed: of a full disk it only says that a position is wrong."""
+    causes = (cause for cause in _causes(error) if isinstance(cause, OSError))
+    return str(next(causes, error))
+
+
+def _raise_interruption(error: RuntimeError) -> None:
+    """Raise what has interrupted torch.save, after which it says that a position is wrong, too."""
+    for cause in _causes(error):
+        if not isinstance(cause, Exception):
+            raise cause from None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, OSError):
-            return str(cause)
+        yield cause
         cause = cause.__cause__ or cause.__context__
-    return str(error)
 
 
 def _digest_file(path: Path, *, durable: bool = False) -> FileRecord:
