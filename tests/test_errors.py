@@ -37,8 +37,8 @@ def prepared(topic: str, folder: Path) -> Callable[[], object]:
     parameters = torch.optim.SGD([model.weight], lr=0.1)
     if topic == "a long horizon":
         return lambda: ShardedEMA(model, 0.9999, total_steps=100)
-    if topic == "a complex buffer":
-        model.register_buffer("phase", torch.zeros(2, dtype=torch.cfloat))
+    if topic == "a buffer of half-precision complex numbers":
+        model.register_buffer("phase", torch.zeros(2, dtype=torch.complex32))
         return lambda: ShardedEMA(model, 0.9)
     if topic == "NaN as it starts":
         model.weight.data[0, 0] = torch.nan
@@ -92,11 +92,12 @@ def prepared(topic: str, folder: Path) -> Callable[[], object]:
     raise ValueError(topic)
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize(
     "topic",
     [
         "a long horizon",
-        "a complex buffer",
+        "a buffer of half-precision complex numbers",
         "NaN as it starts",
         "force_dtype",
         "an orphan",

@@ -134,11 +134,15 @@ class Occupied:
 
     def __init__(self, folder: Path) -> None:
         self._descriptor: int | None = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        if lock_alone(self._descriptor):
-            _remove_leftovers(folder)
-        # Without locks a save whose directory another one removes fails at its rename.
-        with suppress(OSError):
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        try:
+            if lock_alone(self._descriptor):
+                _remove_leftovers(folder)
+            # Without locks a save whose directory another one removes fails at its rename.
+            with suppress(OSError):
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH)
+        except BaseException:  # a lock that nobody knows of would keep all others waiting
+            self.close()
+            raise
 
     def close(self) -> None:
         """Give the lock back; harmless if done before."""

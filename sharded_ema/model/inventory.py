@@ -7,7 +7,7 @@ bare model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
@@ -182,8 +182,7 @@ class Inventory:
             for name, buffer in own_buffers(module).items():
                 if buffer is None or not is_persistent(module, name):
                     continue
-                named = Named(prefix + name, module, name, buffer, tuple(buffer.shape))
-                ignored = self.selection.of_buffer(named) == "ignore"
+                ignored = self.selection.of_buffer(prefix + name) == "ignore"
                 if not ignored and (id(module), name) not in places:
                     new.append(prefix + name)
         if new:
@@ -267,9 +266,12 @@ class Selection:
             named, self.exclude
         )
 
-    def of_buffer(self, named: Named) -> str:
+    def of_buffer(self, *names: str) -> str:
         """What becomes of a buffer, which goes by any of its names."""
-        return next((what for pattern, what in self.buffers if _fits(named, (pattern,))), "copy")
+        for pattern, what in self.buffers:
+            if any(fnmatchcase(name, pattern) for name in names):
+                return what
+        return "copy"
 
     def check(self, parameters: Sequence[str], buffers: Sequence[str]) -> None:
         """Refuse a pattern that matches nothing.
@@ -354,7 +356,9 @@ def take_inventory(
                 named = Named(path, module, attribute, buffer, shape, paths=(path,))
                 buffers.append(_under_its_keys(named, keys))
     parameters = {i: _under_its_keys(named, keys) for i, named in parameters.items()}
-    extra = _extra_states(keys)
+    found.extra = _extra_states(
+        {key: module for key, module in keys.extra.items() if selection.of_buffer(key) != "ignore"}
+    )
     for named in parameters.values():
         if not named.tensor.requires_grad:
             found.frozen.append(named)
@@ -366,10 +370,9 @@ def take_inventory(
         _refuse_unusable(named)
     selection.check(
         [name for n in parameters.values() for name in n.all_names],
-        [name for n in (*buffers, *extra) for name in n.all_names],
+        [*(name for named in buffers for name in named.all_names), *keys.extra],
     )
     averaged = _sort_buffers(buffers, found)
-    found.extra = [n for n in extra if selection.of_buffer(n) != "ignore"]
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "
@@ -392,7 +395,7 @@ def _sort_buffers(buffers: Iterable[Named], found: Inventory) -> list[Named]:
     """
     averaged = []
     for named in buffers:
-        what, tensor = found.selection.of_buffer(named), named.tensor
+        what, tensor = found.selection.of_buffer(*named.all_names), named.tensor
         if what == "ignore":
             found.ignored.append(named)
         elif what == "average" and (tensor.is_floating_point() or tensor.is_complex()):
@@ -410,11 +413,11 @@ def _under_its_keys(named: Named, keys: Keys) -> Named:
     return replace(named, fqn=names[0], aliases=tuple(names[1:]))
 
 
-def _extra_states(keys: Keys) -> list[Named]:
-    """What modules store beside their tensors, as far as that is a tensor, too."""
+def _extra_states(modules: Mapping[str, nn.Module]) -> list[Named]:
+    """What modules, by its keys, store beside their tensors, as far as that is a tensor, too."""
     found: list[Named] = []
     others = []
-    for key, module in keys.extra.items():
+    for key, module in modules.items():
         value = module.get_extra_state()
         if isinstance(value, Tensor):
             found.append(ExtraState(key, module, EXTRA_STATE, value, tuple(value.shape)))

@@ -44,6 +44,7 @@ FOLLOWED: dict[str, Callable[[Embedder], object]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*buffers with running statistics")  # loaded, too
 @pytest.mark.parametrize("change", FOLLOWED)
 def test_followed(change: str, tmp_path: Path) -> None:
     net = Embedder()

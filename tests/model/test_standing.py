@@ -18,6 +18,8 @@ from tests.helpers.pool import WorkerPool
 from tests.model.sources.test_average import averages
 
 Worlds = dict[int, WorkerPool]
+# Of the BatchNorm below, whose statistics are not the subject.
+pytestmark = pytest.mark.filterwarnings("ignore:.*buffers with running statistics")
 DECAYS = {"slow": 0.9, "fast": 0.5}
 
 

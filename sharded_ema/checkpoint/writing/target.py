@@ -132,11 +132,11 @@ class LocalTarget(Target):
     def abandon(self) -> None:
         if self.directory is not None:
             removal.remove(Path(self.directory))
-            self._end()
+        self._end()
 
     def _end(self) -> None:
-        assert self._occupied is not None
-        self._occupied.close()
+        if self._occupied is not None:
+            self._occupied.close()
         self.directory = self._occupied = None
 
     def _point(self, data: bytes) -> None:
