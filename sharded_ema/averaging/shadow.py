@@ -101,7 +101,7 @@ class Shadow:
         Raises:
             StateError: see :meth:`track`.
         """
-        if not self._tracked.reads(live):
+        if self._plan is None or not self._plan.reads(live):
             self.track(live)
 
     def track(self, live: Sequence[Tensor]) -> None:
