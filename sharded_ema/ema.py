@@ -29,6 +29,7 @@ from sharded_ema.config import Settings, buffer_rules
 from sharded_ema.errors import (
     CheckpointNotFoundError,
     CheckpointWriteError,
+    ConfigError,
     StateError,
     is_called_from,
     warn,
@@ -37,6 +38,7 @@ from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
 from sharded_ema.model.sources import make_source
+from sharded_ema.model.standing import Swap
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
 
 
@@ -212,6 +214,7 @@ class ShardedEMA:
             ),
             self._average.counted,
         )
+        self._health.warn_of_all(self._model.not_shared())
         self._start_from_what_trains()
         if checkpoint and self._engine_checkpoints is not None:
             self._engine_checkpoints.carry(
@@ -261,8 +264,7 @@ class ShardedEMA:
 
     # ------------------------------------------------------------------ using the average
 
-    @contextmanager
-    def swap(self, profile: str | None = None) -> Iterator[None]:
+    def swap(self, profile: str | None = None) -> Swap:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
         Do not enter between a forward and its backward. Entering is collective where replicas
@@ -281,6 +283,10 @@ class ShardedEMA:
             StateError: from within a forward or backward of a module under ``fully_shard``.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
+        return Swap(lambda: self._swapped(profile))
+
+    @contextmanager
+    def _swapped(self, profile: str | None) -> Iterator[None]:
         name = self._average.choose(profile)
         self._model.refuse_in_swap("a second swap()")
 
@@ -337,8 +343,8 @@ class ShardedEMA:
     def save(
         self,
         path: str | PathLike[str],
-        *,
-        step: int,
+        *unnamed: object,
+        step: int | None = None,
         asynchronous: bool = False,
         format: str = "safetensors",
         replace: bool = False,
@@ -352,7 +358,7 @@ class ShardedEMA:
         Args:
             path: directory that the checkpoint will be, or a URL that fsspec has a driver for
                 (``s3://bucket/run/step_1000``), where ``replace`` and ``format="dcp"`` are refused.
-            step: training step to record.
+            step: training step to record; it must be given, by name.
             asynchronous: copy what is saved to host memory, return, and write it in a thread. The
                 next save, load and ``close()`` wait for it, and raise what went wrong in it.
             format: ``"safetensors"``, or ``"dcp"`` for PyTorch's own distributed format.
@@ -366,10 +372,14 @@ class ShardedEMA:
             A handle; its ``result()`` is the path, once committed.
 
         Raises:
+            ConfigError: no ``step``, or an option that cannot be.
             CheckpointExistsError: ``path`` is taken; nothing was written.
             CheckpointWriteError: a rank could not write, now or in the asynchronous save before;
                 what could not be written was not committed.
         """
+        if unnamed or step is None:
+            given = unnamed[0] if unnamed else "..."
+            raise ConfigError(f"save() takes the step by name: save(path, step={given})")
         handle = self._store.save(
             path,
             step=step,
@@ -636,6 +646,7 @@ class ShardedEMA:
 
     def _look(self) -> None:
         """Bring the average into step, where that needs nothing of the model."""
+        self._model.inventory.check_not_sharded_since()
         self._average.track(self._model.live())
         if self._model.is_itself:
             self._average.mirror()
@@ -644,6 +655,7 @@ class ShardedEMA:
         """Bring the model to rest and take up where its tensors are now."""
         self._model.settle()
         self._health.warn_of_all(self._model.inventory.not_known())
+        self._health.warn_of_all(self._model.not_shared())
         self._average.track(self._model.live())
 
     def _ready(self) -> None:

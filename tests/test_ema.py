@@ -673,3 +673,11 @@ def test_nothing_in_common_is_not_a_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointMismatchError, match="none of the averages"):
         other.load(tmp_path / "x", strict=False)
     other.update()
+
+
+def test_a_save_needs_its_step_by_name(tmp_path: Path) -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    for call in (lambda: ema.save(tmp_path / "x", 7), lambda: ema.save(tmp_path / "x")):
+        with pytest.raises(ConfigError, match=r"by name: save\(path, step=(7|\.\.\.)\)"):
+            call()
+    assert not list(tmp_path.iterdir())

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema import ShardedEMA
 from sharded_ema.errors import EMAWarning, user_line, warn
+from tests.helpers.pool import WorkerPool
 
 PACKAGE = Path(__file__).parents[1] / "sharded_ema"
 
@@ -174,3 +177,84 @@ def test_every_warning_goes_through_one_function() -> None:
         if isinstance(node, ast.Attribute) and node.attr in ("warn", "warn_explicit")
     ]
     assert found == ["errors.py"]
+
+
+# ---------------------------------------------------------------------- calls that do nothing
+
+
+def test_a_swap_that_is_not_entered_warns_at_its_line() -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    call = lambda: ema.swap()  # noqa: E731
+    with pytest.warns(EMAWarning, match=r"write 'with ema\.swap\(\):'") as seen:
+        call()
+    where = (__file__, call.__code__.co_firstlineno)
+    assert [(w.filename, w.lineno) for w in seen] == [where]
+
+
+def test_swaps_that_are_entered_are_silent() -> None:
+    model = nn.Linear(2, 2)
+    ema = ShardedEMA(model, 0.5)
+    raw = model.weight.detach().clone().round()
+    with torch.no_grad():
+        model.weight.copy_(raw)
+        ema.reseed()
+        model.weight.add_(1)
+    ema.update()
+
+    @ema.swap()
+    def evaluate() -> torch.Tensor:
+        return model.weight.detach().clone()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with ema.swap():
+            assert torch.equal(model.weight, raw + 0.5)
+        later = ema.swap()
+        with later:
+            assert torch.equal(model.weight, raw + 0.5)
+        for _ in range(2):
+            assert torch.equal(evaluate(), raw + 0.5)
+        assert torch.equal(model.weight, raw + 1)
+
+
+# ---------------------------------------------------------------------- ranks that do not share
+
+
+def test_processes_without_a_process_group_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizer = torch.optim.SGD((model := nn.Linear(2, 2)).parameters(), lr=0.1)
+    ShardedEMA(model, 0.9).attach(optimizer).remove()  # alone, and silent
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    with pytest.warns(EMAWarning, match="one of several that a launcher has started"):
+        ShardedEMA(model, 0.9).attach(optimizer).remove()
+    monkeypatch.setenv("RANK", "1")  # once for the job
+    ShardedEMA(model, 0.9).attach(optimizer).remove()
+
+
+def plain_on_every_rank(wrapped: bool) -> list[str]:
+    model = nn.Linear(2, 2)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1.0)
+    target = DistributedDataParallel(model) if wrapped else model
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        ema = ShardedEMA(target, 0.9)
+        ema.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        ema.metrics()
+    ema.close()
+    dist.barrier()
+    return [str(w.message) for w in seen if w.category is EMAWarning]
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_plain_module_on_every_rank_is_warned_of(
+    worlds: dict[int, WorkerPool], wrapped: bool
+) -> None:
+    first, second = worlds[2].run(plain_on_every_rank, wrapped)
+    assert second == []
+    if wrapped:
+        assert first == []
+    else:
+        (said,) = first
+        assert "is a plain module on each of 2 ranks" in said

@@ -30,6 +30,7 @@ from sharded_ema.model.inventory import Inventory
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
 from sharded_ema.model.standing import StandingIn
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
+from sharded_ema.model.world import is_first_of_strangers
 
 #: Tells what must be the same on all ranks, by what to call it.
 Alike = Callable[[], Mapping[str, Any]]
@@ -139,6 +140,7 @@ class FollowedModel:
             raise StateError("already attached; call remove() on the first handle before")
 
         def bind() -> None:
+            self.settle()  # of a model that was wrapped since then the optimizer is not to blame
             self._steps = self._source.steps(optimizers, listener)
 
         try:
@@ -201,6 +203,26 @@ class FollowedModel:
     def holdings(self) -> Holdings:
         """What the ranks hold, as far as this one knows: until they have met, what it holds."""
         return self._holdings or Holdings(Tensors.of(self.inventory))
+
+    def not_shared(self) -> Iterator[tuple[str, str]]:
+        """Signs that each rank works for itself: topics and messages of warnings, on one rank."""
+        if is_first_of_strangers():
+            yield (
+                "no process group",
+                "this process is one of several that a launcher has started, and there is no "
+                "process group: each keeps an average of its own, and their saves to one path meet "
+                "each other. Call torch.distributed.init_process_group() before the model is "
+                "wrapped",
+            )
+        speaks = self._holdings is not None and self.ranks.size > 1 and self.ranks.rank == 0
+        is_plain = speaks and self.reader.kind == "plain"
+        if is_plain and self.holdings.tensors.held == Tensors.of(self.inventory).held:
+            yield (
+                "not shared",
+                f"the model is a plain module on each of {self.ranks.size} ranks, so that each "
+                "keeps the whole average. If DistributedDataParallel or fully_shard wraps it, "
+                "make the ShardedEMA of what they return: each rank then keeps its share",
+            )
 
     def drift_record(self) -> Record:
         """A few elements of what the user's program must keep equal, to be compared in training."""

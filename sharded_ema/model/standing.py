@@ -7,16 +7,54 @@ in for, for as long as it does.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Iterator
-from typing import ClassVar
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import AbstractContextManager, ContextDecorator
+from typing import Any, ClassVar, TypeVar
 from weakref import WeakKeyDictionary, WeakSet
 
 from torch import Tensor
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
+from sharded_ema.errors import Line, user_line, warn
 from sharded_ema.model.internals.pytorch import local_tensor
 from sharded_ema.model.inventory import Named
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class Swap(AbstractContextManager[None], ContextDecorator):
+    """What ``swap()`` returns: nothing happens until it is entered, and one that never is warns.
+
+    Args:
+        begin: makes what is to be entered.
+    """
+
+    def __init__(self, begin: Callable[[], AbstractContextManager[None]]) -> None:
+        self._begin = begin
+        self._entered: list[AbstractContextManager[None]] = []
+        self._unused_at: Line | None = user_line()
+
+    def __call__(self, function: F) -> F:
+        self._unused_at = None
+        return super().__call__(function)
+
+    def __enter__(self) -> None:
+        self._unused_at = None
+        swap = self._begin()
+        swap.__enter__()
+        self._entered.append(swap)
+
+    def __exit__(self, *failure: Any) -> bool | None:
+        return self._entered.pop().__exit__(*failure)
+
+    def __del__(self) -> None:
+        if self._unused_at is not None:
+            warn(
+                "swap() was called and not entered, so the raw weights are where they were: write "
+                "'with ema.swap():' around what is to see the average",
+                line=self._unused_at,
+            )
 
 
 class StandingIn:
