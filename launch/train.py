@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 
 import torch
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.checkpoint import link_average
 from training.display import Progress, conclude, introduce
@@ -21,6 +22,7 @@ from training.recording import Meter, Recorder
 from training.run import Run, start_run
 
 
+@record  # torchrun then shows what a rank failed with, and not just that it did
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the training program; 0 if all went well, 2 if it could not run as asked."""
     options = parse_options(argv)
