@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharded_ema.averaging.kernels import LerpPlan
 from sharded_ema.errors import StateError
+from sharded_ema.model.memory import has_memory
 from sharded_ema.model.precision import average_dtype
 
 
@@ -108,7 +109,7 @@ class Shadow:
         """Take up parameters whose memory has changed: moved, converted, with other strides.
 
         Raises:
-            StateError: a parameter changed its shape since the shadow was made.
+            StateError: a parameter changed its shape since the shadow was made, or lies nowhere.
         """
         self._refuse_changed(live)
         if self._plan is None or not self._plan.reads(live):
@@ -123,6 +124,12 @@ class Shadow:
                     f"parameter {name} had local shape {tuple(view.shape)} when the average was "
                     f"made and has {tuple(tensor.shape)} now; make a new ShardedEMA after "
                     "resizing a model"
+                )
+            if tensor.layout is torch.strided and not has_memory(tensor):
+                raise StateError(
+                    f"parameter {name} has given back its memory, of which {tensor.numel()} "
+                    "elements are to be averaged; call this where the parameters are there, as "
+                    "after optimizer.step()"
                 )
             if tensor.is_complex() != view.is_complex() or tensor.is_conj():
                 raise StateError(
