@@ -17,7 +17,7 @@ setup(
             "sharded_ema.averaging.kernels.fused_cpu",
             [f"{kernels}/fused_cpu.c"],
             depends=[f"{kernels}/fused_cpu_loops.h"],
-            extra_compile_args=["-std=gnu11", "-O3", "-ffp-contract=off", "-pthread"],
+            extra_compile_args=["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread"],
             py_limited_api=limited,
             optional=True,
