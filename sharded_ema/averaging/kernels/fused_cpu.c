@@ -28,7 +28,7 @@
  * first-level cache. */
 #define BLOCK (1 << 11)
 /* Elements that are worth a thread. */
-#define SHARE (1 << 17)
+#define SHARE (1 << 19)
 
 typedef struct {
     int64_t (*lerp)(const void *live, void *shadow, int64_t n, double weight, int guard);

@@ -6,14 +6,19 @@
  */
 
 /* lerp as PyTorch computes it: from the nearer end. At a weight of 1 nothing of the shadow is
- * left, whatever it holds; the difference might be NaN or overflow. */
+ * left, whatever it holds; the difference might be NaN or overflow. What is not finite is left out by a
+ * mask: of a choice compilers make a branch around the store, unless there are masked stores. */
 #define EACH(RESULT)                                                                              \
     if (guard)                                                                                    \
         for (int64_t i = 0; i < n; i++) {                                                         \
             SHADOW v = LOAD(p[i]), x = s[i], r = RESULT;                                          \
-            int finite = FINITE(v);                                                               \
-            s[i] = finite ? r : x;                                                                \
-            skipped += !finite;                                                                   \
+            const BITS keep = -(BITS)!FINITE(v);                                                  \
+            BITS moved, kept;                                                                     \
+            memcpy(&moved, &r, sizeof r);                                                         \
+            memcpy(&kept, &x, sizeof x);                                                          \
+            moved = (moved & ~keep) | (kept & keep);                                              \
+            memcpy(&s[i], &moved, sizeof r);                                                      \
+            skipped -= (COUNT)keep;                                                               \
         }                                                                                         \
     else                                                                                          \
         for (int64_t i = 0; i < n; i++) {                                                         \
@@ -51,6 +56,7 @@
 /* Counters are as wide as the elements, so that both fit into as many lanes. A block has less
  * elements than the narrower one can count. */
 #define SHADOW float
+#define BITS uint32_t
 #define COUNT int32_t
 #define FINITE(v) (fabsf(v) <= FLT_MAX)
 #define MULADD MULADD32
@@ -75,10 +81,12 @@ DEFINE(f16_f32)
 #undef LOAD
 
 #undef SHADOW
+#undef BITS
 #undef COUNT
 #undef FINITE
 #undef MULADD
 #define SHADOW double
+#define BITS uint64_t
 #define COUNT int64_t
 #define FINITE(v) (fabs(v) <= DBL_MAX)
 #define MULADD MULADD64
@@ -103,6 +111,7 @@ DEFINE(f16_f64)
 #undef LOAD
 
 #undef SHADOW
+#undef BITS
 #undef COUNT
 #undef FINITE
 #undef MULADD
