@@ -64,6 +64,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
+	OMP_NUM_THREADS=2 $(BIN)/python launch/bench/update.py --threads 2
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
