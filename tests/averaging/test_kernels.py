@@ -266,7 +266,7 @@ def test_implementation_is_chosen_by_argument(monkeypatch: pytest.MonkeyPatch, b
     monkeypatch.setattr(kernels, "lerp_batch", lambda *a: calls.append("foreach"))
     monkeypatch.setattr(FusedTable, "lerp", lambda *a, **k: calls.append("fused") or 0)
     if built == "not built":
-        monkeypatch.setattr(kernels, "extension", lambda: None)
+        monkeypatch.setattr(kernels.fused, "extension", lambda: None)
     for impl in (None, "foreach", "reference"):
         LerpPlan(shadows, live, guard=False, impl=impl).run([0.5])
     assert calls == ["foreach" if built == "not built" else "fused", "foreach", "reference"]

@@ -121,23 +121,28 @@ def takes(live: Tensor, views: Sequence[Tensor]) -> bool:
     """
     return (
         0 < len(views) <= _MOST_PROFILES
+        and live.device.type == "cpu"
         and live.dtype in _LIVE
         and views[0].dtype in _SHADOW
         and not live.is_neg()
         and not keeps_elements_elsewhere(live)
-        and all(map(_is_readable, (live, *views)))
-        and (
-            all(t.is_contiguous() for t in (live, *views))
-            or (_is_gapless(live) and all(_order(view) == _order(live) for view in views))
-        )
+        and all(view.device == live.device for view in views)
+        and is_laid_out_alike(live, views)
+    )
+
+
+def is_laid_out_alike(live: Tensor, views: Sequence[Tensor]) -> bool:
+    """Whether an address and a number of elements say all of a parameter and of its shadows."""
+    return all(map(_is_readable, (live, *views))) and (
+        all(t.is_contiguous() for t in (live, *views))
+        or (_is_gapless(live) and all(_order(view) == _order(live) for view in views))
     )
 
 
 def _is_readable(tensor: Tensor) -> bool:
-    """Whether there are elements, and C may read them where they lie."""
+    """Whether there are elements, and a kernel may read them where they lie."""
     return (
-        tensor.device.type == "cpu"
-        and tensor.layout is torch.strided
+        tensor.layout is torch.strided
         and tensor.numel() > 0
         and has_memory(tensor)
         and tensor.data_ptr() % tensor.element_size() == 0
