@@ -1,9 +1,12 @@
-# Every target sets itself up: only git, python3 with venv, make and a C compiler are needed.
+# Every target sets itself up: only git, python3 with venv and make are needed. With a C
+# compiler updates on the CPU take one pass; DeepSpeed needs one.
 PYTHON ?= python3
 VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
+# What an installation compiles, if there is a C compiler.
+KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
 .PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-consolidate docs clean
 
@@ -61,6 +64,7 @@ format: $(VENV)/.test
 
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
+	OMP_NUM_THREADS=2 $(BIN)/python launch/bench/update.py --threads 2
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
@@ -84,7 +88,7 @@ $(VENV)/.torch: $(CONSTRAINTS) | $(BIN)/python
 		$$(grep '^torch==' $(CONSTRAINTS))
 	touch $@
 
-$(VENV)/.%: pyproject.toml $(CONSTRAINTS) $(VENV)/.torch
+$(VENV)/.%: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS) $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
 	touch $@
 

@@ -7,8 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from sharded_ema.averaging.kernels.fused import extension
 from tests.helpers.layouts import MISSING
 from tests.helpers.pool import WorkerPool
+
+# What cannot be tested here, and why.
+ABSENT = dict(MISSING)
+if extension() is None:
+    ABSENT["fused"] = "the C extension was not built, as where there is no C compiler"
 
 # Its tests run whole programs.
 LAUNCH = Path(__file__).parent / "launch"
@@ -33,12 +39,12 @@ def engine_worlds() -> Iterator[dict[int, WorkerPool]]:
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """Mark what starts several processes, and skip layouts that the PyTorch at hand cannot make."""
+    """Mark what starts several processes, and skip what cannot be made here."""
     for item in items:
         fixtures = getattr(item, "fixturenames", ())
         if {"worlds", "engine_worlds"} & set(fixtures) or LAUNCH in item.path.parents:
             item.add_marker(pytest.mark.dist)
         callspec = getattr(item, "callspec", None)
         for value in callspec.params.values() if callspec else ():
-            if isinstance(value, str) and value in MISSING:
-                item.add_marker(pytest.mark.skip(reason=MISSING[value]))
+            if isinstance(value, str) and value in ABSENT:
+                item.add_marker(pytest.mark.skip(reason=ABSENT[value]))

@@ -544,7 +544,7 @@ def test_tensors_without_shape_or_memory_are_named() -> None:
         ShardedEMA(model)
 
 
-@pytest.mark.parametrize("impl", ["foreach", "reference"])
+@pytest.mark.parametrize("impl", ["fused", "foreach", "reference"])
 def test_a_default_device_is_not_asked_for_anything(impl: str, tmp_path: Path) -> None:
     """As after torch.set_default_device("cuda"); what lay on the meta device would be lost."""
     run = build("plain")

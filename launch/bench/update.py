@@ -78,16 +78,17 @@ def first_views(average: Average) -> list[Tensor]:
 
 
 def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
-    """fp32 parameters: 12 bytes are moved per element and average."""
+    """fp32 parameters: 12 bytes are moved per element, 8 more for each further average."""
     live, total = bench.tensors(sizes, torch.float32), sum(sizes)
     plain = bench.average(live, guard=False)
     views = first_views(plain)
     swa = get_ema_multi_avg_fn(DECAY)
     foreach, limit = "torch._foreach_lerp_", "stream of the same bytes"
-    one = "update, guard off"
+    one, limit_of_3 = "update, guard off", "stream of the bytes of K=3"
     return [
         Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit),
         Row(limit, bench.stream(12 * total)),
+        Row(limit_of_3, bench.stream(28 * total)),
         Row(one, advance(plain, live), foreach, limit),
         Row("update, guard on", advance(bench.average(live, guard=True), live), foreach, limit),
         Row("swa_utils get_ema_multi_avg_fn", lambda: swa(views, live, 1), foreach, limit),
@@ -95,17 +96,19 @@ def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
             "update of K=3 averages, guard off",
             advance(bench.average(live, guard=False, profiles=3), live),
             one,
+            limit_of_3,
         ),
         Row(
             "update of K=3 averages, guard on",
             advance(bench.average(live, guard=True, profiles=3), live),
             "update, guard on",
+            limit_of_3,
         ),
     ]
 
 
 def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
-    """bf16 parameters and an fp32 shadow: 10 bytes are moved per element."""
+    """bf16 parameters and an fp32 shadow: 10 bytes per element, 8 more for each further average."""
     live, total = bench.tensors(sizes, torch.bfloat16), sum(sizes)
     plain = bench.average(live, guard=False)
     views = first_views(plain)
@@ -116,11 +119,15 @@ def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
 
     peer, limit = "bf16: loop of e.lerp_(p.float(), w)", "bf16: stream of the same bytes"
     guarded = advance(bench.average(live, guard=True), live)
+    three = advance(bench.average(live, guard=True, profiles=3), live)
+    one, limit_of_3 = "bf16: update, guard on", "bf16: stream of the bytes of K=3"
     return [
         Row(peer, loop, None, limit),
         Row(limit, bench.stream(10 * total)),
         Row("bf16: update, guard off", advance(plain, live), peer, limit),
-        Row("bf16: update, guard on", guarded, peer, limit),
+        Row(one, guarded, peer, limit),
+        Row(limit_of_3, bench.stream(26 * total)),
+        Row("bf16: update of K=3 averages, guard on", three, one, limit_of_3),
     ]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharded_ema.averaging.kernels import LerpPlan
+from sharded_ema.averaging.kernels import LerpPlan, launches
+from sharded_ema.averaging.kernels.launches import ALIGNMENT
 from sharded_ema.errors import StateError
+from sharded_ema.model.memory import has_memory
 from sharded_ema.model.precision import average_dtype
 
 
@@ -17,7 +19,8 @@ class Shadow:
     """Averages of a fixed list of local tensors, one set per profile.
 
     Each profile has one flat buffer per device and dtype, with a view per parameter that has the
-    parameter's shape and, where that is gapless, its memory order.
+    parameter's shape and, where that is gapless, its memory order. On a GPU each view starts at a
+    multiple of 16 bytes; what is left free in between counts as allocated and is in no checkpoint.
 
     Args:
         profiles: names of the averages.
@@ -73,14 +76,15 @@ class Shadow:
         kinds = [(device or t.device, average_dtype(t.dtype, dtype)) for t in live]
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for tensor, kind in zip(live, kinds, strict=True):
-            sizes[kind] = sizes.get(kind, 0) + tensor.numel()
+            sizes[kind] = sizes.get(kind, 0) + tensor.numel() + _gap(tensor.numel(), *kind)
         free = {
             (where, of): torch.empty(n, dtype=of, device=where) for (where, of), n in sizes.items()
         }
         self._flats += free.values()
         views = []
         for tensor, kind in zip(live, kinds, strict=True):
-            flat, free[kind] = free[kind].tensor_split([tensor.numel()])
+            taken = tensor.numel() + _gap(tensor.numel(), *kind)
+            flat, free[kind] = free[kind][: tensor.numel()], free[kind][taken:]
             # empty_like settles the memory order: the parameter's if gapless, else C order.
             strides = torch.empty_like(tensor, device="meta").stride()
             views.append(
@@ -108,7 +112,7 @@ class Shadow:
         """Take up parameters whose memory has changed: moved, converted, with other strides.
 
         Raises:
-            StateError: a parameter changed its shape since the shadow was made.
+            StateError: a parameter changed its shape since the shadow was made, or lies nowhere.
         """
         self._refuse_changed(live)
         if self._plan is None or not self._plan.reads(live):
@@ -123,6 +127,12 @@ class Shadow:
                     f"parameter {name} had local shape {tuple(view.shape)} when the average was "
                     f"made and has {tuple(tensor.shape)} now; make a new ShardedEMA after "
                     "resizing a model"
+                )
+            if tensor.layout is torch.strided and not has_memory(tensor):
+                raise StateError(
+                    f"parameter {name} has given back its memory, of which {tensor.numel()} "
+                    "elements are to be averaged; call this where the parameters are there, as "
+                    "after optimizer.step()"
                 )
             if tensor.is_complex() != view.is_complex() or tensor.is_conj():
                 raise StateError(
@@ -224,6 +234,11 @@ class Shadow:
     def num_bytes(self) -> int:
         """Bytes that its elements take."""
         return sum(v.numel() * v.element_size() for views in self.views.values() for v in views)
+
+
+def _gap(numel: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Elements left free behind a tensor, so that the next one starts where kernels want it."""
+    return -numel % (ALIGNMENT // dtype.itemsize) if device.type in launches.DEVICES else 0
 
 
 # Elements compared at a time.

@@ -8,6 +8,7 @@ found through ``torch.get_device_module``. One without these is refused by name.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -33,6 +34,14 @@ def mark(device: torch.device) -> Any:
     event = module.Event()
     event.record(module.current_stream(device))
     return event
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a device the current one for a while, as what launches kernels of its own needs."""
+    if not is_accelerator(device):
+        return nullcontext()
+    entered: AbstractContextManager[Any] = _module(device).device(device)
+    return entered
 
 
 def is_capturing(device: torch.device) -> bool:

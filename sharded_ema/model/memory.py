@@ -31,6 +31,13 @@ def _few(positions: Sequence[int], tensors: Sequence[Tensor]) -> Sequence[Tensor
     return [tensors[i] for i in positions]
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether the storage behind a strided tensor is large enough; it may have been freed."""
+    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
+    return not tensor.numel() or tensor.untyped_storage().nbytes() >= needed
+
+
 class Layouts:
     """How some tensors lay when views of them were made.
 

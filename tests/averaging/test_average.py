@@ -141,7 +141,7 @@ SCHEDULES = [
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 @pytest.mark.parametrize("nonfinite", ["skip", "raise"])
 @pytest.mark.parametrize("start_step", [0, 2])
-@pytest.mark.parametrize("impl", ["foreach", "reference"])
+@pytest.mark.parametrize("impl", ["fused", "foreach", "reference"])
 def test_a_seed_that_is_not_finite_heals_under_every_schedule(
     schedule: Schedule, nonfinite: str, start_step: int, impl: str
 ) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from sharded_ema.averaging import kernels
 from sharded_ema.averaging.kernels import LerpPlan
 from sharded_ema.averaging.kernels.batches import STAGE_NUMEL, make_batches
+from sharded_ema.averaging.kernels.fused import FusedTable
 from sharded_ema.errors import ConfigError
 from sharded_ema.model.precision import average_dtype
 
@@ -37,11 +38,11 @@ def shadows(live: list[Tensor]) -> list[list[Tensor]]:
 
 
 def run_both(
-    live: list[Tensor], *, guard: bool, dtype: torch.dtype = torch.float32
+    live: list[Tensor], fast_impl: str, *, guard: bool, dtype: torch.dtype = torch.float32
 ) -> tuple[LerpPlan, LerpPlan]:
     fast, plain = (
         LerpPlan([[t.to(dtype) for t in s] for s in shadows(live)], live, guard=guard, impl=impl)
-        for impl in ("foreach", "reference")
+        for impl in (fast_impl, "reference")
     )
     for _ in range(2):
         fast.run(WEIGHTS)
@@ -52,19 +53,21 @@ def run_both(
     return fast, plain
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_equals_reference(dtype: torch.dtype, guard: bool) -> None:
-    run_both(parameters(dtype), guard=guard)
+def test_equals_reference(dtype: torch.dtype, guard: bool, impl: str) -> None:
+    run_both(parameters(dtype), impl, guard=guard)
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_guard_leaves_single_elements_alone(dtype: torch.dtype) -> None:
+def test_guard_leaves_single_elements_alone(dtype: torch.dtype, impl: str) -> None:
     live = parameters(dtype)
     live[0][1, 1] = float("nan")
     live[4][STAGE_NUMEL] = float("inf")
     live[5][-1, 1] = -float("inf")
-    fast, plain = run_both(live, guard=True)
+    fast, plain = run_both(live, impl, guard=True)
     assert fast.take_skipped() == plain.take_skipped() == 6
     assert fast.take_skipped() == 0
     assert all(torch.isfinite(t).all() for shadow in fast.shadows for t in shadow)
@@ -73,22 +76,25 @@ def test_guard_leaves_single_elements_alone(dtype: torch.dtype) -> None:
     assert fast.nonfinite() == [0, 4, 5]
 
 
-def test_huge_finite_values_are_not_taken_for_infinite() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_huge_finite_values_are_not_taken_for_infinite(impl: str) -> None:
     live = [torch.full((5000,), 3e38)]
-    plan = LerpPlan([[torch.zeros(5000)]], live, guard=True)
+    plan = LerpPlan([[torch.zeros(5000)]], live, guard=True, impl=impl)
     plan.run([0.5])
     assert plan.take_skipped() == 0
     assert bool((plan.shadows[0][0] > 1e38).all())
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_float64_shadow_equals_reference(dtype: torch.dtype, guard: bool) -> None:
-    run_both(parameters(dtype), guard=guard, dtype=torch.float64)
+def test_a_float64_shadow_equals_reference(dtype: torch.dtype, guard: bool, impl: str) -> None:
+    run_both(parameters(dtype), impl, guard=guard, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("guard", [False, True])
-def test_shadows_of_several_dtypes_in_one_plan(guard: bool) -> None:
+def test_shadows_of_several_dtypes_in_one_plan(guard: bool, impl: str) -> None:
     """fp64, bf16, fp32 and complex parameters in turn, as a model may have them."""
     live = [t for d in DTYPES for t in parameters(d)[:4]]
     live += [torch.randn(5000).to(d) for d in DTYPES]
@@ -96,7 +102,7 @@ def test_shadows_of_several_dtypes_in_one_plan(guard: bool) -> None:
     live += [torch.randn(40, 30, dtype=torch.complex64).t()]
     torch.manual_seed(1)
     seeds = [torch.randn_like(t, dtype=average_dtype(t.dtype, None)) for t in live]
-    plan = LerpPlan([[s.clone() for s in seeds]], live, guard=guard)
+    plan = LerpPlan([[s.clone() for s in seeds]], live, guard=guard, impl=impl)
     plan.run([0.3])
     for shadow, seed, parameter in zip(plan.shadows[0], seeds, live, strict=True):
         want, value = seed, parameter.to(seed.dtype)
@@ -108,7 +114,7 @@ def test_shadows_of_several_dtypes_in_one_plan(guard: bool) -> None:
         assert torch.allclose(shadow.double(), wide, rtol=0, atol=1e-15 if exact else 1e-6)
 
 
-@pytest.mark.parametrize("impl", ["foreach", "reference"])
+@pytest.mark.parametrize("impl", ["fused", "foreach", "reference"])
 @pytest.mark.parametrize("guard", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("weight", [1.0, 1.0 - 2.0**-30, 1.0 - 2.0**-24])
@@ -136,30 +142,30 @@ def test_what_is_left_of_a_shadow_that_is_not_finite(
         assert left == (weight == 1.0)
 
 
-def test_a_step_of_the_whole_range_is_a_copy() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach", "reference"])
+def test_a_step_of_the_whole_range_is_a_copy(impl: str) -> None:
     """lerp would take the difference, which overflows."""
-    for impl in ("foreach", "reference"):
-        plan = LerpPlan(
-            [[torch.full((3,), -3e38)]], [torch.full((3,), 3e38)], guard=True, impl=impl
-        )
-        plan.run([1.0])
-        assert torch.equal(plan.shadows[0][0], plan.live[0])
+    plan = LerpPlan([[torch.full((3,), -3e38)]], [torch.full((3,), 3e38)], guard=True, impl=impl)
+    plan.run([1.0])
+    assert torch.equal(plan.shadows[0][0], plan.live[0])
 
 
-def test_finite_values_are_those_of_torch_lerp_at_every_weight() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_finite_values_are_those_of_torch_lerp_at_every_weight(impl: str) -> None:
     torch.manual_seed(0)
     live, seed = [torch.randn(7000), torch.randn(30)], [torch.randn(7000), torch.randn(30)]
     for weight in (0.0, 1e-9, 0.25, 0.4999, 0.5, 0.75, 1 - 1e-6, 1 - 2.0**-25, 1.0):
-        plan = LerpPlan([[t.clone() for t in seed]], live, guard=True)
+        plan = LerpPlan([[t.clone() for t in seed]], live, guard=True, impl=impl)
         plan.run([weight])
         for shadow, start, end in zip(plan.shadows[0], seed, live, strict=True):
             assert torch.equal(shadow, torch.lerp(start, end, weight))
 
 
-def test_elements_that_are_not_finite_are_healed_one_by_one() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_elements_that_are_not_finite_are_healed_one_by_one(impl: str) -> None:
     live = [torch.arange(6.0).view(2, 3).t(), torch.randn(STAGE_NUMEL + 9).bfloat16()]
     views = [[torch.zeros(t.shape), torch.ones(t.shape)] for t in live]
-    plan = LerpPlan([list(pair) for pair in zip(*views, strict=True)], live, guard=True)
+    plan = LerpPlan([list(pair) for pair in zip(*views, strict=True)], live, guard=True, impl=impl)
     plan.shadows[0][0][2, 1], plan.shadows[1][1][-1] = math.nan, math.inf
     live[0][0, 1] = math.nan
     plan.shadows[1][0][0, 1] = -math.inf  # whose parameter is not finite either
@@ -170,9 +176,10 @@ def test_elements_that_are_not_finite_are_healed_one_by_one() -> None:
     assert not bool(torch.isfinite(plan.shadows[1][0][0, 1]))
 
 
-def test_what_overflows_in_the_shadow_counts_as_not_finite() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_what_overflows_in_the_shadow_counts_as_not_finite(impl: str) -> None:
     live = [torch.full((9,), 1e300, dtype=torch.float64), torch.ones(9, dtype=torch.float64)]
-    plan = LerpPlan([[torch.zeros(9), torch.zeros(9)]], live, guard=True)
+    plan = LerpPlan([[torch.zeros(9), torch.zeros(9)]], live, guard=True, impl=impl)
     plan.run([0.5])
     assert plan.nonfinite() == [0] and plan.take_skipped() == 9
     assert plan.shadows[0][0].tolist() == [0.0] * 9
@@ -190,20 +197,24 @@ def test_reference_follows_float64() -> None:
     assert torch.allclose(plan.shadows[0][0].double(), exact, atol=1e-6)
 
 
-def test_fixed_point_is_exact() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_fixed_point_is_exact(impl: str) -> None:
     live = [torch.randn(4097), torch.randn(33).bfloat16()]
-    plan = LerpPlan([[t.float().clone() for t in live]], live, guard=True)
+    plan = LerpPlan([[t.float().clone() for t in live]], live, guard=True, impl=impl)
     for _ in range(200):
         plan.run([0.0137])
     assert all(torch.equal(a, b.float()) for a, b in zip(plan.shadows[0], live, strict=True))
 
 
-def test_bits_do_not_depend_on_where_a_tensor_is_cut() -> None:
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_bits_do_not_depend_on_where_a_tensor_is_cut(impl: str) -> None:
     whole, shadow = torch.randn(10_001), torch.randn(10_001)
-    plan = LerpPlan([[shadow.clone()]], [whole], guard=False)
+    plan = LerpPlan([[shadow.clone()]], [whole], guard=False, impl=impl)
     cuts = [0, 1, 17, 4096, 9999, 10_001]
     pieces = [whole[a:b] for a, b in pairwise(cuts)]
-    cut = LerpPlan([[shadow[a:b].clone() for a, b in pairwise(cuts)]], pieces, guard=False)
+    cut = LerpPlan(
+        [[shadow[a:b].clone() for a, b in pairwise(cuts)]], pieces, guard=False, impl=impl
+    )
     for _ in range(10):
         plan.run([0.003])
         cut.run([0.003])
@@ -211,8 +222,11 @@ def test_bits_do_not_depend_on_where_a_tensor_is_cut() -> None:
 
 
 @pytest.mark.parametrize("guard", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pieces_that_follow_each_other_are_updated_as_one(dtype: torch.dtype, guard: bool) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fast_impl", ["fused", "foreach"])
+def test_pieces_that_follow_each_other_are_updated_as_one(
+    dtype: torch.dtype, guard: bool, fast_impl: str
+) -> None:
     """Views of two flat buffers: without a gap, empty, after a gap, and each out of turn."""
     one, two = torch.randn(40_000).to(dtype), torch.randn(9_000).to(dtype)
     cuts = [(one, 0, 7), (one, 7, 7), (one, 7, 20_000), (one, 20_004, 40_000)]
@@ -222,10 +236,9 @@ def test_pieces_that_follow_each_other_are_updated_as_one(dtype: torch.dtype, gu
     fast, plain = (
         LerpPlan([list(torch.zeros(48_996).split([t.numel() for t in live])) for _ in range(2)],
                  live, guard=guard, impl=impl)
-        for impl in ("foreach", "reference")
+        for impl in (fast_impl, "reference")
     )  # fmt: skip
-    batches = make_batches(fast.shadows, live, guard=guard)
-    assert sum(len(batch.live) for batch in batches) == 4
+    assert fast.num_pieces == 4
     for weights in ([0.3, 0.01], [0.1, 0.2]):
         fast.run(weights)
         plain.run(weights)
@@ -245,13 +258,20 @@ def test_no_temporary_beyond_the_stage() -> None:
         assert all(b.buffer is None or b.buffer.numel() <= STAGE_NUMEL for b in batches)
 
 
-def test_implementation_is_chosen_by_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("built", ["fused", "not built"])
+def test_implementation_is_chosen_by_argument(monkeypatch: pytest.MonkeyPatch, built: str) -> None:
     live, shadows = [torch.ones(3)], [[torch.zeros(3)]]
     calls: list[str] = []
     monkeypatch.setattr(kernels, "lerp_reference", lambda *a, **k: calls.append("reference"))
     monkeypatch.setattr(kernels, "lerp_batch", lambda *a: calls.append("foreach"))
+    monkeypatch.setattr(FusedTable, "lerp", lambda *a, **k: calls.append("fused") or 0)
+    if built == "not built":
+        monkeypatch.setattr(kernels.fused, "extension", lambda: None)
     for impl in (None, "foreach", "reference"):
         LerpPlan(shadows, live, guard=False, impl=impl).run([0.5])
-    assert calls == ["foreach", "foreach", "reference"]
-    with pytest.raises(ConfigError, match="registered: foreach, reference"):
+    assert calls == ["foreach" if built == "not built" else "fused", "foreach", "reference"]
+    with pytest.raises(ConfigError, match="registered: fused, foreach, reference"):
         LerpPlan(shadows, live, guard=False, impl="cuda")
+    if built == "not built":
+        with pytest.raises(ConfigError, match="install sharded-ema from source where there is a C"):
+            LerpPlan(shadows, live, guard=False, impl="fused")

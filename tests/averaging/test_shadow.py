@@ -113,7 +113,8 @@ CHANGES = [transposed, transposed_by_set, every_second, other_memory, reinterpre
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [6, 90, 1030])
 @pytest.mark.parametrize(
-    ("guard", "impl"), [(True, "foreach"), (False, "foreach"), (True, "reference")]
+    ("guard", "impl"),
+    [(True, "fused"), (True, "foreach"), (False, "foreach"), (True, "reference")],
 )
 def test_memory_that_changes_in_place_is_followed(
     change: Callable[[Tensor], None], dtype: torch.dtype, rows: int, guard: bool, impl: str
@@ -134,12 +135,13 @@ def test_memory_that_changes_in_place_is_followed(
             assert torch.equal(view, kept), number
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("profiles", ["a", "ab"])
-def test_objects_that_are_new_each_time_are_followed(profiles: str) -> None:
+def test_objects_that_are_new_each_time_are_followed(profiles: str, impl: str) -> None:
     """As buffers are: aliases, whose own shape stays when that of the buffer changes."""
     whole = torch.randn(1 << 21)
     live = [whole[: 1 << 20].view(1 << 10, 1 << 10), torch.randn(5, 5), torch.randn(())]
-    shadow = make(live, *profiles)
+    shadow = make(live, *profiles, impl=impl)
     shadow.copy_live(keep_nonfinite=True)
     expected = [tensor.clone() for tensor in live]
     for step in range(6):
@@ -152,6 +154,7 @@ def test_objects_that_are_new_each_time_are_followed(profiles: str) -> None:
             assert torch.equal(view, kept.lerp_(now, 0.5)), step
 
 
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
 @pytest.mark.parametrize("rows", [2, 90, 1030])
 @pytest.mark.parametrize("guard", [True, False])
 @pytest.mark.parametrize(
@@ -165,10 +168,10 @@ def test_objects_that_are_new_each_time_are_followed(profiles: str) -> None:
     ],
 )
 def test_a_shape_that_changes_in_place_is_refused(
-    shape: Callable[[int], tuple[int, ...]], rows: int, guard: bool
+    shape: Callable[[int], tuple[int, ...]], rows: int, guard: bool, impl: str
 ) -> None:
     live = [torch.randn(3), torch.randn(rows, rows)]
-    shadow = make(live, guard=guard)
+    shadow = make(live, guard=guard, impl=impl)
     shadow.copy_live(keep_nonfinite=True)
     wanted = shape(rows)
     live[1].data = live[1].data.view(-1)[: math.prod(wanted)].view(wanted)

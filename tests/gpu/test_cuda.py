@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from sharded_ema import ShardedEMA
+from sharded_ema.averaging.kernels import LerpPlan
 from sharded_ema.errors import NonFiniteError
 from sharded_ema.model.pieces import FlatShard
 from tests.helpers.layouts import Ragged, as_float, assert_equal, reference_step
@@ -139,6 +140,30 @@ def test_equals_plain_loop_on_the_gpu(mesh: DeviceMesh, mode: str, nonfinite: st
     assert_equal(got, expected)
     assert any(not torch.equal(got[name], live.float()) for name, live in run.live().items())
     ema.close()
+
+
+@pytest.mark.parametrize("profiles", [1, 3, 8])
+@pytest.mark.parametrize("guard", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_one_launch_equals_the_plain_loop(dtype: torch.dtype, guard: bool, profiles: int) -> None:
+    """Around the ends of blocks and rows, and from addresses that are no multiples of 16."""
+    torch.manual_seed(0)
+    whole = torch.randn(200_000, device=DEVICE).to(dtype)
+    sizes = (1, 3, 2047, 2048, 2049, 4100, 65_535, 65_536, 65_537, 150_000)
+    live = [torch.randn(n, device=DEVICE).to(dtype) for n in sizes] + [whole[1:9000], whole[9003:]]
+    if guard:
+        live[2][5], live[-1][-1] = float("nan"), float("inf")
+    weights = [1e-3, 0.3, 0.4999, 0.5, 0.75, 1.0, 0.0, 1 - 2.0**-24][:profiles]
+    seeds = [[torch.randn(t.shape, device=DEVICE) for t in live] for _ in weights]
+    fused, plain = (
+        LerpPlan([[t.clone() for t in s] for s in seeds], live, guard=guard, impl=impl)
+        for impl in ("fused", "reference")
+    )
+    fused.run(weights)
+    plain.run(weights)
+    for ours, theirs in zip(fused.shadows, plain.shadows, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    assert fused.take_skipped() == plain.take_skipped() == 2 * guard
 
 
 def test_several_profiles_in_one_pass(mesh: DeviceMesh) -> None:
@@ -369,7 +394,9 @@ def test_shadow_takes_four_bytes_per_element(mesh: DeviceMesh, mode: str, profil
     run = build(mode, mesh)
     ema = ShardedEMA(run.model, {f"p{k}": 0.9 for k in range(profiles)})
     elements = sum(tensor.numel() for tensor in run.live().values())
-    assert ema.memory["ideal"] == ema.memory["shadow"] == 4 * elements * profiles
+    assert ema.memory["ideal"] == 4 * elements * profiles
+    gaps = ema.memory["shadow"] - ema.memory["ideal"]  # up to 16 bytes behind each tensor
+    assert 0 <= gaps < 16 * len(ema.names) * profiles
     assert ema.memory["host"] == 0
     ema.close()
 

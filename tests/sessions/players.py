@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sharded_ema import ShardedEMA, consolidate, verify
 from sharded_ema.averaging.kernels import batches
+from sharded_ema.averaging.kernels.fused import FusedTable
 from sharded_ema.errors import EMAError, RanksDifferError, StateError, SwapError
 from tests.helpers import layouts
 from tests.helpers.layouts import rank, world
@@ -407,18 +408,12 @@ class Player:
         """An update ends in the middle; the average is of no use until it begins anew."""
         if self.is_attached or self.oracle.seeded is None or self.session.update_every > 1:
             return
-        right = batches.foreach_lerp_
-
-        def broken(*args: Any) -> None:
-            right(*args)
-            raise Interrupted
-
-        batches.foreach_lerp_ = broken  # type: ignore[assignment]
-        try:
-            with suppress(Interrupted):
-                self.ema.update()
-        finally:
-            batches.foreach_lerp_ = right
+        with (
+            suppress(Interrupted),
+            _ending_early(batches, "foreach_lerp_"),
+            _ending_early(FusedTable, "lerp"),
+        ):
+            self.ema.update()
         with expect(StateError):
             self.ema.swap(self.chosen(choice)[0]).__enter__()
         with expect(StateError):
@@ -484,6 +479,22 @@ def expect(error: type[BaseException]) -> Iterator[None]:
     except error:
         return
     raise AssertionError(f"no {error.__name__}")
+
+
+@contextmanager
+def _ending_early(owner: Any, name: str) -> Iterator[None]:
+    """What moves the average is interrupted after its first call."""
+    right = getattr(owner, name)
+
+    def broken(*args: Any, **options: Any) -> None:
+        right(*args, **options)
+        raise Interrupted
+
+    setattr(owner, name, broken)
+    try:
+        yield
+    finally:
+        setattr(owner, name, right)
 
 
 def in_dtype(average: Tensors, like: Tensors) -> Tensors:

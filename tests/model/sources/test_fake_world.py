@@ -123,7 +123,7 @@ def keep_a_share_of_flat(rank: int, replicas: int, world: int, orig: bool) -> di
         "total": total,
         "ranks": len(ema._model.reader.ranks),
         "units": len(units),
-        "tensors": sum(len(batch.live) for batch in ema._average.shadow._plan._batches),
+        "tensors": ema._average.shadow._plan.num_pieces,
         "right": all(
             torch.equal(v, b.lerp(b + 1, 0.5)) for v, b in zip(views, before, strict=True)
         ),
@@ -189,6 +189,7 @@ def test_a_rank_keeps_its_share_of_flat_parameters(
     assert found["ranks"] == world
     assert found["shadow"] <= 4 * -(-found["total"] // world)
     assert found["right"]
+    assert bool(found["tensors"]) == bool(found["shadow"])
     assert found["tensors"] <= found["units"] + 1  # one of each unit; a division may cut one
 
 

@@ -1,0 +1,142 @@
+"""The update in one launch for all tensors of a GPU, by a Triton kernel.
+
+As on the CPU (``fused.py``) the kernel gets a table of addresses, which is made when the plan is.
+It lies on the device; an update takes no memory, waits for nothing and costs the host one launch,
+however many tensors there are. Triton comes with PyTorch where there is a GPU that it knows. Where
+it is missing or fails, and for what it does not take, the batches of ``batches.py`` serve.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from functools import cache
+from importlib import import_module
+from logging import getLogger
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharded_ema.averaging.kernels.fused import is_laid_out_alike
+from sharded_ema.model.devices import on
+from sharded_ema.model.internals.pytorch import keeps_elements_elsewhere
+
+logger = getLogger("sharded_ema")
+
+MODULE = "sharded_ema.averaging.kernels.triton_lerp"
+
+#: Types of devices whose averages go through the kernel. ROCm calls itself CUDA.
+DEVICES = {"cuda"}
+#: Bytes at whose multiples a shadow starts there, for accesses of 128 bits.
+ALIGNMENT = 16
+# Elements of a row: enough for the table to be small, and for all processors to have some.
+ROW_NUMEL = 1 << 16
+# The kinds of triton_lerp.py.
+_LIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_MOST_PROFILES = 8
+
+
+@cache
+def triton_module() -> Any | None:
+    """The module of the kernel; ``None`` where there is no Triton."""
+    try:
+        return import_module(MODULE)
+    except ImportError as error:
+        logger.debug("averages on a GPU go through PyTorch's kernels, in many launches: %s", error)
+        return None
+
+
+def launch(
+    table: Tensor, skipped: Tensor, weights: Sequence[float], *, guard: bool, kinds: int
+) -> None:
+    """Start the kernel on every row of a table, on the current stream of its device."""
+    module = triton_module()
+    assert module is not None, "no table is made without a kernel"
+    # Rounded here as the device would, so that all that follows is rounded once.
+    padded = array("f", [*weights, *[0.0] * (_MOST_PROFILES - len(weights))])
+    with on(table.device):
+        module.fused_lerp[(len(table),)](
+            table,
+            skipped,
+            *padded,
+            K=len(weights),
+            GUARD=guard,
+            KINDS=kinds,
+            num_warps=module.NUM_WARPS,
+        )
+
+
+class LaunchTable:
+    """The tensors of one launch, as addresses. Whoever runs it knows that they are still right.
+
+    Args:
+        shadows: for each profile one tensor per parameter.
+        live: parameters of one device that :func:`takes` takes.
+
+    Attributes:
+        device: theirs.
+        live: the parameters.
+    """
+
+    def __init__(self, shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor]) -> None:
+        self.device, self.live = live[0].device, list(live)
+        self._kinds = 0
+        rows: list[list[int]] = []
+        for parameter, *views in zip(live, *shadows, strict=True):
+            address, targets = parameter.data_ptr(), [view.data_ptr() for view in views]
+            size = parameter.element_size()
+            aligned = not any(start % ALIGNMENT for start in (address, *targets))
+            kind = 2 * _LIVE[parameter.dtype] + aligned
+            self._kinds |= 1 << kind
+            for start in range(0, parameter.numel(), ROW_NUMEL):
+                numel = min(ROW_NUMEL, parameter.numel() - start)
+                at = [target + 4 * start for target in targets]
+                rows.append([address + size * start, numel, kind, *at])
+        self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
+
+    def try_out(self, *, guard: bool) -> str | None:
+        """Compile the kernel and start it on nothing; what went wrong, if anything did."""
+        module = triton_module()
+        nothing = torch.zeros_like(self._table[:1])
+        weights = [0.0] * (nothing.shape[1] - 3)
+        try:
+            launch(nothing, nothing, weights, guard=guard, kinds=self._kinds)
+        except module.FAILURES as error:  # type: ignore[union-attr]
+            logger.warning(
+                "averages on %s go through PyTorch's kernels, in many launches, since Triton's "
+                "does not work there: %s",
+                self.device,
+                error,
+            )
+            return str(error)
+        return None
+
+    def lerp(self, weights: Sequence[float], skipped: Tensor | None) -> None:
+        """Move every shadow. Nothing waits for the device.
+
+        Args:
+            weights: for each profile.
+            skipped: int64 on the device, grows by the elements that are left alone because their
+                parameter is NaN or Inf; ``None`` to leave out none.
+        """
+        counter = self._table if skipped is None else skipped
+        launch(self._table, counter, weights, guard=skipped is not None, kinds=self._kinds)
+
+
+def takes(live: Tensor, views: Sequence[Tensor]) -> bool:
+    """Whether a parameter and its shadows can go through the kernel.
+
+    Args:
+        live: real numbers.
+        views: its shadow in each profile.
+    """
+    return (
+        live.device.type in DEVICES
+        and 0 < len(views) <= _MOST_PROFILES
+        and live.dtype in _LIVE
+        and not live.is_neg()
+        and not keeps_elements_elsewhere(live)
+        and all(v.device == live.device and v.dtype is torch.float32 for v in views)
+        and is_laid_out_alike(live, views)
+    )
