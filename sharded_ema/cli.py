@@ -18,6 +18,7 @@ from typing import Any
 
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointCorruptError, EMAError
+from sharded_ema.tools.advise import UNITS, advise
 from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import FORMATS, consolidate
@@ -260,6 +261,34 @@ COMMANDS = {
             _profile("of our checkpoints"),
             _argument("--prefix", help="key prefix of the average or model in a larger checkpoint"),
             *_writing("that of the last input"),
+        ),
+    ),
+    "advise": Command(
+        advise,
+        "say what a decay means for a run of so many steps",
+        (
+            _argument("--steps", type=int, required=True, metavar="N", help="of the optimizer"),
+            _argument(
+                "--batch", type=float, metavar="B", help="tokens or images in a step, of all ranks"
+            ),
+            _argument(
+                "--unit",
+                choices=UNITS,
+                default=UNITS[0],
+                help="of --half-life and of the report (default: %(default)s)",
+            ),
+            _argument("--decay", type=float, metavar="D", help="a constant decay per step"),
+            _argument(
+                "--half-life",
+                type=float,
+                metavar="H",
+                help="after which a weight counts half (default: a twentieth of the run)",
+            ),
+            _argument(
+                "--sigma-rel", type=float, metavar="S", help="width of a power-function average"
+            ),
+            _argument("--plot", metavar="FILE", help="draw the weights and the seed's share"),
+            _JSON,
         ),
     ),
 }
