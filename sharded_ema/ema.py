@@ -644,6 +644,7 @@ class ShardedEMA:
 
     def _look(self) -> None:
         """Bring the average into step, where that needs nothing of the model."""
+        self._model.inventory.check_not_sharded_since()
         self._average.track(self._model.live())
         if self._model.is_itself:
             self._average.mirror()

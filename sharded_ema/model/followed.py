@@ -139,6 +139,7 @@ class FollowedModel:
             raise StateError("already attached; call remove() on the first handle before")
 
         def bind() -> None:
+            self.settle()  # of a model that was wrapped since then the optimizer is not to blame
             self._steps = self._source.steps(optimizers, listener)
 
         try:

@@ -165,9 +165,21 @@ class Inventory:
                 continue
             raise BindError(
                 f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} was replaced after "
-                "the average was made (load_state_dict(assign=True), resizing, another submodule, "
-                "adapters around it); make the ShardedEMA after such changes"
+                "the average was made (by fully_shard or another wrapper, "
+                "load_state_dict(assign=True), resizing, another submodule, adapters around it); "
+                "make the ShardedEMA after wrapping, and after all such changes"
             )
+
+    def check_not_sharded_since(self) -> None:
+        """Refuse a model that was sharded after its average was made; at any moment of a step.
+
+        Raises:
+            BindError: see above.
+        """
+        for named in self.averaged:
+            was_plain = named.is_parameter and not isinstance(named.tensor, DTensor)
+            if was_plain and isinstance(self.registered(named), DTensor):
+                self.check_current()
 
     def not_known(self) -> Iterator[tuple[str, str]]:
         """What the model has by now that the inventory lacks: topics and messages of warnings."""

@@ -67,7 +67,11 @@ def advise(
         raise ConfigError(f"steps must be at least 1, got {steps}")
     size = _batch(batch, unit)
     schedule = _asked_for(steps, size, decay, half_life, sigma_rel)
-    report = Report("advise", f"a run of {steps:,} steps")
+    report = Report(
+        "advise",
+        f"a run of {steps:,} steps",
+        verdict=f"at its end no more than {MUCH_LEFT:.0%} of the average is its seed",
+    )
     report.facts |= {
         "schedule": _text(schedule),
         **_row(schedule, steps),
