@@ -90,6 +90,6 @@ $(VENV)/.%: pyproject.toml $(CONSTRAINTS) $(VENV)/.torch
 
 EXTRAS_train     := train
 EXTRAS_deepspeed := train,deepspeed
-EXTRAS_test      := train,deepspeed,test
+EXTRAS_test      := train,deepspeed,test,docs
 EXTRAS_docs      := docs
 .PRECIOUS: $(VENV)/.torch

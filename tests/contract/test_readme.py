@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,34 +19,6 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> Callable[[str], str]:
-    """Runs lines in an empty directory where the commands of the README are on the path."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, module in (
-        ("python", ""),
-        ("torchrun", "-m torch.distributed.run"),
-        ("sharded-ema", "-m sharded_ema"),
-    ):
-        command = folder / name
-        command.write_text(f'#!/bin/sh\nexec {sys.executable} {module} "$@"\n')
-        command.chmod(0o755)
-    work = tmp_path / "work"
-    work.mkdir()
-    paths = os.pathsep.join([str(folder), os.environ["PATH"]])
-    environment = {**os.environ, "PATH": paths, "OMP_NUM_THREADS": "1"}
-
-    def run(lines: str) -> str:
-        ended = subprocess.run(
-            ["sh", "-e"], input=lines, cwd=work, env=environment, capture_output=True, text=True
-        )
-        assert ended.returncode == 0, f"{lines}{ended.stdout}{ended.stderr}"
-        return ended.stdout
-
-    return run
-
-
 def scripts() -> list[tuple[str, str, str]]:
     """Of each Python block that is a program: its file, how to run it, and its text."""
     found = []
@@ -61,11 +30,11 @@ def scripts() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.dist
-def test_programs_and_commands_twice(shell: Callable[[str], str], tmp_path: Path) -> None:
+def test_programs_and_commands_twice(shell: Callable[[str], str], work: Path) -> None:
     """As a newcomer who runs everything, and then everything again."""
     (commands,) = [block for block in blocks("sh") if "sharded-ema inspect" in block]
     for file, _, text in scripts():
-        (tmp_path / "work" / file).write_text(text)
+        (work / file).write_text(text)
     for _ in range(2):
         for _, command, _ in scripts():
             said = shell(f"{command}\n")
@@ -73,7 +42,7 @@ def test_programs_and_commands_twice(shell: Callable[[str], str], tmp_path: Path
             assert average < raw / 3, "the average wins, and clearly"
         shell(commands)
     for exported in ("out", "served/latest"):
-        assert (tmp_path / "work" / exported / "model.safetensors").is_file()
+        assert (work / exported / "model.safetensors").is_file()
 
 
 def test_the_first_screen() -> None:
