@@ -77,7 +77,8 @@ def _found(command: str, *otherwise: str) -> list[str]:
     path = shutil.which(command)
     if path is not None and Path(path).parent == Path(sys.executable).parent:
         return [command]
-    return [os.path.relpath(sys.executable), *otherwise]
+    here = os.path.relpath(sys.executable)
+    return [sys.executable if here.startswith("..") else here, *otherwise]
 
 
 def _say(run: Run, text: str) -> None:
