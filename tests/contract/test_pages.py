@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +23,7 @@ def module(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = found  # as dataclasses want it
     spec.loader.exec_module(found)
     return found
 
@@ -32,6 +34,12 @@ def test_the_index_of_errors_is_complete() -> None:
     for name in [*error_classes(), EMAWarning.__name__]:
         assert f"`{name}`" in errors.index()
         assert name in errors._SECTIONS or f"\n### {name}\n" in TROUBLESHOOTING, name
+
+
+def test_the_pictures_are_up_to_date() -> None:
+    for name, make in module(DOCS / "figures.py").FIGURES.items():
+        assert (DOCS / name).read_text() == make().draw(), "run python docs/figures.py"
+        assert f"]({name})" in (DOCS / "concepts.md").read_text()
 
 
 def texts() -> str:
