@@ -29,6 +29,8 @@ _HALF_LIFE_SHARE = 0.05
 # Half-lives that are shown beside the one that was asked for, as multiples of it.
 _NEIGHBOURS = (0.25, 0.5, 1.0, 2.0, 4.0)
 _POINTS = 400
+# Steps that are gone through one by one for a picture.
+_DRAWN = 2_000_000
 
 
 def advise(
@@ -185,6 +187,8 @@ def _row(schedule: Schedule, steps: int) -> dict[str, Any]:
 
 
 def _draw(schedules: Sequence[Schedule], chosen: Schedule, steps: int, path: Path) -> None:
+    if steps > _DRAWN:
+        raise ConfigError(f"a plot shows at most {_DRAWN:,} steps, got {steps:,}")
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -92,6 +92,11 @@ def test_decays_at_the_ends_are_json(decay: float) -> None:
     assert report.ok == (decay == 0.0)
 
 
+def test_a_run_of_any_length() -> None:
+    """No loop over its steps."""
+    assert advise(steps=10**12).ok and not advise(steps=10**12, half_life=1e12).ok
+
+
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "--steps", "10000"]) == 0
     text = capsys.readouterr().out
@@ -105,6 +110,8 @@ def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "decay.png"
     assert advise(steps=50, sigma_rel=0.1, plot=path).facts["plot"] == str(path)
     assert path.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ConfigError, match="at most 2,000,000 steps"):
+        advise(steps=10**9, plot=path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ConfigError, match="pip install matplotlib"):
         advise(steps=50, plot=path)
