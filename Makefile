@@ -8,7 +8,7 @@ RUN    ?= runs/main
 # What an installation compiles, if there is a C compiler.
 KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
-.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-consolidate docs clean
+.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-consolidate docs dist clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -76,8 +76,14 @@ bench-consolidate: $(VENV)/.deepspeed
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs
 
+# What is uploaded for a release: sdist and wheel, looked at as the index will.
+dist: $(VENV)/.release
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+
 clean:
-	rm -rf $(VENV) .venv-oldest runs build .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) .venv-oldest runs build dist .pytest_cache .mypy_cache .ruff_cache *.egg-info
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -94,6 +100,7 @@ $(VENV)/.%: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS) $(VENV)/.torch
 
 EXTRAS_train     := train
 EXTRAS_deepspeed := train,deepspeed
-EXTRAS_test      := train,deepspeed,test
+EXTRAS_test      := train,deepspeed,test,docs
 EXTRAS_docs      := docs
+EXTRAS_release   := release
 .PRECIOUS: $(VENV)/.torch

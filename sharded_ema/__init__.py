@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter
     from sharded_ema.ema import ShardedEMA
     from sharded_ema.errors import EMAError, EMAWarning
+    from sharded_ema.tools.advise import advise
     from sharded_ema.tools.average import average
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.diff import diff
@@ -47,6 +48,7 @@ __all__ = [
     "ShardedEMA",
     "Warmup",
     "__version__",
+    "advise",
     "average",
     "consolidate",
     "diff",
@@ -70,6 +72,7 @@ _HOME = {
     "Power": "averaging.schedules",
     "Schedule": "averaging.schedules",
     "Warmup": "averaging.schedules",
+    "advise": "tools.advise",
     "average": "tools.average",
     "consolidate": "tools.consolidate",
     "diff": "tools.diff",

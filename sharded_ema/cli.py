@@ -1,7 +1,4 @@
-"""The ``sharded-ema`` command.
-
-Exit codes: 0 good, 1 a check failed, 2 wrong use or unreadable, 130 interrupted by Ctrl-C.
-"""
+"""The ``sharded-ema`` command, and what it ends with (:data:`EXIT_CODES`)."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from typing import Any
 
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointCorruptError, EMAError
+from sharded_ema.tools.advise import UNITS, advise
 from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import FORMATS, consolidate
@@ -49,10 +47,12 @@ class Command:
 
     Attributes:
         tool: called with the arguments that are no flags in their order, and the flags by name.
+        example: what one types after the name of the command.
     """
 
     tool: Callable[..., Any]
     help: str
+    example: str
     arguments: tuple[Argument, ...]
 
 
@@ -113,6 +113,7 @@ COMMANDS = {
     "inspect": Command(
         inspect,
         "say what is in a checkpoint",
+        "run/step_1000",
         (
             _argument(
                 "checkpoint",
@@ -126,6 +127,7 @@ COMMANDS = {
     "verify": Command(
         verify,
         "check every byte of a checkpoint, and that its averages are averages",
+        "run/step_1000",
         (
             _argument("checkpoint", metavar="CKPT", help="directory of a checkpoint"),
             _argument(
@@ -140,6 +142,7 @@ COMMANDS = {
     "consolidate": Command(
         consolidate,
         "write one average as a model that from_pretrained loads",
+        "run/step_1000 export --dtype bfloat16",
         (
             _argument("src", metavar="SRC", help="directory of a checkpoint"),
             _argument("dst", metavar="DST", help="directory to create"),
@@ -186,6 +189,7 @@ COMMANDS = {
     "diff": Command(
         diff,
         "say how far apart two sets of weights are",
+        "run/step_1000 export --tolerance 0.004",
         (
             _argument("a", metavar="A", help=_SIDE),
             _argument("b", metavar="B", help=_SIDE),
@@ -205,6 +209,7 @@ COMMANDS = {
     "watch": Command(
         watch,
         "consolidate each new checkpoint of a run, for an evaluator or a server",
+        "run --out served",
         (
             _argument("run", metavar="RUN", help="directory of checkpoints; may be missing yet"),
             _argument("--out", required=True, metavar="DIR", help="directory for the exports"),
@@ -226,6 +231,7 @@ COMMANDS = {
     "synthesize": Command(
         synthesize,
         "build averages of any length out of the power-function ones of a run",
+        "run --sigma-rel 0.05,0.10 --out sweep",
         (
             _argument("run", metavar="RUN", help="directory with the checkpoints of a run"),
             _argument(
@@ -254,6 +260,7 @@ COMMANDS = {
     "average": Command(
         average,
         "write the mean of several checkpoints or models, uniform or weighted",
+        "run/step_900 run/step_1000 --out mean",
         (
             _argument("checkpoints", metavar="CKPT", nargs="+", help=_SIDE),
             _argument("--weights", type=_numbers, metavar="W,...", help="such as 1,2,1"),
@@ -262,7 +269,42 @@ COMMANDS = {
             *_writing("that of the last input"),
         ),
     ),
+    "advise": Command(
+        advise,
+        "say what a decay means for a run of so many steps",
+        "--steps 10000 --half-life 500",
+        (
+            _argument("--steps", type=int, required=True, metavar="N", help="of the optimizer"),
+            _argument(
+                "--batch", type=float, metavar="B", help="tokens or images in a step, of all ranks"
+            ),
+            _argument(
+                "--unit",
+                choices=UNITS,
+                default=UNITS[0],
+                help="of --half-life and of the report (default: %(default)s)",
+            ),
+            _argument("--decay", type=float, metavar="D", help="a constant decay per step"),
+            _argument(
+                "--half-life",
+                type=float,
+                metavar="H",
+                help="after which a weight counts half (default: a twentieth of the run)",
+            ),
+            _argument(
+                "--sigma-rel", type=float, metavar="S", help="width of a power-function average"
+            ),
+            _argument("--plot", metavar="FILE", help="draw the weights and the seed's share"),
+            _JSON,
+        ),
+    ),
 }
+
+
+EXIT_CODES = (
+    "exit status: 0 all is well; 1 a check failed; 2 wrong use, or something cannot be read or "
+    "written; 130 interrupted by Ctrl-C"
+)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -271,11 +313,18 @@ def build_parser() -> argparse.ArgumentParser:
         prog="sharded-ema",
         description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
         "torchrun and no PyTorch.",
+        epilog=EXIT_CODES,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
-        sub = commands.add_parser(name, help=command.help)
+        sub = commands.add_parser(
+            name,
+            help=command.help,
+            description=f"{command.help[0].upper()}{command.help[1:]}. "
+            f"Example: sharded-ema {name} {command.example}",
+            epilog=EXIT_CODES,
+        )
         for argument in command.arguments:
             sub.add_argument(argument.name, **argument.settings)
     return parser

@@ -56,7 +56,10 @@ class ShardedEMA:
             or a DeepSpeed engine; wrap and materialise it first. A list of modules is one model, as
             the stages of a pipeline that lie on one rank.
         schedule: a decay per optimizer step in ``[0, 1]``, a schedule, its text
-            (``"half_life:2000"``), or a dict of several by profile name.
+            (``"half_life:2000"``), or a dict of several by profile name. The default is
+            ``min(0.9999, (1 + n) / (10 + n))``, the law of TensorFlow's
+            ``ExponentialMovingAverage(num_updates=n)``: it spans a ninth of the run so far until
+            step 90,000, then 10,000 steps, and less than 1 % of it is its seed from step 4 on.
         update_every: applied optimizer steps between updates; the decays of the steps between are
             multiplied, so that the average does not depend on it but for what it did not see.
         start_step: applied optimizer step at which the shadow becomes the parameters and averaging
@@ -79,7 +82,8 @@ class ShardedEMA:
             ``"allow"``.
         impl: ``"foreach"`` or ``"reference"``.
         total_steps: planned optimizer steps of the run; only used for warnings and for the check
-            of ``shadow_dtype``.
+            of ``shadow_dtype``. Without it, an average that is used while more than 5 % of it are
+            its seed is warned of, whatever is to come.
         force_dtype: deprecated; accepts any ``shadow_dtype``, also one that would not move.
         process_group: over all ranks that hold parts of the model, if its layout does not say:
             stages of a pipeline that are wrapped in DistributedDataParallel each, or a mesh of
@@ -101,7 +105,7 @@ class ShardedEMA:
     def __init__(
         self,
         target: nn.Module | Sequence[nn.Module],
-        schedule: float | str | Schedule | Mapping[str, float | str | Schedule] = 0.9999,
+        schedule: float | str | Schedule | Mapping[str, float | str | Schedule] = "warmup:0.9999",
         *,
         update_every: int = 1,
         start_step: int = 0,
@@ -158,13 +162,13 @@ class ShardedEMA:
             device=check_device(torch.device(device)) if device is not None else None,
             impl=impl,
         )
-        self._health = Health()
+        self._health = Health(total_steps)
         self._store = Store(self._average, self._model, settings, self._health)
         self._engine_checkpoints = EngineCheckpoints(target)
         self._health.see_statistics(self._model.statistics())
         self._begin(self._average.start())
         self._watch = self._model.watch(self._weights_will_change)
-        self._health.check_horizon(self._average, total_steps)
+        self._health.check_plan(self._average)
 
     def __getstate__(self) -> dict[str, Any]:
         if is_called_from("torch.distributed.checkpoint"):
@@ -293,6 +297,7 @@ class ShardedEMA:
         def prepare() -> None:
             self._ready()
             self._check_moving()
+            self._health.check_seed(self._average, [name])
             self._check_statistics()
 
         average = self._average
@@ -308,6 +313,7 @@ class ShardedEMA:
 
         def prepare() -> None:
             self._ready()
+            self._health.check_seed(self._average, [name])
             self._check_statistics()
 
         average = self._average
@@ -391,6 +397,7 @@ class ShardedEMA:
             ready=self._ready,
         )
         self._check_health()
+        self._health.check_seed(self._average)
         self._check_statistics()
         return handle
 
@@ -474,6 +481,7 @@ class ShardedEMA:
             self._require_usable()
             self._look()
         self._check_health()
+        self._health.check_seed(self._average, logged=True)
         steps = self._model.steps
         found: dict[str, float] = {
             "num_updates": self.num_updates,
@@ -530,7 +538,7 @@ class ShardedEMA:
         if self._average.broken is None:
             self._check_health(closing=True)
             self._check_statistics()
-            self._health.check_forgotten(self._average)
+            self._health.check_seed(self._average, closing=True)
         if self._model.steps is not None:
             self._model.steps.remove()
 

@@ -169,6 +169,31 @@ def test_version_and_help() -> None:
     assert "consolidate" in python("-m", "sharded_ema", "--help")
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It has an example, which can be parsed, and says what the command ends with."""
+    build_parser().parse_args([name, *COMMANDS[name].example.split()])
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"sharded-ema {name} {COMMANDS[name].example}" in told
+    assert "0 all is well; 1 a check failed; 2 wrong use" in told
+
+
+def test_a_verdict_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        make(tmp_path / name, {"ema.w": np.full(3, value, "f4")})
+    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    for command, code, verdict in (
+        (["verify", a], 0, "ok: no damage was found"),
+        (["diff", a, a], 0, "ok: equal in every bit"),
+        (["diff", a, b, "--tolerance", "1"], 0, "ok: equal within 1"),
+        (["diff", a, b], 1, "FAILED: a check did not pass"),
+    ):
+        assert main(command) == code
+        assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
 def test_no_torch_is_loaded() -> None:
     script = """
 import sys

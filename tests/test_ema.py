@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -293,7 +294,7 @@ def test_warnings_about_an_average_that_is_no_use() -> None:
         ShardedEMA(model, 0.9999, total_steps=100)
     still = ShardedEMA(model, 1.0)
     frozen = ShardedEMA(model, 0.999, shadow_dtype=torch.bfloat16, force_dtype=True)
-    fine = ShardedEMA(model, 0.9)
+    fine = ShardedEMA(model, 0.8)
     with torch.no_grad():
         model.weight.mul_(1.001)
         model.bias.mul_(1.001)
@@ -315,6 +316,83 @@ def test_warnings_about_an_average_that_is_no_use() -> None:
     slow.close()
     with pytest.raises(StateError, match="closed"):
         slow.update()
+
+
+def run(ema: ShardedEMA, model: nn.Module, steps: int) -> None:
+    for _ in range(steps):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(0.999)
+        ema.update()
+
+
+USES: dict[str, Callable[[ShardedEMA, Path], object]] = {
+    "swap": lambda ema, path: ema.swap().__enter__(),
+    "copy_to": lambda ema, path: ema.copy_to(),
+    "save": lambda ema, path: ema.save(path, step=1),
+    "metrics": lambda ema, path: ema.metrics(),
+    "close": lambda ema, path: ema.close(),
+}
+
+
+@pytest.mark.parametrize("use", USES)
+def test_an_average_used_while_much_of_it_is_its_seed(use: str, tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    ema = ShardedEMA(model, 0.999)
+    run(ema, model, 120)
+    left, more = 0.999**120, math.ceil(math.log(0.05 / 0.999**120) / math.log(0.999))
+    said = f"after 120 steps {left:.0%} of the average 'ema' .* after {more:,} more steps"
+    with pytest.warns(EMAWarning, match=said) as seen:
+        USES[use](ema, tmp_path / "one")
+    assert len(seen) == 1 and "sharded-ema advise" in str(seen[0].message)
+    if use in ("metrics", "save"):  # said once
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            ema.metrics()
+            ema.save(tmp_path / "two", step=2)
+            ema.close()
+
+
+GOOD: tuple[dict[str, Any], ...] = (
+    {},  # the default
+    {"schedule": 0.97},
+    {"schedule": "power:0.1"},
+    {"schedule": 0.999, "start_step": 1000},  # not begun: it is the weights
+    {"schedule": 0.999, "total_steps": 5000},  # by whose end it is gone
+)
+
+
+# Closed before its end, a run has not done what was planned.
+@pytest.mark.parametrize(
+    ("use", "settings"), [(u, s) for u in USES for s in GOOD if u != "close" or s is not GOOD[-1]]
+)
+def test_an_average_that_forgets_its_seed_is_not_warned_of(
+    use: str, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    model = nn.Linear(4, 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema = ShardedEMA(model, **settings)
+        run(ema, model, 120)
+        USES[use](ema, tmp_path / "one")
+
+
+def test_the_first_lines_of_a_log_are_not_warned_of() -> None:
+    model = nn.Linear(4, 4)
+    ema = ShardedEMA(model, 0.999)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(9):
+            run(ema, model, 10)
+            ema.metrics()
+
+
+def test_the_default_has_forgotten_its_seed_from_step_4_on() -> None:
+    model = nn.Linear(4, 4)
+    ema = ShardedEMA(model)
+    run(ema, model, 4)
+    left = math.prod(min(0.9999, (1 + n) / (10 + n)) for n in range(1, 5))
+    assert ema.metrics()["seed_weight/ema"] == pytest.approx(left, abs=0) and left < 0.01
 
 
 def test_metrics_and_memory() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -61,12 +63,22 @@ def conclude(run: Run, picture: Path, average: Path | None, seconds: float) -> N
     _say(run, f"checkpoint {run.saved}")
     if average is not None:
         export = run.out / "export"
-        command = ["sharded-ema", "consolidate", average, export, "--like", run.out / "hf"]
+        tool = _found("sharded-ema", "-m", "sharded_ema")
+        command = [*tool, "consolidate", average, export, "--like", run.out / "hf"]
         if "ema" not in run.options.profiles:
             command += ["--profile", next(iter(run.options.profiles))]
         _say(run, f"export     {shlex.join(map(str, command))}")
-        command = ["python", os.path.relpath(CHECK), export, run.out]
+        command = [*_found("python"), os.path.relpath(CHECK), export, run.out]
         _say(run, f"check      {shlex.join(map(str, command))}")
+
+
+def _found(command: str, *otherwise: str) -> list[str]:
+    """A command as the user can type it: by its name only where that means this environment."""
+    path = shutil.which(command)
+    if path is not None and Path(path).parent == Path(sys.executable).parent:
+        return [command]
+    here = os.path.relpath(sys.executable)
+    return [sys.executable if here.startswith("..") else here, *otherwise]
 
 
 def _say(run: Run, text: str) -> None:

@@ -12,6 +12,12 @@ import torch
 from torch import Tensor
 
 from sharded_ema.averaging.average import Average
+from sharded_ema.averaging.forgetting import (
+    MUCH_LEFT,
+    describe_seed,
+    share_left,
+    steps_to_forget,
+)
 from sharded_ema.averaging.schedules import horizon
 from sharded_ema.errors import warn
 from sharded_ema.model.holdings import Record, find_differing
@@ -25,12 +31,23 @@ _FIRST_LOOKS = 3
 _SELDOM = 1000
 # Before the average has taken in this share of the weights seen, fp32 may rightly stand still.
 _EXPECTED_MOVE = 1e-2
+# Steps before which the seed in an average that is only logged is no news.
+_EARLY = 100
+_REMEDY = (
+    "the schedule out (warmup:0.9999 forgets its seed within four steps), or take a lower decay: "
+    "`sharded-ema advise --steps N` says which for a run of N"
+)
 
 
 class Health:
-    """Remembers how the weights looked when averaging began, and what was warned of."""
+    """Remembers how the weights looked when averaging began, and what was warned of.
 
-    def __init__(self) -> None:
+    Args:
+        total_steps: planned optimizer steps of the run; ``None`` if unknown.
+    """
+
+    def __init__(self, total_steps: int | None = None) -> None:
+        self._total_steps = total_steps
         self._warned: set[str] = set()
         self._live_at_start: Tensor | None = None
         self._shadow_at_start: dict[str, Tensor] = {}
@@ -209,41 +226,56 @@ class Health:
             "torch.optim.swa_utils.update_bn and save there",
         )
 
-    def check_horizon(self, average: Average, total_steps: int | None) -> None:
-        """Warn if at the end of the planned run the initial weights would still count most.
+    def check_plan(self, average: Average) -> None:
+        """Warn if the average would still hold much of its seed at the end of the planned run."""
+        if self._total_steps is None:
+            return
+        steps = max(0, self._total_steps - average.clock.start_step)
+        for name, schedule in average.profiles.items():
+            left = share_left(schedule, steps)
+            if left > MUCH_LEFT:
+                decay = schedule.decay(max(1, steps))
+                self.warn_once(
+                    f"seed {name}",
+                    f"average {name!r} spans {horizon(decay):,.0f} steps but the run has {steps:,} "
+                    f"after start_step: at its end {left:.0%} of the average would be the initial "
+                    f"weights. Leave {_REMEDY}",
+                )
+
+    def check_seed(
+        self,
+        average: Average,
+        names: Iterable[str] | None = None,
+        *,
+        logged: bool = False,
+        closing: bool = False,
+    ) -> None:
+        """Warn if much of an average is still its seed as it is used; once for each.
+
+        It is silent where the plan says that the seed will be gone by the end.
 
         Args:
-            total_steps: planned optimizer steps; ``None`` if unknown.
+            names: profiles that are used; ``None`` for all.
+            logged: it is only written to a log, where the first steps say nothing yet.
+            closing: no step follows, whatever was planned.
         """
-        if total_steps is None:
+        steps, start_step = average.num_updates, average.clock.start_step
+        if not steps or (logged and steps < _EARLY):
             return
-        start_step = average.clock.start_step
-        for name, schedule in average.profiles.items():
-            left = 1.0
-            for n in range(1, total_steps - start_step + 1):
-                left *= schedule.decay(n)
-                if left <= 0.5:
-                    break
-            else:
-                decay = schedule.decay(max(1, total_steps - start_step))
-                self.warn_once(
-                    f"horizon {name}",
-                    f"average {name!r} spans {horizon(decay):,.0f} steps but the run has "
-                    f"{total_steps - start_step:,} after start_step: at its end {left:.0%} of the "
-                    "average would be the initial weights. Use a lower decay, HalfLifeFraction, "
-                    "Warmup or Power",
-                )
-
-    def check_forgotten(self, average: Average) -> None:
-        """Warn at the end of a run if most of an average is still its seed."""
-        for name, left in average.seed_weights.items():
-            if average.num_updates and left > 0.5:
-                self.warn_once(
-                    f"horizon {name}",
-                    f"after {average.num_updates} steps {left:.0%} of the average {name!r} is "
-                    "still the weights it was seeded with; use a lower decay, HalfLifeFraction, "
-                    "Warmup or Power, or a later start_step",
-                )
+        for name in average.profiles if names is None else names:
+            left, schedule = average.seed_weights[name], average.profiles[name]
+            if left <= MUCH_LEFT or self._warned & {f"seed {name}", f"still {name}"}:
+                continue
+            if self._total_steps is not None and not closing:
+                ahead = max(0, self._total_steps - start_step - steps)
+                if left * share_left(schedule, ahead, after=steps) <= MUCH_LEFT:
+                    continue
+            more = steps_to_forget(schedule, MUCH_LEFT, left=left, after=steps)
+            self.warn_once(
+                f"seed {name}",
+                f"{describe_seed(name, steps, left, more)}. Use it then (with total_steps= nothing "
+                f"is said in a run that is long enough), or leave {_REMEDY}",
+            )
 
     def warn_of_all(self, warned: Iterable[tuple[str, str]]) -> None:
         """Warn of several things; topics and messages."""

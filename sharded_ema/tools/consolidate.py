@@ -127,6 +127,7 @@ def consolidate(
             left = sum(key.startswith(average.prefix) for key in checkpoint.index.values)
             if left:
                 report.notes.append(f"{left} values that are no tensors are left out, unread")
+        report.notes += average.notes()
         planned = plan_model(average, wanted, report)
         report.facts |= {
             "output": str(target),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from sharded_ema.averaging.forgetting import MUCH_LEFT, describe_seed, steps_to_forget
+from sharded_ema.averaging.schedules import schedule_from_dict
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import CheckpointMismatchError
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +50,23 @@ class Average:
             return {"kind": "tensors", "prefix": self.prefix}
         step, updates = self.meta["step"], self.meta["num_updates"]
         return {"kind": "ema", "profile": self.profile, "step": step, "updates": updates}
+
+    def notes(self) -> list[str]:
+        """What whoever uses it should know: that it is not fit for use yet."""
+        if not self.meta or not self.meta["num_updates"]:
+            return []
+        settings = self.meta["profiles"][self.profile]
+        steps, left = self.meta["num_updates"], settings["seed_weight"]
+        if left <= MUCH_LEFT:
+            return []
+        more = None
+        with suppress(ConfigError):  # of a later version
+            schedule = schedule_from_dict(settings["schedule"])
+            more = steps_to_forget(schedule, MUCH_LEFT, left=left, after=steps)
+        return [
+            f"{describe_seed(self.profile, steps, left, more)}. Export a later checkpoint, or "
+            "train with a shorter average: `sharded-ema advise --steps N` says which"
+        ]
 
     def header(self) -> dict[str, str]:
         """What a file that holds it says of itself."""

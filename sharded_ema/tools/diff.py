@@ -70,7 +70,8 @@ def diff(
     with OpenFiles() as files:
         left, right = (_open(path, profile, prefix, files) for path in (a, b))
         _match_names(left, right)
-        report = Report("diff", f"{a} {b}")
+        verdict = "equal in every bit" if not tolerance else f"equal within {tolerance:g}"
+        report = Report("diff", f"{a} {b}", verdict=verdict)
         _compare_sides(left, right, report, tensors=tensors, tolerance=tolerance)
     return report
 

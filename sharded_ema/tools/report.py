@@ -14,6 +14,8 @@ class Report:
         action: the name of the tool.
         path: what it was about.
         ok: whether every check passed.
+        verdict: what is true if it is ok, as the last line of the text says it; empty for tools
+            that check nothing.
         facts: results by name; JSON types only.
         problems: what failed, one sentence each.
         notes: what a user should know although nothing failed.
@@ -25,6 +27,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    verdict: str = ""
 
     def fail(self, problem: str) -> None:
         """Record a failed check."""
@@ -35,6 +38,10 @@ class Report:
         """All fields, for ``--json``."""
         return asdict(self)
 
+    def _count(self) -> str:
+        count = len(self.problems)
+        return f"{count} checks did not pass" if count != 1 else "a check did not pass"
+
     def text(self) -> str:
         """A few readable lines."""
         lines = [f"{self.action} {self.path}"]
@@ -42,6 +49,8 @@ class Report:
             lines += _lines(name.replace("_", " "), value, indent=2)
         lines += [f"  note: {note}" for note in self.notes]
         lines += [f"  FAILED: {problem}" for problem in self.problems]
+        if self.verdict:
+            lines.append(f"ok: {self.verdict}" if self.ok else f"FAILED: {self._count()}")
         return "\n".join(lines)
 
 
@@ -53,7 +62,26 @@ def _lines(name: str, value: Any, *, indent: int) -> list[str]:
         ]
     if isinstance(value, list) and value:
         return [f"{space}{name}:"] + [f"{space}  {_inline(item)}" for item in value]
-    return [f"{space}{name}: {'none' if value in ([], {}) else _shown(value)}"]
+    size = f" ({_size(value)})" if name.endswith("bytes") and _is_large(value) else ""
+    return [f"{space}{name}: {'none' if value in ([], {}) else _shown(value)}{size}"]
+
+
+def _is_large(value: Any) -> bool:
+    return isinstance(value, int) and value >= 10_000
+
+
+def _size(num_bytes: int) -> str:
+    """In decimal units, as file systems and ``--max-shard-size`` count.
+
+    >>> _size(26_843_545_600)
+    '26.8 GB'
+    """
+    value, unit = float(num_bytes), "B"
+    for unit in ("kB", "MB", "GB", "TB", "PB"):  # noqa: B007
+        value /= 1000
+        if value < 999.5:
+            break
+    return f"{value:.3g} {unit}"
 
 
 def _inline(item: Any) -> str:

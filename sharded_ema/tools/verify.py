@@ -62,7 +62,7 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
         CheckpointCorruptError: ``model`` cannot be read.
     """
     where, names = find_checkpoint(locate(path))
-    report = Report("verify", str(path))
+    report = Report("verify", str(path), verdict="no damage was found")
     with OpenFiles() as files:
         weights = None if model is None else open_raw(model, files)
         directory = Directory(where, files)

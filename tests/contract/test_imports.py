@@ -25,7 +25,7 @@ LEVEL = {wing.name: number for number, row in enumerate(reversed(diagram.ROWS)) 
 # And within a wing, from the ground up. What is not named here is between the first and the last.
 ORDER = {
     "model": ("layout", "internals", "inventory", "pieces", "agreement", "sources", "followed"),
-    "averaging": ("schedules", "kernels", "shadow", "average", "health"),
+    "averaging": ("schedules", "forgetting", "kernels", "shadow", "average", "health"),
     "checkpoint": (
         "names", "files", "safetensors", "reading", "run", "removal", "writing", "transfer",
         "store",
@@ -37,6 +37,7 @@ TORCH_FREE = (
     "model/__init__",
     "model/layout",
     "averaging/__init__",
+    "averaging/forgetting",
     "averaging/schedules",
     "averaging/posthoc",
     "config",

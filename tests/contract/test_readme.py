@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import os
+import csv
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,38 +19,88 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def scripts() -> list[tuple[str, str, str]]:
+    """Of each Python block that is a program: its file, how to run it, and its text."""
+    found = []
+    for text in blocks("python"):
+        head = re.match(r"# (\w+\.py): (.*)\n", text)
+        assert head is not None, "a block of README that says how it is run"
+        found.append((*head.groups(), text))
+    return found
+
+
 @pytest.mark.dist
-def test_script_and_commands(tmp_path: Path) -> None:
-    (script,) = blocks("python")
-    (tmp_path / "train.py").write_text(script)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "train.py"]
-    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("loss of the average") == 2
-    commands = [
-        line.partition("#")[0].split()
-        for block in blocks("sh")
-        for line in block.splitlines()
-        if line.startswith("sharded-ema")
-    ]
-    assert len(commands) == 5
-    for _, *arguments in commands:
-        command = [sys.executable, "-m", "sharded_ema", *arguments]
-        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
+def test_programs_and_commands_twice(shell: Callable[[str], str], work: Path) -> None:
+    """As a newcomer who runs everything, and then everything again."""
+    (commands,) = [block for block in blocks("sh") if "sharded-ema inspect" in block]
+    for file, _, text in scripts():
+        (work / file).write_text(text)
+    for _ in range(2):
+        for _, command, _ in scripts():
+            said = shell(f"{command}\n")
+            raw, average = map(float, re.findall(r"(?:raw|average) +([0-9.]+)", said))
+            assert average < raw / 3, "the average wins, and clearly"
+        shell(commands)
     for exported in ("out", "served/latest"):
-        assert (tmp_path / exported / "model.safetensors").is_file()
+        assert (work / exported / "model.safetensors").is_file()
 
 
-def test_begins_with_the_two_commands_that_exist() -> None:
-    first = blocks("sh")[0].splitlines()
-    assert README.startswith("```sh\n")
+def test_the_first_screen() -> None:
+    """What it is, the plot, how to install it, and a program of a few lines, in this order."""
+    title, sentence, plot, install, program, *_ = README.split("\n\n")
+    assert title == "# sharded-ema" and sentence.count(".") == 1
+    assert plot.startswith("![") and "pip install sharded-ema" in install
+    assert program.startswith("```python")
+    first = scripts()[0][2]
+    assert len([line for line in first.splitlines() if line and not line.startswith("#")]) <= 20
+
+
+def test_the_two_commands_exist() -> None:
+    (block,) = [block for block in blocks("sh") if block.startswith("make train ")]
     makefile = (ROOT / "Makefile").read_text()
-    for line, name in zip(first, ("train", "test"), strict=True):
+    for line, name in zip(block.splitlines(), ("train", "test"), strict=True):
         assert line.startswith(f"make {name} ")
         assert re.search(rf"^{name}:", makefile, flags=re.MULTILINE)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_what_was_not_run_is_said_once() -> None:
+    assert len(re.findall(r"not (?:been )?run", README, flags=re.IGNORECASE)) == 1
+
+
+#: Rows of the comparison by the names in launch/bench/peers.py.
+PEERS = {
+    "sharded-ema": "**sharded-ema**",
+    "torch AveragedModel": "`AveragedModel`",
+    "timm ModelEmaV3": "`ModelEmaV3`",
+    "diffusers EMAModel": "`EMAModel`",
+    "torch_ema": "`torch_ema`",
+    "ema-pytorch EMA": "`ema-pytorch`",
+    "lightning EMAWeightAveraging": "Lightning `EMAWeightAveraging`",
+}
+
+
+@pytest.mark.parametrize("peer", PEERS)
+def test_the_comparison_is_what_was_measured(peer: str) -> None:
+    """With launch/bench/peers.py, whose last results lie in docs/benchmarks."""
+    (row,) = [line for line in README.splitlines() if line.startswith(f"| {PEERS[peer]}")]
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    of_each = last("peers.csv", "library", peer)["FSDP2, of each rank"].partition(" | ")[0]
+    taken = last("peers-update.csv", "row", peer)["ratio_to_baseline"]
+    expected = (
+        "1/R"
+        if of_each.endswith(" bytes")
+        else "ends the process"
+        if of_each.startswith("SystemExit")
+        else "refused: deepcopy"
+    )
+    assert cells[1].startswith(expected)
+    assert cells[-1].startswith(f"{float(taken):.1f} x")
+
+
+def last(table: str, column: str, value: str) -> dict[str, str]:
+    with (ROOT / "docs" / "benchmarks" / table).open(newline="") as stream:
+        return [row for row in csv.DictReader(stream) if row[column] == value][-1]
 
 
 def test_links_lead_to_files() -> None:

@@ -6,6 +6,8 @@ import re
 import tomllib
 from pathlib import Path
 
+from sharded_ema.version import __version__
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -20,6 +22,10 @@ def test_lower_bounds_are_the_oldest_versions_tested() -> None:
     oldest = pinned("constraints-oldest.txt")
     assert bounds == {name: oldest[name] for name in bounds}
     assert all(number(pinned("constraints.txt")[name]) > number(oldest[name]) for name in bounds)
+
+
+def test_one_version_everywhere() -> None:
+    assert f"\nversion: {__version__}\n" in (ROOT / "CITATION.cff").read_text()
 
 
 def number(version: str) -> tuple[int, ...]:

@@ -38,7 +38,7 @@ def meta(**changes: Any) -> dict[str, Any]:
         "last_lerp_step": 100, "update_every": 1, "start_step": 0, "num_updates": 100,
         "profiles": {
             "ema": {"schedule": {"type": "Constant", "decay": 0.999}, "decay": 0.999,
-                    "seed_weight": 0.9}
+                    "seed_weight": 0.01}
         },
         "aliases": {}, "buffers": "copy", "frozen": "save", "absent": {"count": 0, "names": []},
         "nonfinite_elements": 0, **changes,

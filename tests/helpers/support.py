@@ -98,12 +98,13 @@ def table() -> str:
 
 def _lines() -> Iterator[str]:
     tested = worlds()
-    yield "| layout | each rank keeps the shadow of | entering a swap | tested on ranks |"
+    yield "| layout | each rank keeps the shadow of | entering a swap | tested on CPU ranks |"
     yield "|---|---|---|---|"
     yield "| one process | everything | local copy | 1 |"
     for row in ROWS:
         sizes = sorted(set().union(*(tested[mode] for mode in row.modes)))
         yield f"| {row.layout} | {row.keeps} | {row.swap} | {', '.join(map(str, sizes))} |"
+    yield "| any of these on GPUs, over NCCL | the same | the same | not run yet: `make test-gpu` |"
 
 
 def shares() -> str:

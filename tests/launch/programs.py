@@ -193,8 +193,9 @@ def sweep(run: TrainingRun, out: Path, widths: str) -> Finished:
 
 def consolidate(run: TrainingRun, dtype: str | None = None) -> Path:
     """Export the last average by the command that the run itself printed."""
-    command = run.line("export ").split()[2:]
-    assert command[0] == "consolidate" and command[-2:] == ["--like", str(run.out / "hf")]
+    command = run.line("export ").split()
+    command = command[command.index("consolidate") :]
+    assert command[-2:] == ["--like", str(run.out / "hf")]
     if dtype is not None:
         command[2] += f"-{dtype}"
         command += ["--dtype", dtype]

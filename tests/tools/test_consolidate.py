@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -443,3 +444,29 @@ def test_an_error_in_one_of_several_jobs_stops_all(tmp_path: Path) -> None:
     with pytest.raises(CheckpointCorruptError, match="layers"):
         run(source, tmp_path / "out", max_shard_size=100, jobs=4)
     assert {p.name for p in tmp_path.iterdir()} == {"c"}
+
+
+@pytest.mark.parametrize(
+    ("left", "updates", "told"),
+    [
+        (0.3, 100, "30% of the average 'ema' is still the weights .* after 1,791 more steps"),
+        (0.05, 100, None),
+        (1.0, 0, None),  # it has not begun, so it is the weights
+    ],
+)
+def test_an_average_that_is_its_seed_is_told(
+    tmp_path: Path, left: float, updates: int, told: str | None
+) -> None:
+    profiles = {
+        "ema": {
+            "schedule": {"type": "Constant", "decay": 0.999},
+            "decay": 0.999,
+            "seed_weight": left,
+        }
+    }
+    described = meta(profiles=profiles, num_updates=updates)
+    source = make(tmp_path / "c", {"ema.w": np.ones(3, "f4")}, metas={"": described})
+    notes = consolidate(source, tmp_path / "out", progress=False).notes
+    assert len(notes) == (told is not None)
+    if told is not None:
+        assert re.search(told, notes[0]) and "sharded-ema advise" in notes[0]
