@@ -26,7 +26,7 @@ def shell(tmp_path: Path, work: Path) -> Callable[[str], str]:
     folder.mkdir()
     for name, module in (
         ("python", ""),
-        ("torchrun", "-m torch.distributed.run"),
+        ("torchrun", "-m torch.distributed.run --standalone"),  # on a port that is free
         ("sharded-ema", "-m sharded_ema"),
     ):
         command = folder / name
