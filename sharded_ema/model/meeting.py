@@ -29,6 +29,8 @@ logger = getLogger("sharded_ema")
 
 #: Seconds of waiting after which is said, once, for whom.
 NOTICE_SECONDS = 30.0
+# What the first rank gives out when it invites nobody.
+_NO_WORD = "none"
 # Seconds after which a rank that waits looks whether the first one has begun anew.
 _LOOK_SECONDS = 1.0
 # Seconds between two questions of a rank to the store, at most; more where many ranks ask.
@@ -145,7 +147,8 @@ class Room:
             while not store.check([f"{self._key}/{word}/full"]):
                 waiting.go_on(partial(self._missing, store, word))
         finally:
-            store.delete_key(f"{self._key}/word")
+            # Not deleted: who has just seen that the key is there would wait for it to come back.
+            store.set(f"{self._key}/word", _NO_WORD)
         store.set(f"{self._key}/{word}/go", "1")
         return word
 
@@ -169,7 +172,8 @@ class Room:
     def _given(self, store: dist.Store) -> str:
         """The word that was last given out; empty if none was, or it has been taken back."""
         key = f"{self._key}/word"
-        return store.get(key).decode() if store.check([key]) else ""
+        word = store.get(key).decode() if store.check([key]) else _NO_WORD
+        return "" if word == _NO_WORD else word
 
     def _answer(self, store: dist.Store, word: str) -> bool:
         """Come to the meeting of a word; false if this rank's own ghost has been there."""

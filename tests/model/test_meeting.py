@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -169,16 +170,59 @@ def test_what_a_rank_exchanges_does_not_grow_with_their_number() -> None:
             self.note(*keys)
             return True
 
-        def delete_key(self, key: str) -> bool:
-            self.note(key)
-            return bool(self.real.delete_key(key))
-
     spent = []
     for size in (8, 4096):
         crowd = Crowd(size)
         Room(list(range(size)), 0, 30.0, lambda crowd=crowd: crowd).gather("it")  # type: ignore[misc]
         spent.append((crowd.passed, crowd.calls))
     assert spent[0] == spent[1]
+
+
+def test_nobody_waits_for_a_word_that_is_taken_back(
+    store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank sees that there is a word, and before it reads it the meeting is over."""
+    monkeypatch.setattr(meeting, "_LOOK_SECONDS", 0.0)
+    seen, over = threading.Event(), threading.Event()
+
+    class Between(dist.Store):  # type: ignore[misc]
+        def __init__(self, leads: bool) -> None:
+            super().__init__()
+            self.real, self.leads, self.answered = client(store), leads, False
+            self.real.set_timeout(timedelta(seconds=5))
+
+        def check(self, keys: list[str]) -> bool:
+            if self.leads and keys[0].endswith("/full"):
+                assert seen.wait(30)
+            found = bool(self.real.check(keys))
+            if found and self.answered and keys[0].endswith("/word"):
+                seen.set()
+                assert over.wait(30)
+            return found
+
+        def add(self, key: str, value: int) -> int:
+            return int(self.real.add(key, value))
+
+        def set(self, key: str, value: str) -> None:
+            self.real.set(key, value)
+            self.answered = not self.leads  # the last one to come says so
+
+        def get(self, key: str) -> bytes:
+            return bytes(self.real.get(key))
+
+        def delete_key(self, key: str) -> bool:
+            return bool(self.real.delete_key(key))
+
+    def gather(rank: int) -> str:
+        between = Between(leads=not rank)
+        try:
+            return Room([0, 1], rank, 30.0, lambda: between).gather("it")
+        finally:
+            if not rank:
+                over.set()
+
+    words = together([partial(gather, rank) for rank in (0, 1)])
+    assert words[0] == words[1] and isinstance(words[0], str), words
 
 
 def test_a_claim_is_the_first_ones(store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch) -> None:
