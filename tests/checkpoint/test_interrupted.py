@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from tests.helpers.pool import WorkerPool
 Worlds = dict[int, WorkerPool]
 FORMATS = ("safetensors", "dcp")
 DCP = "torch.distributed.checkpoint."
-# What these raise, called by io.BufferedReader, is dropped there.
+# What these raise, called by io.BufferedReader, is dropped there; so is what a generator raises
+# that is closed.
 FORGOTTEN = ("seek", "tell", "readable", "seekable", "readinto")
 EVERYWHERE = ("sharded_ema.", DCP)
 
@@ -37,7 +39,7 @@ class Calls:
         self._modules = modules
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
-        if frame.f_code.co_name in FORGOTTEN:
+        if frame.f_code.co_name in FORGOTTEN or frame.f_code.co_flags & inspect.CO_GENERATOR:
             return
         if event == "call" and str(frame.f_globals.get("__name__")).startswith(self._modules):
             self.count += 1
