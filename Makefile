@@ -62,9 +62,12 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Other libraries are timed beside this one where they are installed in the same environment
+# (docs/comparison.md).
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
 	OMP_NUM_THREADS=2 $(BIN)/python launch/bench/update.py --threads 2
+	$(BIN)/python launch/bench/picture.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
