@@ -44,20 +44,20 @@ Times = Mapping[tuple[str, str, str], float]
 
 
 def last_times(path: Path) -> Times:
-    """The last run on the CPU with each number of threads.
+    """What the last commit that was measured took on the CPU, with any number of threads.
 
     Raises:
         LookupError: there is no run on the CPU.
     """
     with path.open(newline="") as stream:
         rows = [row for row in csv.DictReader(stream) if row["device"] == "cpu"]
-    found: dict[tuple[str, str, str], float] = {}
-    for threads in THREADS:
-        mine = [row for row in rows if row["threads"] == threads]
-        runs = [(row["date"], row["git sha"]) for row in mine]
-        for row, run in zip(mine, runs, strict=True):
-            if run == runs[-1]:
-                found[threads, row["case"], row["row"]] = float(row["median_ms"])
+    # The rows that a first run has appended make the tree of the second one dirty.
+    commits = [row["git sha"].removesuffix("-dirty") for row in rows]
+    found = {
+        (row["threads"], row["case"], row["row"]): float(row["median_ms"])
+        for row, commit in zip(rows, commits, strict=True)
+        if commit == commits[-1]
+    }
     if not found:
         raise LookupError(f"{path} has no rows of the CPU; run launch/bench/update.py first")
     return found
