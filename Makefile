@@ -8,7 +8,7 @@ RUN    ?= runs/main
 # What an installation compiles, if there is a C compiler.
 KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
-.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-consolidate docs dist clean
+.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs dist clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -62,12 +62,19 @@ format: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Other libraries are timed beside this one where they are installed in the same environment
+# (docs/comparison.md).
 bench: $(VENV)/.train
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/update.py
 	OMP_NUM_THREADS=2 $(BIN)/python launch/bench/update.py --threads 2
+	$(BIN)/python launch/bench/picture.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/save.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/construct.py
 	OMP_NUM_THREADS=1 $(BIN)/python launch/bench/posthoc.py
+
+# On one GPU: at most 8 minutes, the tests of make test-gpu included.
+bench-gpu: $(VENV)/.test
+	$(BIN)/python launch/bench/gpu.py
 
 # A quarter of an hour and 13 GB of disk.
 bench-consolidate: $(VENV)/.deepspeed

@@ -237,6 +237,8 @@ class ShardedEMA:
 
         Raises:
             SwapError: inside :meth:`swap`.
+            BindError: a module has another parameter in the place of an averaged one; the step is
+                not counted.
             NonFiniteError: with ``nonfinite="raise"``, on the ranks whose shard holds NaN or Inf;
                 their shadow is untouched. There is no collective here to tell the others.
         """
@@ -548,6 +550,7 @@ class ShardedEMA:
         self._model.refuse_in_swap("update()")
         self._model.refuse_capture()
         self._require_usable()
+        self._model.inventory.check_not_replaced()
         started = self._average.advance(self._model.live())
         if started is not None:
             self._begin(started)
@@ -654,7 +657,7 @@ class ShardedEMA:
 
     def _look(self) -> None:
         """Bring the average into step, where that needs nothing of the model."""
-        self._model.inventory.check_not_sharded_since()
+        self._model.inventory.check_not_replaced()
         self._average.track(self._model.live())
         if self._model.is_itself:
             self._average.mirror()

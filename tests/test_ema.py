@@ -211,6 +211,8 @@ def test_replaced_parameters_are_refused_and_moved_ones_followed() -> None:
     model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
     with pytest.raises(BindError, match="parameter weight was replaced"), ema.swap():
         pass
+    with pytest.raises(BindError, match="parameter weight was replaced"):
+        ema.metrics()
 
 
 def test_before_start_step_the_average_is_the_parameters() -> None:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from measure import ROOT, Report, Row, medians, nothing
+from peers import PEERS
 from sharded_ema import Constant, ShardedEMA
 from sharded_ema.averaging.average import Average  # timed without hooks and checks around it
 
@@ -138,35 +140,36 @@ def module_of(tensors: Sequence[Tensor]) -> nn.Module:
     return module
 
 
-def end_to_end_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
-    """What a training loop calls, on a plain module."""
+def end_to_end_rows(bench: Bench, sizes: Sequence[int], limit: str | None = None) -> list[Row]:
+    """What a training loop calls, on a plain module, of this library and of others.
+
+    Args:
+        limit: the row that moves as many bytes, where the case has one.
+    """
     model = module_of(bench.tensors(sizes, torch.float32))
     live = [parameter.detach() for parameter in model.parameters()]
     views = first_views(bench.average(live, guard=False))
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(DECAY))
     foreach = "call: torch._foreach_lerp_"
-    rows = [Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY))]
+    rows = [Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit)]
     for nonfinite in ("allow", "skip"):
         ema = ShardedEMA(model, DECAY, nonfinite=nonfinite)
-        rows.append(Row(f'call: ShardedEMA.update(), "{nonfinite}"', ema.update, foreach))
-    rows.append(
-        Row(
-            "call: AveragedModel.update_parameters()",
-            lambda: averaged.update_parameters(model),
-            foreach,
-        )
-    )
-    return rows + list(optional_rows(model, foreach))
+        rows.append(Row(f'call: ShardedEMA.update(), "{nonfinite}"', ema.update, foreach, limit))
+    for name, make in PEERS.items():
+        if name in CALLED:
+            with suppress(ImportError):  # timed where it is installed
+                rows.append(Row(f"call: {CALLED[name]}", make(model).update, foreach, limit))
+    return rows
 
 
-def optional_rows(model: nn.Module, foreach: str) -> Iterator[Row]:
-    """Peers that are timed where they are installed."""
-    try:
-        from diffusers.training_utils import EMAModel  # type: ignore[import-not-found]
-    except ImportError:
-        return
-    peer = EMAModel(model.parameters(), decay=DECAY, foreach=True)
-    yield Row("call: diffusers EMAModel.step()", lambda: peer.step(model.parameters()), foreach)
+#: What a training loop calls of the other libraries, all of which here keep an fp32 average.
+CALLED = {
+    "torch AveragedModel": "AveragedModel.update_parameters()",
+    "lightning EMAWeightAveraging": "Lightning EMAWeightAveraging",
+    "timm ModelEmaV3": "timm ModelEmaV3.update()",
+    "diffusers EMAModel": "diffusers EMAModel.step()",
+    "torch_ema": "torch_ema ExponentialMovingAverage.update()",
+    "ema-pytorch EMA": "ema-pytorch EMA.update()",
+}
 
 
 def run_on(bench: Bench, report: Report) -> None:
@@ -174,7 +177,7 @@ def run_on(bench: Bench, report: Report) -> None:
     for case, sizes in SIZES.items():
         rows = float32_rows(bench, sizes) + bfloat16_rows(bench, sizes)
         if len(sizes) == 1000:
-            rows += end_to_end_rows(bench, sizes)
+            rows += end_to_end_rows(bench, sizes, "stream of the same bytes")
         report.add(case, rows, medians(rows, bench.rounds, wait=bench.wait))
     # So few elements that nearly all of it is the cost of the calls. On a GPU the time to the
     # return of the call: waiting before, but not after.

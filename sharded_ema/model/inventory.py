@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from sharded_ema.model.internals.pytorch import (
     keeps_elements_elsewhere,
     own_buffers,
     own_parameters,
+    registered_parameters,
 )
 from sharded_ema.model.layout import Shape
 from sharded_ema.model.names import Keys, Parts, find_keys, walk
@@ -107,6 +109,10 @@ class ExtraState(Named):
         return value.detach()
 
 
+def _never(named: Named) -> bool:
+    return False
+
+
 @dataclass(slots=True)
 class Inventory:
     """The tensors of a model, sorted by what happens to them.
@@ -124,6 +130,7 @@ class Inventory:
         is_settled: whether what is trained was settled when the model was wrapped, whatever
             ``requires_grad`` says later (DeepSpeed).
         registered: what the model has in the place of a parameter now.
+        is_flattened: whether a framework keeps a parameter elsewhere than in its module.
     """
 
     model: nn.Module
@@ -137,7 +144,12 @@ class Inventory:
     selection: Selection = field(default_factory=lambda: Selection())
     is_settled: bool = False
     registered: Callable[[Named], Tensor | None] = Named.registered
+    is_flattened: Callable[[Named], bool] = _never
     _held: list[Tensor] | None = None
+    _watched: list[Named] | None = None
+    _owners: list[nn.Module] = field(default_factory=list)
+    _attributes: list[str] = field(default_factory=list)
+    _tensors: list[Tensor] = field(default_factory=list)
 
     def averaged_now(self) -> list[Tensor]:
         """The averaged tensors. Parameter objects stay; only buffers are looked up every time."""
@@ -163,23 +175,30 @@ class Inventory:
             there = (id(named.owner), named.path.removesuffix(named.attribute)) in names
             if there and (not named.is_parameter or self.registered(named) is named.tensor):
                 continue
-            raise BindError(
-                f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} was replaced after "
-                "the average was made (by fully_shard or another wrapper, "
-                "load_state_dict(assign=True), resizing, another submodule, adapters around it); "
-                "make the ShardedEMA after wrapping, and after all such changes"
-            )
+            raise _replaced(named)
 
-    def check_not_sharded_since(self) -> None:
-        """Refuse a model that was sharded after its average was made; at any moment of a step.
+    def check_not_replaced(self) -> None:
+        """Refuse a module that has another parameter in the place of one that is averaged.
+
+        At any moment of a step, and cheaper than :meth:`check_current`: other submodules are not
+        looked for, and a parameter that is gathered at the moment counts as there.
 
         Raises:
             BindError: see above.
         """
-        for named in self.averaged:
-            was_plain = named.is_parameter and not isinstance(named.tensor, DTensor)
-            if was_plain and isinstance(self.registered(named), DTensor):
-                self.check_current()
+        if self._watched is None:
+            self._watched = [
+                n for n in self.averaged if n.is_parameter and not self.is_flattened(n)
+            ]
+            self._tensors = [named.tensor for named in self._watched]
+            self._owners = [named.owner for named in self._watched]
+            self._attributes = [named.attribute for named in self._watched]
+        found = registered_parameters(self._owners, self._attributes)
+        if all(map(is_, found, self._tensors)):
+            return
+        for named, now in zip(self._watched, found, strict=True):
+            if now is not named.tensor and not _is_gathered(named.tensor, now):
+                raise _replaced(named)
 
     def not_known(self) -> Iterator[tuple[str, str]]:
         """What the model has by now that the inventory lacks: topics and messages of warnings."""
@@ -212,6 +231,25 @@ class Inventory:
                 f"requires_grad=True by now, among them {thawed[:3]}; they are stored as they are "
                 f"and not averaged. {_REMEDY}",
             )
+
+
+def _replaced(named: Named) -> BindError:
+    return BindError(
+        f"{'parameter' if named.is_parameter else 'buffer'} {named.fqn} was replaced after "
+        "the average was made (by fully_shard or another wrapper, "
+        "load_state_dict(assign=True), resizing, another submodule, adapters around it); "
+        "make the ShardedEMA after wrapping, and after all such changes"
+    )
+
+
+def _is_gathered(held: Tensor, now: Tensor | None) -> bool:
+    """Whether what a module has is what ``fully_shard`` has gathered of a parameter.
+
+    That is a plain tensor, or a DTensor over the axes of the mesh that are left.
+    """
+    if now is None or not isinstance(held, DTensor):
+        return False
+    return not isinstance(now, DTensor) or now.device_mesh != held.device_mesh
 
 
 _REMEDY = (

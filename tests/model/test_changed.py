@@ -115,8 +115,8 @@ def assigned(mode: str, ignored: bool) -> tuple[bool, str, str]:
     run.target.load_state_dict(state, assign=True, strict=False)
     after = run.gather()
     found = error_of(ema.state_dict)
+    assert error_of(ema.update) == found
     if found[0] == "nothing":
-        ema.update()
         expected = as_float(before)
         reference_step(expected, after, 0.5)
         assert_equal(averages(ema), expected)
@@ -133,6 +133,25 @@ def test_assigned_parameters_are_refused(worlds: Worlds, mode: str) -> None:
             assert moved != lost
             assert name == ("nothing" if lost else BindError.__name__)
             assert lost or "was replaced" in message
+
+
+def gathered(mode: str) -> None:
+    run = build(mode)
+    ema = ShardedEMA(run.target, 0.5, **run.options)
+    expected = as_float(run.gather())
+    for index in range(2):
+        run.step(index)
+        run.evaluate()  # what fully_shard has gathered for it stays
+        ema.update()
+        ema.metrics()
+        reference_step(expected, run.gather(), 0.5)
+    assert_equal(averages(ema), expected)
+
+
+@pytest.mark.parametrize("mode", [*CHANGED, "tp_fsdp2"])
+def test_gathered_parameters_are_no_others(worlds: Worlds, mode: str) -> None:
+    for size in sizes(mode, [2]):
+        worlds[size].run(gathered, mode)
 
 
 # ---------------------------------------------------------------------- optimizers

@@ -129,6 +129,29 @@ def test_refused_by_name(change: str, tmp_path: Path) -> None:
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.parametrize("change", ["assign", "resized in place", "tied"])
+def test_refused_at_the_next_update(change: str) -> None:
+    """The average would go on with a parameter that is no longer the model's."""
+    net = Embedder()
+    ema = ShardedEMA(net, 0.5)
+    move(net)
+    ema.update()
+    (embed, *_), before = net.parameters(), embed_average(ema).clone()
+    apply, name = REFUSED[change]
+    apply(net)
+    with torch.no_grad():
+        embed.add_(1)
+    for _ in range(2):
+        with pytest.raises(BindError, match=f"{name} was replaced after the average was made"):
+            ema.update()
+    assert ema.num_updates == 1
+    assert torch.equal(embed_average(ema), before)
+
+
+def embed_average(ema: ShardedEMA) -> torch.Tensor:
+    return ema._average.shadow.views["ema"][ema.names.index("embed.weight")]
+
+
 def test_buffers_of_a_module_that_is_gone(tmp_path: Path) -> None:
     net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2, affine=False))
     ema = ShardedEMA(net, 0.5)

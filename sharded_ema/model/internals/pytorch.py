@@ -44,6 +44,17 @@ def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
     return module._parameters
 
 
+_parameters_of = attrgetter("_parameters")
+
+
+def registered_parameters(
+    modules: Iterable[nn.Module], names: Iterable[str]
+) -> list[nn.Parameter | None]:
+    """For each module what it has registered as a parameter under a name."""
+    pairs = zip(map(_parameters_of, modules), names, strict=True)
+    return [own.get(name) for own, name in pairs]
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers registered on a module itself."""
     return module._buffers

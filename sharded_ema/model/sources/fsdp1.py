@@ -50,6 +50,10 @@ class Names:
         """A parameter where it lies; ``None`` for a buffer and for what FSDP1 ignores."""
         return self._flat.of(named.owner).get(named.attribute)
 
+    def is_flattened(self, named: Named) -> bool:
+        """Whether a unit has the parameter, and its module only at times."""
+        return self.find(named) is not None
+
     def registered(self, named: Named) -> Tensor | None:
         """What the model has in the place of a parameter now."""
         found = self.find(named)
@@ -221,6 +225,7 @@ def make_source(target: nn.Module, selection: Selection, *, shard_replicas: bool
     names = Names(flat)
     inventory = take_inventory(target, selection, names.found_on)
     inventory.registered = names.registered
+    inventory.is_flattened = names.is_flattened
     shards = FSDP1Shards(flat, names, inventory, shard_replicas=shard_replicas)
     shares = shards.shares
     stand_in = InPlace(shards.blocks, shares.fill, settle=shards.settle, together=shares.together)
