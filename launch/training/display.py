@@ -20,7 +20,7 @@ CHECK = Path(__file__).resolve().parents[1] / "check_export.py"
 
 
 class Progress:
-    """A progress bar, and lines above it; on the first rank alone."""
+    """A progress bar on a terminal, and lines above it; on the first rank alone."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -28,7 +28,8 @@ class Progress:
             total=run.options.steps,
             initial=run.step,
             unit="step",
-            disable=not run.ranks.first,
+            # None: where the output is no terminal, a bar would fill a log file.
+            disable=None if run.ranks.first else True,
             mininterval=1.0,
         )
 
@@ -70,6 +71,11 @@ def conclude(run: Run, picture: Path, average: Path | None, seconds: float) -> N
         _say(run, f"export     {shlex.join(map(str, command))}")
         command = [*_found("python"), os.path.relpath(CHECK), export, run.out]
         _say(run, f"check      {shlex.join(map(str, command))}")
+
+
+def tell_preempted(run: Run) -> None:
+    """Say that a signal has ended the run early, and how it goes on."""
+    _say(run, f"preempted  {run.saved} is complete; the same command with --resume auto goes on")
 
 
 def _found(command: str, *otherwise: str) -> list[str]:
