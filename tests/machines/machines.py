@@ -21,13 +21,16 @@ PORT = 29400
 # Of its own user namespace everybody is root; a machine is then made within it.
 OUTER = ("unshare", "--map-root-user", "--net")
 MACHINE = ("unshare", "--mount", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+DIES_WITH_US = ("setpriv", "--pdeathsig", "KILL")  # also where nobody comes to clean up
 # A life of the namespaces' first process: it ends when this one does, which closes its input.
 WAIT = ("sh", "-c", "echo ready; exec cat")
 
 
 def why_not() -> str | None:
     """Why no machines can be made here; None if they can."""
-    missing = [tool for tool in ("unshare", "nsenter", "ip") if shutil.which(tool) is None]
+    missing = [
+        tool for tool in ("unshare", "nsenter", "setpriv", "ip") if shutil.which(tool) is None
+    ]
     if missing:
         return f"two machines need {' and '.join(missing)}, of util-linux and iproute2"
     done = subprocess.run(
@@ -54,10 +57,11 @@ class Machine:
         """A command, in the network of this machine."""
         return ["nsenter", "--target", str(self._holder), "--user", "--net", *command]
 
-    def start(self, job: Job, *flags: str, disk: Path | None = None) -> None:
+    def start(self, job: Job, *flags: str, restarts: int = 3, disk: Path | None = None) -> None:
         """Start torchrun for this machine's one rank.
 
         Args:
+            restarts: of failed workers.
             disk: what is mounted here in the place of the directory that the machines share.
         """
         mounts = [(self._hosts, Path("/etc/hosts"))]
@@ -67,7 +71,7 @@ class Machine:
         prepare = [f"hostname machine{self.number}", *prepare, 'exec "$@"']
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
-            *("--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
+            *("--nproc-per-node", "1", "--max-restarts", str(restarts), "--rdzv-backend", "c10d"),
             *("--rdzv-endpoint", f"10.99.0.1:{PORT}", "--rdzv-id", job.name),
             # A machine that does not answer is given up after three seconds, not fifteen.
             *("--rdzv-conf", "join_timeout=120,keep_alive_interval=1"),
@@ -80,7 +84,15 @@ class Machine:
         }
         with job.log(self.number).open("ab") as log:
             self._agent = subprocess.Popen(
-                [*self.inside(*MACHINE), "sh", "-ec", "; ".join(prepare), "sh", *command],
+                [
+                    *DIES_WITH_US,
+                    *self.inside(*MACHINE),
+                    "sh",
+                    "-ec",
+                    "; ".join(prepare),
+                    "sh",
+                    *command,
+                ],
                 env=environment(settings),
                 cwd=ROOT,
                 stdin=subprocess.DEVNULL,

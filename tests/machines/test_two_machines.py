@@ -133,7 +133,7 @@ def test_directory_that_is_not_shared(machines: Sequence[Machine], folder: Path)
     disks = [folder / f"disk{machine.number}" for machine in machines]
     for machine, disk in zip(machines, disks, strict=True):
         disk.mkdir()
-        machine.start(job, disk=disk)
+        machine.start(job, restarts=0, disk=disk)
     assert 0 not in [machine.wait(LIMIT) for machine in machines]
     for machine, disk in zip(machines, disks, strict=True):
         text = job.log(machine.number).read_text(errors="replace")
