@@ -71,7 +71,7 @@ def make_step(run: Run, meter: Meter, progress: Progress, recorder: Recorder | N
     evaluates = run.step % options.eval_every == 0 or last
     if run.step % options.log_every == 0 or evaluates:
         row = meter.row(run.step, learning_rate(run.step, options))
-        progress.show_loss(row["train_loss"])
+        progress.show_row(row)
         with meter.paused():
             if norm is not None:
                 row["grad_norm"] = float(norm)
@@ -124,7 +124,7 @@ def finish(run: Run, recorder: Recorder | None, started: float) -> None:
         title = f"Held-out loss, {ways if run.ranks.size > 1 else 'one process'}"
         plot_losses(recorder.rows, list(run.options.profiles), title, picture)
         average = link_average(run.out, run.average) if run.average else None
-        conclude(run, picture, average, seconds)
+        conclude(run, picture, average, seconds, recorder.rows)
     if run.ema is not None:
         run.ema.close()
 
