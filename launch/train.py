@@ -13,10 +13,11 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from training.checkpoint import link_average
-from training.display import Progress, conclude, introduce
+from training.display import Progress, conclude, introduce, tell_preempted
 from training.flags import parse_options
 from training.model import learning_rate, token_losses
 from training.options import Options
+from training.preemption import watch_signals
 from training.ranks import Ranks, RunError, start_ranks
 from training.recording import Meter, Recorder
 from training.run import Run, start_run
@@ -24,7 +25,7 @@ from training.run import Run, start_run
 
 @record  # torchrun then shows what a rank failed with, and not just that it did
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the training program; 0 if all went well, 2 if it could not run as asked."""
+    """Run the training program; 0 if it ended or was told to stop, 2 if it could not run."""
     options = parse_options(argv)
     with start_ranks(options.parallel != "none", options.tp_size) as ranks:
         try:
@@ -45,32 +46,47 @@ def train(options: Options, ranks: Ranks) -> None:
     progress = Progress(run)
     recorder = Recorder(run.out, run.step) if ranks.first else None
     meter = Meter(ranks, run.step, options.batch_size * options.context)
-    while run.step < options.steps:
-        loss, norm = train_step(run)
-        meter.add(loss)
-        progress.advance()
-        last = run.step == options.steps
-        evaluates = run.step % options.eval_every == 0 or last
-        if run.step % options.log_every == 0 or evaluates:
-            row = meter.row(run.step, learning_rate(run.step, options))
-            progress.show_loss(row["train_loss"])
-            with meter.paused():
-                if norm is not None:
-                    row["grad_norm"] = float(norm)
-                if evaluates:
-                    results = run.evaluate()
-                    row |= results
-                    progress.show_results(results)
-                if run.ema is not None:
-                    metrics = run.ema.metrics(distance=evaluates)
-                    row |= {f"ema/{name}": value for name, value in metrics.items()}
+    with watch_signals(ranks) as preemption:
+        while run.step < options.steps:
+            make_step(run, meter, progress, recorder)
+            if run.step < options.steps and preemption.agreed():
+                run.stop_early()
+                progress.close()
                 if recorder is not None:
-                    recorder.add(row)
-        if run.step % options.save_every == 0 or last:
-            with meter.paused():
-                run.save()
+                    recorder.close()
+                tell_preempted(run)
+                return
+    run.checkpoints.settle()
     progress.close()
     finish(run, recorder, started)
+
+
+def make_step(run: Run, meter: Meter, progress: Progress, recorder: Recorder | None) -> None:
+    """One optimizer step, and what is due after it: a row of metrics, an evaluation, a save."""
+    options = run.options
+    loss, norm = train_step(run)
+    meter.add(loss)
+    progress.advance()
+    last = run.step == options.steps
+    evaluates = run.step % options.eval_every == 0 or last
+    if run.step % options.log_every == 0 or evaluates:
+        row = meter.row(run.step, learning_rate(run.step, options))
+        progress.show_row(row)
+        with meter.paused():
+            if norm is not None:
+                row["grad_norm"] = float(norm)
+            if evaluates:
+                results = run.evaluate()
+                row |= results
+                progress.show_results(results)
+            if run.ema is not None:
+                metrics = run.ema.metrics(distance=evaluates)
+                row |= {f"ema/{name}": value for name, value in metrics.items()}
+            if recorder is not None:
+                recorder.add(row)
+    if run.step % options.save_every == 0 or last:
+        with meter.paused():
+            run.save()
 
 
 def train_step(run: Run) -> tuple[torch.Tensor, torch.Tensor | float | None]:
@@ -108,7 +124,7 @@ def finish(run: Run, recorder: Recorder | None, started: float) -> None:
         title = f"Held-out loss, {ways if run.ranks.size > 1 else 'one process'}"
         plot_losses(recorder.rows, list(run.options.profiles), title, picture)
         average = link_average(run.out, run.average) if run.average else None
-        conclude(run, picture, average, seconds)
+        conclude(run, picture, average, seconds, recorder.rows)
     if run.ema is not None:
         run.ema.close()
 

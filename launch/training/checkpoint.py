@@ -12,6 +12,8 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,10 +174,13 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 class Checkpoints:
     """The checkpoints below one output directory."""
 
-    def __init__(self, out: Path, keep_last: int, ranks: Ranks) -> None:
+    def __init__(self, out: Path, keep_last: int, ranks: Ranks, background: bool) -> None:
         self.root = out / "checkpoints"
         self._keep_last = keep_last
         self._ranks = ranks
+        self._background = background
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._under_way: Future[None] | None = None
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of ``step`` lies."""
@@ -189,15 +194,46 @@ class Checkpoints:
         settings: dict[str, Any],
         results: dict[str, Any],
     ) -> Path:
-        """Write one checkpoint with all ranks, then let ``latest`` name it and drop old ones."""
+        """Copy what one checkpoint holds, with all ranks, and write it while training goes on.
+
+        Once all is written ``latest`` names it, and old ones go. The next save waits for this one.
+
+        Raises:
+            RunError: this checkpoint, or the one before it, could not be written.
+        """
+        self.settle()
         target = self.path(step)
         self._ranks.on_first(lambda: self._prepare(target))
-        engine.save(target)
+        # In the same order on all ranks.
+        waits: list[Callable[[], object]] = [engine.save(target)]
         if ema is not None and not engine.saves_average:
-            ema.save(target / "ema", step=step, latest=False)
+            handle = ema.save(
+                target / "ema", step=step, latest=False, asynchronous=self._background
+            )
+            waits.append(handle.result)
         record = {"step": step, "settings": settings, "results": results}
-        self._ranks.on_first(lambda: self._commit(target, record))
+
+        def finish() -> None:
+            for wait in waits:
+                wait()
+            # That rank 0 has written says that all have: it wrote what closes a checkpoint.
+            if self._ranks.first:
+                self._commit(target, record)
+
+        self._under_way = self._thread.submit(finish)
+        if not self._background:
+            self.settle()
         return target
+
+    def settle(self) -> None:
+        """Wait, with all ranks, until the last checkpoint is written.
+
+        Raises:
+            RunError: it could not be.
+        """
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            self._ranks.everywhere(under_way.result)
 
     def rewind(self, checkpoint: Checkpoint) -> None:
         """Go on from ``checkpoint``: what this run holds beyond it no longer counts."""

@@ -6,7 +6,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -14,13 +14,14 @@ from tqdm import tqdm
 
 from sharded_ema import Schedule
 from sharded_ema.averaging.schedules import horizon
+from training.recording import Row, peak_memory
 from training.run import Run
 
 CHECK = Path(__file__).resolve().parents[1] / "check_export.py"
 
 
 class Progress:
-    """A progress bar, and lines above it; on the first rank alone."""
+    """A progress bar on a terminal, and lines above it; on the first rank alone."""
 
     def __init__(self, run: Run) -> None:
         self._run = run
@@ -28,7 +29,8 @@ class Progress:
             total=run.options.steps,
             initial=run.step,
             unit="step",
-            disable=not run.ranks.first,
+            # None: where the output is no terminal, a bar would fill a log file.
+            disable=None if run.ranks.first else True,
             mininterval=1.0,
         )
 
@@ -36,9 +38,13 @@ class Progress:
         """One more step."""
         self._bar.update()
 
-    def show_loss(self, loss: float) -> None:
-        """Beside the bar: that of the last training steps."""
-        self._bar.set_postfix(loss=f"{loss:.3f}")
+    def show_row(self, row: Row) -> None:
+        """Beside the bar: loss, speed and memory of the last training steps."""
+        self._bar.set_postfix(
+            loss=f"{row['train_loss']:.3f}",
+            speed=f"{row['bytes_per_second'] / 1e3:.0f} kB/s",
+            memory=f"{row['peak_memory'] / 2**30:.2f} GiB",
+        )
 
     def show_results(self, results: dict[str, float]) -> None:
         """In a line: the losses of an evaluation."""
@@ -56,9 +62,17 @@ def introduce(run: Run) -> None:
         _say(run, line)
 
 
-def conclude(run: Run, picture: Path, average: Path | None, seconds: float) -> None:
-    """Say where the results lie, and how to export and check the average."""
-    _say(run, f"done       {run.step} steps in {seconds:.0f} s")
+def conclude(
+    run: Run, picture: Path, average: Path | None, seconds: float, rows: Sequence[Row]
+) -> None:
+    """Say where the results lie, and how to export and check the average.
+
+    Args:
+        rows: the metrics; the last one has the speed, if any step was made.
+    """
+    speed = f"{rows[-1]['bytes_per_second'] / 1e3:,.1f} kB/s at the end, " if rows else ""
+    memory = f"at most {peak_memory(run.ranks.device) / 2**30:.2f} GiB in the first process"
+    _say(run, f"done       {run.step} steps in {seconds:.0f} s; {speed}{memory}")
     _say(run, f"curves     {picture}")
     _say(run, f"checkpoint {run.saved}")
     if average is not None:
@@ -70,6 +84,11 @@ def conclude(run: Run, picture: Path, average: Path | None, seconds: float) -> N
         _say(run, f"export     {shlex.join(map(str, command))}")
         command = [*_found("python"), os.path.relpath(CHECK), export, run.out]
         _say(run, f"check      {shlex.join(map(str, command))}")
+
+
+def tell_preempted(run: Run) -> None:
+    """Say that a signal has ended the run early, and how it goes on."""
+    _say(run, f"preempted  {run.saved} is complete; the same command with --resume auto goes on")
 
 
 def _found(command: str, *otherwise: str) -> list[str]:

@@ -203,6 +203,13 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--log-every", type=POSITIVE, default=5)
     run.add_argument("--save-every", type=POSITIVE, default=100)
     run.add_argument("--keep-last", type=POSITIVE, default=2, help="checkpoints kept")
+    run.add_argument(
+        "--async-save",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="copy what is saved and train on while it is written (default: yes); DeepSpeed and a "
+        "single process wait",
+    )
     return parser
 
 

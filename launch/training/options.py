@@ -60,6 +60,7 @@ class Options:
     log_every: int
     save_every: int
     keep_last: int
+    async_save: bool
     out: Path | None
     resume: str | None
 

@@ -62,6 +62,12 @@ class Ranks:
             dist.all_reduce(values)
         return values.div_(self.copies)
 
+    def largest(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest over the ranks, in place; of a tensor on the CPU."""
+        if dist.is_initialized():
+            dist.all_reduce(values, dist.ReduceOp.MAX)
+        return values
+
     def barrier(self) -> None:
         """Wait until every rank is here."""
         if dist.is_initialized():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -49,7 +50,13 @@ class Meter:
         speed = (step - self._step) * self._bytes_per_step / (now - self._started)
         self._losses.clear()
         self._step, self._started = step, now
-        return {"step": step, "train_loss": loss, "lr": rate, "bytes_per_second": speed}
+        return {
+            "step": step,
+            "train_loss": loss,
+            "lr": rate,
+            "bytes_per_second": speed,
+            "peak_memory": peak_memory(self._ranks.device),
+        }
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -57,6 +64,13 @@ class Meter:
         before = time.monotonic()
         yield
         self._started += time.monotonic() - before
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has had so far: of its GPU, else of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # which Linux counts in KiB
 
 
 class Recorder:

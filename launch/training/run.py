@@ -25,6 +25,9 @@ from training.options import Options
 from training.ranks import Ranks, RunError
 from training.summary import Evaluation, Summary
 
+# In the output directory: the step at which the run was told to stop. It goes when the run goes on.
+PREEMPTED = "preempted"
+
 
 @dataclass
 class Run:
@@ -39,7 +42,7 @@ class Run:
         changes: settings that are others than in ``source``, for the user to read.
         step: optimizer steps so far.
         results: of the last evaluation.
-        saved: the last checkpoint.
+        saved: the last checkpoint, which may still be under way.
     """
 
     options: Options
@@ -93,6 +96,15 @@ class Run:
             self.step, self.engine, self.ema, self.settings, self.results or {}
         )
 
+    def stop_early(self) -> None:
+        """Save the present step, if that has not happened, and leave a mark for who starts runs."""
+        if self.saved != self.checkpoints.path(self.step):
+            self.save()
+        self.checkpoints.settle()
+        self.ranks.on_first(lambda: (self.out / PREEMPTED).write_text(f"{self.step}\n"))
+        if self.ema is not None:
+            self.ema.close()
+
     @property
     def average(self) -> Path | None:
         """The average in the last checkpoint."""
@@ -133,6 +145,7 @@ def start_run(options: Options, ranks: Ranks) -> Run:
 
     bare = build_model(config, options, ranks.device)
     ranks.on_first(lambda: save_description(bare, out / "hf"))
+    ranks.on_first(lambda: (out / PREEMPTED).unlink(missing_ok=True))
     num_parameters = sum(p.numel() for p in bare.parameters())
     engine = build_engine(bare, options, ranks)
     if source:
@@ -148,7 +161,7 @@ def start_run(options: Options, ranks: Ranks) -> Run:
         ema=ema,
         settings=settings,
         out=out,
-        checkpoints=Checkpoints(out, options.keep_last, ranks),
+        checkpoints=Checkpoints(out, options.keep_last, ranks, options.async_save),
         source=source,
         changes=changes,
     )

@@ -96,12 +96,8 @@ class TrainingRun:
 # ---------------------------------------------------------------------- starting them
 
 
-def execute(*argv: str | Path, add: Mapping[str, str] | None = None) -> Finished:
-    """Run Python with ``argv``, as on a machine with nothing but this checkout and CPUs.
-
-    Args:
-        add: to the environment.
-    """
+def environment(add: Mapping[str, str] | None = None) -> dict[str, str]:
+    """That of a machine with nothing but this checkout and CPUs, and what is to be added."""
     env = {
         name: value
         for name, value in os.environ.items()
@@ -111,8 +107,17 @@ def execute(*argv: str | Path, add: Mapping[str, str] | None = None) -> Finished
     env |= add or {}
     # Two ranks need two GPUs where there are any; on CPUs the runs are the same everywhere.
     env["CUDA_VISIBLE_DEVICES"] = ""
+    return env
+
+
+def execute(*argv: str | Path, add: Mapping[str, str] | None = None) -> Finished:
+    """Run Python with ``argv`` in ``environment(add)``."""
     done = subprocess.run(
-        [sys.executable, *map(str, argv)], env=env, capture_output=True, text=True, timeout=TIMEOUT
+        [sys.executable, *map(str, argv)],
+        env=environment(add),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT,
     )
     return Finished(done.returncode, done.stdout, done.stderr)
 
@@ -135,8 +140,11 @@ def train(ranks: int | None, *flags: str | Path) -> Finished:
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
         sizes = {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
         return execute(*program, add={"RANK": "0", "LOCAL_RANK": "0", **sizes, **where})
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
-    return execute(*torchrun, *program)
+    return execute(*torchrun(ranks), *program)
+
+
+def torchrun(ranks: int) -> tuple[str, ...]:
+    return ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks))
 
 
 def accelerate(

@@ -87,7 +87,8 @@ def test_run_writes_losses_of_weights_and_average(base: TrainingRun) -> None:
     with (base.out / "metrics.csv").open(newline="") as stream:
         table = list(csv.DictReader(stream))
     names = {"step", "train_loss", "raw_loss", "ema_loss/ema", "lr", "bytes_per_second"}
-    assert names <= table[0].keys()
+    assert names | {"peak_memory"} <= table[0].keys()
+    assert 2**20 < rows[6]["peak_memory"] < 2**40
     for line in table:
         row = rows[int(line["step"])]
         assert {name: float(text) for name, text in line.items() if text} == row

@@ -6,7 +6,7 @@ training state asks of the run that loads it. What is optional is imported where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,8 +60,12 @@ class Engine(Protocol):
         All ranks take part.
         """
 
-    def save(self, path: Path) -> None:
-        """Write the training state into the directory ``path``."""
+    def save(self, path: Path) -> Callable[[], None]:
+        """Write the training state, as it is now, into the directory ``path``.
+
+        Returns:
+            What waits until it is written, and raises RunError where it was not.
+        """
 
     def load(self, path: Path) -> None:
         """Restore the training state; before an average is attached, which is loaded apart."""

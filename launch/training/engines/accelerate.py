@@ -6,7 +6,7 @@ accelerate is imported for those alone who train with it.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from sharded_ema import ShardedEMA
-from training.engines.torch import gather_weights, load_state, save_state
+from training.engines.torch import (
+    background_group,
+    gather_weights,
+    load_state,
+    save_state,
+)
 from training.model import build_optimizer, parameter_groups
 from training.options import Options, UsageError
 from training.ranks import Ranks, RunError
@@ -88,6 +93,7 @@ class AccelerateEngine:
         self.model: nn.Module
         self.model, self._prepared = self._accelerator.prepare(bare, optimizer)
         self._optimizer = self._prepared.optimizer  # PyTorch's, whose state is saved
+        self._background = background_group(options)
         self.layout = f"accelerate ({_kind(self.model)})"
         ranks.everywhere(self._check)
 
@@ -143,8 +149,8 @@ class AccelerateEngine:
     def gather(self) -> dict[str, torch.Tensor]:
         return gather_weights(self.model, self._ranks)
 
-    def save(self, path: Path) -> None:
-        save_state(path, self.model, self._optimizer)
+    def save(self, path: Path) -> Callable[[], None]:
+        return save_state(path, self.model, self._optimizer, self._background)
 
     def load(self, path: Path) -> None:
         load_state(path, self.model, self._optimizer)

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -212,9 +212,10 @@ class DeepSpeedEngine:
                     whole[name] = tensor.detach().to("cpu", copy=True)
         return whole
 
-    def save(self, path: Path) -> None:
-        """``latest`` is left to the run, which adds its own."""
+    def save(self, path: Path) -> Callable[[], None]:
+        """Wait for it. ``latest`` is left to the run, which adds its own."""
         self.model.save_checkpoint(str(path.parent), tag=path.name, save_latest=False)
+        return lambda: None
 
     def load(self, path: Path) -> None:
         """On as many ranks as it was saved on."""

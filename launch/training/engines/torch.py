@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,7 @@ class TorchEngine:
         if isinstance(self.model, FSDPModule):
             groups = parameter_groups(self.model, options)
         self._optimizer = build_optimizer(groups, options)
+        self._background = background_group(options)
 
     def precision(self) -> AbstractContextManager[Any]:
         """Autocast where nothing else lowers the precision."""
@@ -131,8 +133,8 @@ class TorchEngine:
     def gather(self) -> dict[str, torch.Tensor]:
         return gather_weights(self.model, self._ranks)
 
-    def save(self, path: Path) -> None:
-        save_state(path, self.model, self._optimizer)
+    def save(self, path: Path) -> Callable[[], None]:
+        return save_state(path, self.model, self._optimizer, self._background)
 
     def load(self, path: Path) -> None:
         load_state(path, self.model, self._optimizer)
@@ -262,10 +264,41 @@ def gather_weights(model: nn.Module, ranks: Ranks) -> dict[str, torch.Tensor]:
     return {name: value.to("cpu", copy=True) for name, value in state.items()}
 
 
-def save_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Model and optimizer, to ``path/train``."""
-    with _quiet_alone() as alone:
-        dcp.save(_state(model, optimizer), checkpoint_id=path / "train", no_dist=alone)
+def background_group(options: Options) -> dist.ProcessGroup | None:
+    """A group for saves beside the training; None where saves are waited for.
+
+    A thread that saves needs one of its own: in the group of the training its collectives would
+    meet those of the steps.
+    """
+    if not options.async_save or not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo")
+
+
+def save_state(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    background: dist.ProcessGroup | None,
+) -> Callable[[], None]:
+    """Model and optimizer, to ``path/train``: with a group, copied now and written in a thread.
+
+    Returns:
+        What waits until it is written.
+    """
+    state, target = _state(model, optimizer), path / "train"
+    if background is None:
+        with _quiet_alone() as alone, _named_failure(target, "written"):
+            dcp.save(state, checkpoint_id=target, no_dist=alone)
+        return lambda: None
+    future = dcp.async_save(state, checkpoint_id=target, process_group=background)
+    assert isinstance(future, Future)  # no stager was given that would answer otherwise
+
+    def wait() -> None:
+        with _named_failure(target, "written"):
+            future.result()
+
+    return wait
 
 
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -278,12 +311,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
         RunError: it cannot be loaded.
     """
     state = _state(model, optimizer)
-    try:
-        with _quiet_alone() as alone:
-            dcp.load(state, checkpoint_id=path / "train", no_dist=alone)
-    except CheckpointException as error:
-        first = next(iter(error.failures.values()))[0]
-        raise RunError(f"{path / 'train'} cannot be loaded: {first!r}") from None
+    with _quiet_alone() as alone, _named_failure(path / "train", "loaded"):
+        dcp.load(state, checkpoint_id=path / "train", no_dist=alone)
     set_state_dict(
         model,
         optimizer,
@@ -295,6 +324,16 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 def _state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     model_state, optimizer_state = get_state_dict(model, optimizer)
     return {"model": model_state, "optimizer": optimizer_state}
+
+
+@contextmanager
+def _named_failure(path: Path, done: str) -> Iterator[None]:
+    """DCP's failure as one line; it has one error for each rank that failed."""
+    try:
+        yield
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        raise RunError(f"{path} cannot be {done}: {first!r}") from None
 
 
 @contextmanager
