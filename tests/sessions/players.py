@@ -164,7 +164,8 @@ def play(session: Session, folder: str) -> str | None:
         What was wrong, the same on all ranks; ``None`` if nothing was.
     """
     player = Player(session, Path(folder))
-    for number, (name, choice) in enumerate(session.actions):
+    last = ("export", len(session.actions))
+    for number, (name, choice) in enumerate((*session.actions, last)):
         wrong = None
         try:
             getattr(player, name)(choice)
