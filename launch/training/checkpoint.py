@@ -114,7 +114,8 @@ def run_settings(
         "context": options.context,
         "batch_size": options.batch_size,
         "seed": options.seed,
-        "text": digest,
+        "text": digest,  # and of its tokens, with the vocabulary of the model
+        "vocab_size": options.vocab_size,
     }
     free = {name: getattr(options, name) for name in _FREE}
     return {
