@@ -14,11 +14,12 @@ from pathlib import Path
 
 from training.plotting import plot_runs
 from training.ranks import RunError
-from training.recording import read_rows
+from training.recording import Row, read_rows
 from training.summary import Summary, read_summary
 
 RAW = "raw weights"
-# Two seeds of the same run differ by about as much, so that less says nothing.
+# Within a run, in nats: less is called no change. Between runs far more means nothing: other seeds
+# of the demo lie up to 0.07 apart.
 ALIKE = 0.005
 
 
@@ -58,8 +59,15 @@ def compare(runs: Sequence[Path]) -> None:
     best = min(everywhere, key=lambda key: everywhere[key])
     print(f"lowest: {best[1]} of {best[0]}, {everywhere[best]:.4f} nats per token")
     picture = runs[0] / "compare.png"
-    plot_runs({str(run): read_rows(run / "metrics.jsonl") for run in runs}, picture)
+    plot_runs({str(run): _rows(run) for run in runs}, picture)
     print(f"curves: {picture}")
+
+
+def _rows(run: Path) -> list[Row]:
+    rows = read_rows(run / "metrics.jsonl")
+    if not rows:
+        raise RunError(f"{run} has no metrics.jsonl with the losses on its way")
+    return rows
 
 
 def _losses(run: Path, summary: Summary) -> dict[str, float]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from training.preemption import leave_signals_to_parent
 from training.ranks import RunError
 from training.tokenizer import SEPARATOR, Tokenizer
 
@@ -125,6 +126,7 @@ def step_batches(
         Windows(text, context),
         batch_sampler=sampler,
         num_workers=workers,
+        worker_init_fn=leave_signals_to_parent,
         pin_memory=device.type == "cuda",
         # Else it would draw from the generator of the training.
         generator=torch.Generator(),

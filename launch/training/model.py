@@ -110,18 +110,31 @@ class InitialWeights:
         }
 
     def fill(self, part: nn.Module) -> None:
-        """Give a part its memory on the device, and its weights, if it has none yet."""
+        """Give a part its memory on the device, and its weights, if it has none yet.
+
+        Raises:
+            RunError: the model's class leaves some of them without a value.
+        """
         modules = self._modules[part]
         empty = [module for module in modules if _is_meta(module)]
         if not empty:
             return
         for module in empty:
             module.to_empty(device=self._device, recurse=False)
+            for tensor in _floats(module):
+                tensor.detach().fill_(math.nan)
         torch.manual_seed(stable_hash(f"weights {self._seed} {self._names[part]}"))
         with torch.no_grad():
             # Children first: some models scale what a child has drawn.
             for module in reversed(modules):
                 self._model._init_weights(module)
+        for module in empty:
+            if any(bool(tensor.isnan().any()) for tensor in _floats(module)):
+                kind, where = type(module).__name__, self._names[part] or "the model"
+                raise RunError(
+                    f"{type(self._model).__name__} gives no initial values to a {kind} in {where}: "
+                    "its _init_weights has to"
+                )
         if part is self._model:
             self._model.tie_weights()  # each module of a tie was given memory of its own
         self.matrices |= {p for p in _parameters(modules) if p.ndim >= 2}
@@ -136,9 +149,16 @@ class InitialWeights:
             self.fill(part)
 
 
+def _own(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+
+
 def _is_meta(module: nn.Module) -> bool:
-    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
-    return any(tensor.is_meta for tensor in own)
+    return any(tensor.is_meta for tensor in _own(module))
+
+
+def _floats(module: nn.Module) -> list[torch.Tensor]:
+    return [tensor for tensor in _own(module) if tensor.is_floating_point()]
 
 
 def _parameters(modules: Sequence[nn.Module]) -> list[nn.Parameter]:

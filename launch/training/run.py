@@ -150,7 +150,7 @@ def start_run(options: Options, ranks: Ranks) -> Run:
     tokenizer = Tokenizer(ranks.on_first(lambda: learn_merges(text.train, options.vocab_size)))
     corpus = ranks.everywhere(lambda: text.encoded(tokenizer, options.context))
     config = ranks.everywhere(lambda: build_config(options))
-    settings = run_settings(options, config.to_dict(), digest, ranks.size)
+    settings = run_settings(options, config.to_dict(), digest, tokenizer.digest, ranks.size)
     changes = check_settings(source, settings) if source else []
 
     bare = build_model(config, options)

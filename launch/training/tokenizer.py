@@ -7,6 +7,7 @@ tokenizers library, which exports carry as ``tokenizer.json``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,6 +35,12 @@ class Tokenizer:
         tokens = [*_BYTES, *(left + right for left, right in self.merges)]
         vocabulary = {token: number for number, token in enumerate(tokens)}
         self._encoder = _byte_level(models.BPE(vocab=vocabulary, merges=self.merges))
+
+    @property
+    def digest(self) -> str:
+        """Identifies what the ids mean; a resumed run must read the same."""
+        pairs = json.dumps(self.merges).encode()
+        return hashlib.blake2b(pairs, digest_size=16).hexdigest()
 
     def encode(self, text: np.ndarray) -> np.ndarray:
         """Ids of the tokens of a text of bytes; what is no UTF-8 in it is replaced."""

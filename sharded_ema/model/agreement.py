@@ -2,7 +2,7 @@
 
 Nothing here runs in a training step. What the ranks tell each other about checkpoints never goes
 through the groups of the training: a save in the background and a training collective that met
-there would wait for each other. Only the gather of a swap uses those, in a ``collective``.
+there would wait for each other. A swap and ``copy_to()`` gather in those, in a ``collective``.
 """
 
 from __future__ import annotations

@@ -106,6 +106,9 @@ def test_every_page_is_in_the_contents() -> None:
     assert pages == {name for name in listed if not name.startswith(":")} & pages
 
 
+COMPARED = ("raw", "average")
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_programs_of_the_pages_twice(shell: Callable[[str], str], work: Path) -> None:
@@ -131,6 +134,8 @@ def test_the_programs_of_the_pages_twice(shell: Callable[[str], str], work: Path
     shown = re.findall(r"```text\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)
     lines = "".join(shown).splitlines()
     assert len(lines) > 15 and not [line for line in lines if not printed(line, said)]
+    raw, average = (float(re.findall(rf"^{what} +(\S+)$", said, re.M)[0]) for what in COMPARED)
+    assert raw > 1.5 * average, "half the error, as the page says"
 
 
 def printed(line: str, said: str) -> bool:

@@ -278,10 +278,7 @@ def test_the_commands_that_it_prints_work(several: TrainingRun) -> None:
         assert done.returncode == 0 and said in done.stdout, done.stderr
 
 
-# ---------------------------------------------------------------------- wrong use
-
-
-def test_comparing_runs_needs_the_same_text(
+def test_runs_side_by_side(
     base: TrainingRun, again: TrainingRun, several: TrainingRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from compare_runs import main
@@ -297,6 +294,9 @@ def test_comparing_runs_needs_the_same_text(
     assert (base.out / "compare.png").read_bytes()[:4] == b"\x89PNG"
     assert main([str(base.out), str(several.out)]) == 2
     assert "different text" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------- wrong use
 
 
 def test_missing_data_ends_all_ranks_with_one_line(tmp_path: Path) -> None:

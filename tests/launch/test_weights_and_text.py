@@ -16,6 +16,7 @@ from tests.launch.programs import LAUNCH, ROOT, execute
 from training.data import StepSampler, load_corpus, step_batches
 from training.flags import parse_options
 from training.model import InitialWeights, build_config, build_model
+from training.ranks import RunError
 from training.tokenizer import Tokenizer, learn_merges, load_tokenizer
 
 CPU = torch.device("cpu")
@@ -83,6 +84,15 @@ def test_weights_are_what_the_configuration_asks_for() -> None:
     assert weights.matrices == {p for p in model.parameters() if p.ndim == 2}
 
 
+def test_a_weight_without_a_value_is_told() -> None:
+    model = model_of()
+    model.model.layers[1].mlp.scale = nn.Parameter(torch.empty(3, device="meta"))
+    weights = InitialWeights(model, 0, CPU)
+    weights.fill(model.model.layers[0])
+    with pytest.raises(RunError, match=r"no initial values to a LlamaMLP in model\.layers\.1"):
+        weights.fill(model.model.layers[1])
+
+
 # ---------------------------------------------------------------------- text
 
 
@@ -110,6 +120,7 @@ def test_pairs_are_learned_from_the_text(tmp_path: Path) -> None:
         assert tokenizer.decode(part.tolist()) == words.decode()
     tokenizer.save(tmp_path)
     assert load_tokenizer(tmp_path).merges == merges
+    assert load_tokenizer(tmp_path).digest == tokenizer.digest != Tokenizer(merges[:-1]).digest
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("the hat")["input_ids"] == tokenizer.encode_prompt("the hat")
     assert loaded.decode(tokenizer.encode_prompt("the hat")) == "the hat"
