@@ -6,7 +6,7 @@ strided and 0-d parameters, and buffers of several kinds.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -228,17 +228,19 @@ class Run:
             return self.target(x).detach().clone()
 
     def gather(self, *, frozen: bool = False) -> dict[str, Tensor]:
-        """Full parameters by bare name, by PyTorch's own means: the trainable ones, or all."""
+        """Full parameters by bare name: the trainable ones, or all."""
         for module in self.bare.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
         is_fsdp1 = isinstance(self.target, FSDP)
         with FSDP.summon_full_params(self.target, writeback=False) if is_fsdp1 else nullcontext():
-            return {
-                name.replace("_fsdp_wrapped_module.", ""): whole(p)
-                for name, p in self.bare.named_parameters()
-                if p.requires_grad or frozen
-            }
+            return all_whole(
+                {
+                    name.replace("_fsdp_wrapped_module.", ""): p
+                    for name, p in self.bare.named_parameters()
+                    if p.requires_grad or frozen
+                }
+            )
 
 
 def build(mode: str, seed: int = 0) -> Run:
@@ -342,13 +344,58 @@ def whole(parameter: Tensor) -> Tensor:
         return parameter.detach().clone()
     if not any(isinstance(placement, _StridedShard) for placement in parameter.placements):
         return parameter.full_tensor().detach().clone()
-    # PyTorch 2.8 puts uneven ones together wrongly. The first axis has cut last.
-    piece = parameter.to_local().detach()
-    for axis, placement in enumerate(parameter.placements):
-        mesh, pieces = parameter.device_mesh, [None] * parameter.device_mesh.size(axis)
-        dist.all_gather_object(pieces, piece, group=mesh.get_group(axis))
-        piece = torch.cat(pieces, placement.dim)
-    return piece.clone()
+    return all_whole({"": parameter})[""]  # PyTorch 2.8 puts uneven ones together wrongly
+
+
+def all_whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``whole`` of each, in one exchange among all ranks, which have the same names."""
+    sharded = [tensor for tensor in tensors.values() if isinstance(tensor, DTensor)]
+    everyone = exchange([tensor.to_local() for tensor in sharded]) if sharded else []
+    pieces = iter(zip(*everyone, strict=True))
+    return {
+        name: put_together(tensor, next(pieces)) if isinstance(tensor, DTensor) else whole(tensor)
+        for name, tensor in tensors.items()
+    }
+
+
+def put_together(tensor: DTensor, pieces: Sequence[Tensor]) -> Tensor:
+    """A tensor out of its pieces on all ranks: axis by axis, the one that cut last first.
+
+    That is the last axis, or the first where a placement says that it has cut what another had cut.
+    """
+    placements, grid = tensor.placements, tensor.device_mesh.mesh
+    strided = any(isinstance(placement, _StridedShard) for placement in placements)
+    found = {tuple(at): pieces[int(grid[tuple(at)])] for at in (grid >= 0).nonzero().tolist()}
+    for axis in range(grid.dim()) if strided else reversed(range(grid.dim())):
+        rows: dict[tuple[int, ...], list[Tensor]] = {}
+        for at, piece in sorted(found.items()):
+            rows.setdefault((*at[:axis], 0, *at[axis + 1 :]), []).append(piece)
+        placement = placements[axis]
+        found = {
+            at: row[0] if placement.is_replicate() else torch.cat(row, placement.dim)  # type: ignore
+            for at, row in rows.items()
+        }
+    (full,) = found.values()
+    return full.clone()
+
+
+def exchange(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
+    """These tensors as every rank has them. As bytes: to pickle tensors takes ten times as long."""
+    mine = [
+        (t.detach().reshape(-1).view(torch.uint8).numpy().tobytes(), t.dtype, t.shape)
+        for t in tensors
+    ]
+    everyone: list[Any] = [None] * world()
+    dist.all_gather_object(everyone, mine)
+    return [
+        [
+            torch.frombuffer(bytearray(data), dtype=dtype).view(shape)
+            if data
+            else torch.empty(shape, dtype=dtype)
+            for data, dtype, shape in theirs
+        ]
+        for theirs in everyone
+    ]
 
 
 def as_float(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

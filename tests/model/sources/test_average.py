@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 from sharded_ema import Power, ShardedEMA, Warmup
@@ -15,6 +16,7 @@ from sharded_ema.model.pieces import FlatShard
 from tests.helpers.layouts import (
     MODES,
     Run,
+    all_whole,
     as_float,
     assert_equal,
     build,
@@ -31,25 +33,24 @@ Worlds = dict[int, WorkerPool]
 
 def averages(ema: ShardedEMA, profile: str = "ema") -> dict[str, Tensor]:
     """Full averages, put together from the state dict without the code under test."""
-    full = {}
-    for key, value in ema.state_dict().items():
-        if not key.startswith(f"{profile}."):
-            continue
-        name = key.removeprefix(f"{profile}.")
-        if isinstance(value, FlatShard):
-            together = torch.full(value.shape, float("nan"))
-            everyone: list[object] = [None] * world()
-            mine = [(box.offsets, box.sizes, piece.clone()) for box, piece in value.pieces]
-            torch.distributed.all_gather_object(everyone, mine)
-            for pieces in everyone:
-                for offsets, sizes, piece in pieces:  # type: ignore[attr-defined]
-                    together[
-                        tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-                    ] = piece
-            full[name] = together
-        else:
-            full[name] = whole(value)
-    return full
+    start = f"{profile}."
+    state = {k.removeprefix(start): v for k, v in ema.state_dict().items() if k.startswith(start)}
+    flat = {name: value for name, value in state.items() if isinstance(value, FlatShard)}
+    full = all_whole({name: value for name, value in state.items() if name not in flat})
+    mine = {
+        name: [(box.offsets, box.sizes, piece.numpy()) for box, piece in value.pieces]
+        for name, value in flat.items()
+    }
+    everyone: list[Any] = [mine] * world()
+    if flat and world() > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    for name, value in flat.items():
+        full[name] = torch.full(value.shape, float("nan"))
+        for pieces in everyone:
+            for offset, extent, piece in pieces[name]:
+                place = tuple(slice(o, o + n) for o, n in zip(offset, extent, strict=True))
+                full[name][place] = torch.from_numpy(piece.copy())
+    return {name: full[name] for name in state}
 
 
 def train_and_compare(mode: str, steps: int) -> None:
@@ -68,9 +69,28 @@ def train_and_compare(mode: str, steps: int) -> None:
     ema.close()
 
 
-@pytest.mark.parametrize(("mode", "size"), [(m, n) for m in MODES for n in sizes(m)])
+LAYOUTS = [(mode, size) for mode in MODES for size in sizes(mode)]
+
+
+@pytest.mark.parametrize(("mode", "size"), LAYOUTS)
 def test_equals_plain_loop_over_50_steps(worlds: Worlds, mode: str, size: int) -> None:
     worlds[size].run(train_and_compare, mode, 50)
+
+
+def put_together_as_pytorch_does(mode: str) -> None:
+    """What the comparisons here put together themselves, because that is faster."""
+    run = build(mode)
+    run.step(0)
+    sharded = {n: p for n, p in run.bare.named_parameters() if isinstance(p, DTensor)}
+    assert sharded
+    assert_equal(all_whole(sharded), {n: p.full_tensor().detach() for n, p in sharded.items()})
+
+
+@pytest.mark.parametrize(
+    ("mode", "size"), [(m, n) for m in ("fsdp2", "fsdp2_dim1", "hsdp") for n in sizes(m)]
+)
+def test_whole_tensors_are_those_of_pytorch(worlds: Worlds, mode: str, size: int) -> None:
+    worlds[size].run(put_together_as_pytorch_does, mode)
 
 
 def several_profiles(mode: str) -> None:
