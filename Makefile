@@ -5,10 +5,13 @@ VENV   ?= .venv
 CONSTRAINTS ?= constraints.txt
 BIN    := $(VENV)/bin
 RUN    ?= runs/main
+# Processes that share the files of tests: ranks wait for each other half of the time.
+JOBS   ?= 2
+SHARED := -n $(JOBS) --dist loadfile
 # What an installation compiles, if there is a C compiler.
 KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
-.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs dist clean
+.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs links dist clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -42,11 +45,11 @@ train-deepspeed: $(VENV)/.deepspeed
 
 test: $(VENV)/.test
 	$(MAKE) --no-print-directory lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 # While you work: everything that one process can tell, in less than two minutes.
 test-quick: $(VENV)/.test
-	$(BIN)/python -m pytest -m "not long and not slow and not dist and not gpu"
+	$(BIN)/python -m pytest $(SHARED) -m "not long and not slow and not dist and not gpu"
 
 # What takes minutes: hundreds of kills, of damaged bytes, ten minutes of fuzzing.
 test-long: $(VENV)/.test
@@ -91,6 +94,10 @@ bench-consolidate: $(VENV)/.deepspeed
 
 docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W -b html docs build/docs
+
+# Asks every address outside whether it is there; make test follows those inside.
+links: $(VENV)/.docs
+	$(BIN)/sphinx-build -b linkcheck docs build/links
 
 # What is uploaded for a release: sdist and wheel, looked at as the index will.
 dist: $(VENV)/.release

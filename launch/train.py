@@ -44,7 +44,8 @@ def train(options: Options, ranks: Ranks) -> None:
     run = start_run(options, ranks)
     introduce(run)
     progress = Progress(run)
-    recorder = Recorder(run.out, run.step) if ranks.first else None
+    settings = run.settings if options.wandb else None
+    recorder = Recorder(run.out, run.step, settings) if ranks.first else None
     meter = Meter(ranks, run.step, options.batch_size * options.context)
     with watch_signals(ranks) as preemption:
         while run.step < options.steps:

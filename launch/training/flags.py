@@ -222,6 +222,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="copy what is saved and train on while it is written (default: yes); DeepSpeed and a "
         "single process wait",
     )
+    run.add_argument(
+        "--wandb",
+        action="store_true",
+        help="the metrics to Weights & Biases too, offline unless WANDB_MODE says otherwise",
+    )
     return parser
 
 
@@ -262,6 +267,8 @@ def _settle(values: dict[str, Any], ranks: int) -> Options:
         )
     if values["resume"] == "auto" and values["out"] is None:
         raise UsageError("--resume auto looks in --out, which is not given")
+    if values["wandb"] and importlib.util.find_spec("wandb") is None:
+        raise UsageError("Weights & Biases is not installed: pip install wandb")
     return Options(**values)
 
 

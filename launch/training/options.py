@@ -63,6 +63,7 @@ class Options:
     save_every: int
     keep_last: int
     async_save: bool
+    wandb: bool
     out: Path | None
     resume: str | None
 

@@ -1,10 +1,11 @@
-"""The metrics of a run: measured step by step, written to metrics.jsonl, .csv and TensorBoard."""
+"""The metrics of a run: measured step by step, written to files, TensorBoard and W&B."""
 
 from __future__ import annotations
 
 import csv
 import json
 import math
+import os
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -76,10 +77,16 @@ def peak_memory(device: torch.device) -> int:
 class Recorder:
     """Appends rows of metrics; used on rank 0 only.
 
-    The JSON lines are the record; the table is the same rows with all columns that occur.
+    The JSON lines are the record; the table is the same rows with all columns that occur, and the
+    boards have the same names.
+
+    Args:
+        out: the directory of the run.
+        start_step: the step that it begins after.
+        settings: what Weights & Biases is told of the run; None: it is told nothing.
     """
 
-    def __init__(self, out: Path, start_step: int) -> None:
+    def __init__(self, out: Path, start_step: int, settings: dict[str, Any] | None = None) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes a while; here on one rank alone
 
         self._lines = out / "metrics.jsonl"
@@ -90,6 +97,7 @@ class Recorder:
         self._columns: list[str] = []
         self._write_table()
         self._board = SummaryWriter(str(out / "tensorboard"), purge_step=start_step + 1)
+        self._wandb = None if settings is None else _start_wandb(out, settings)
 
     def add(self, row: Row) -> None:
         """Write one row; it must have ``step``."""
@@ -106,10 +114,14 @@ class Recorder:
         for name, value in row.items():
             if name != "step":
                 self._board.add_scalar(name, value, row["step"])
+        if self._wandb is not None:
+            self._wandb.log(row, step=row["step"])
 
     def close(self) -> None:
-        """Flush TensorBoard's queue."""
+        """Flush the queues of the boards."""
         self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
 
     def _write_table(self) -> None:
         self._columns = list(dict.fromkeys(name for row in self.rows for name in row)) or ["step"]
@@ -117,6 +129,24 @@ class Recorder:
             writer = csv.DictWriter(stream, self._columns)
             writer.writeheader()
             writer.writerows(self.rows)
+
+
+def _start_wandb(out: Path, settings: dict[str, Any]) -> Any:
+    """A run of Weights & Biases, offline unless the user says otherwise.
+
+    A run that is taken up again is another one there, since its steps cannot go back: the group,
+    which is the output directory, has them all.
+    """
+    import wandb
+
+    os.environ.setdefault("WANDB_MODE", "offline")
+    return wandb.init(
+        project="sharded-ema",
+        group=out.name,
+        dir=out,
+        config=settings,
+        settings=wandb.Settings(silent=True),
+    )
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The site as a browser shows it: nothing is cut off, wide and narrow."""
+"""The site as a browser shows it: nothing is cut off, wide and narrow; readable, light and dark."""
 
 from __future__ import annotations
 
@@ -37,6 +37,59 @@ async function main() {
         && element.scrollWidth > element.clientWidth + 1;
       if (hidden || element.getBoundingClientRect().right > width + 1)
         found.push(`${page} at ${width}: ${element.tagName} ${element.textContent.slice(0, 60)}`);
+    }
+    frame.remove();
+  }
+  document.getElementById("out").textContent = JSON.stringify(found);
+}
+main();
+</script>"""
+
+# Lists the texts that stand out too little from what is behind them, in both themes. As WCAG 2.2
+# defines it (relative luminance; 4.5 : 1 is its success criterion 1.4.3).
+CONTRAST = """<pre id="out"></pre><script>
+function channels(color) { return color.match(/[\\d.]+/g).map(Number); }
+function luminance(color) {
+  const [r, g, b] = channels(color).slice(0, 3).map(value => value / 255)
+    .map(value => value <= 0.04045 ? value / 12.92 : ((value + 0.055) / 1.055) ** 2.4);
+  return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+}
+function behind(element, view) {
+  for (; element; element = element.parentElement) {
+    const color = view.getComputedStyle(element).backgroundColor;
+    const alpha = channels(color)[3];
+    if (alpha === undefined || alpha > 0.5) return color;
+  }
+  return "rgb(255, 255, 255)";
+}
+async function main() {
+  const found = [];
+  for (const page of PAGES) {
+    const frame = document.createElement("iframe");
+    frame.style = "width: 1280px; height: 900px; border: 0";
+    frame.src = page;
+    const loaded = new Promise(resolve => frame.onload = resolve);
+    document.body.appendChild(frame);
+    await loaded;
+    const view = frame.contentWindow, inside = frame.contentDocument;
+    for (const theme of ["light", "dark"]) {
+      inside.body.dataset.theme = theme;
+      const backgrounds = luminance(behind(inside.body, view));
+      if ((theme === "dark") !== (backgrounds < 0.2)) found.push(`${page}: no ${theme} theme`);
+      const told = new Set();
+      for (const element of inside.querySelectorAll("article *")) {
+        const own = [...element.childNodes].filter(node => node.nodeType === 3)
+          .map(node => node.textContent.trim()).join("");
+        if (!own || element.closest(".headerlink, .copybtn, svg")) continue;
+        const text = luminance(view.getComputedStyle(element).color);
+        const back = luminance(behind(element, view));
+        const ratio = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+        const kind = `${element.tagName}.${element.className}`;
+        if (ratio < 4.5 && !told.has(kind)) {
+          told.add(kind);
+          found.push(`${page}, ${theme}: ${kind} ${own.slice(0, 40)} ${ratio.toFixed(2)}`);
+        }
+      }
     }
     frame.remove();
   }
@@ -87,6 +140,24 @@ def test_nothing_is_cut_off(site: Path, address: str) -> None:
     )
     assert len(seen(f"{address}/probe-wide.html")) == 1, "the probe can see"
     assert not seen(f"{address}/probe.html")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium to look at the site with")
+def test_text_can_be_read_in_light_and_in_dark(site: Path, address: str) -> None:
+    pages = [f"{page.stem}.html" for page in (ROOT / "docs").glob("*.md")]
+    settings = f"<script>const PAGES = {json.dumps(pages)}</script>"
+    (site / "contrast.html").write_text(f"<body>{settings}{CONTRAST}")
+    (site / "pale.html").write_text('<article><p style="color: #999">pale</p></article>')
+    (site / "contrast-pale.html").write_text(
+        f'<body><script>const PAGES = ["pale.html"]</script>{CONTRAST}'
+    )
+    assert seen(f"{address}/contrast-pale.html") == [
+        "pale.html, light: P. pale 2.85",
+        "pale.html: no dark theme",
+        "pale.html, dark: P. pale 2.85",
+    ], "the probe can see"
+    assert not seen(f"{address}/contrast.html")
 
 
 def seen(address: str) -> list[str]:
