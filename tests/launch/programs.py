@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -25,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
 CONFIGS = LAUNCH / "configs"
 # A run that has not ended by then hangs; the slowest takes about a tenth of it.
-TIMEOUT = 150.0
+TIMEOUT = 300.0
 TINY = (
     *("--hidden-size", "32", "--layers", "1", "--heads", "2", "--kv-heads", "1"),
     *("--context", "32", "--batch-size", "6", "--steps", "6", "--data-bytes", "300000"),
@@ -112,14 +113,19 @@ def environment(add: Mapping[str, str] | None = None) -> dict[str, str]:
 
 def execute(*argv: str | Path, add: Mapping[str, str] | None = None) -> Finished:
     """Run Python with ``argv`` in ``environment(add)``."""
-    done = subprocess.run(
-        [sys.executable, *map(str, argv)],
-        env=environment(add),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr)
+    command = [sys.executable, *map(str, argv)]
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, env=environment(add), stdout=pipe, stderr=pipe, text=True)
+    try:
+        out, err = process.communicate(timeout=TIMEOUT)
+    except BaseException:
+        # A launcher that is killed leaves its ranks, which are sessions of their own, to wait.
+        for rank in psutil.Process(process.pid).children(recursive=True):
+            rank.kill()
+        process.kill()
+        process.communicate()
+        raise
+    return Finished(process.returncode, out, err)
 
 
 def free_port() -> str:
