@@ -7,8 +7,8 @@ found through ``torch.get_device_module``. One without these is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -34,6 +34,30 @@ def mark(device: torch.device) -> Any:
     event = module.Event()
     event.record(module.current_stream(device))
     return event
+
+
+def follow(device: torch.device, event: Any) -> None:
+    """What is begun on a device from now on comes after an event. The host does not wait."""
+    _module(device).current_stream(device).wait_event(event)
+
+
+class SideStream:
+    """Work of a device beside what its current stream does.
+
+    Args:
+        device: an accelerator.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._module = device, _module(device)
+        self._stream = self._module.Stream(device)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What is begun in the block goes here, after all that the current stream has begun."""
+        self._stream.wait_event(mark(self._device))
+        with on(self._device), self._module.stream(self._stream):
+            yield
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -76,7 +100,10 @@ def _module(device: torch.device) -> Any:
         module: Any = torch.get_device_module(device)
     except RuntimeError:
         module = None
-    names = ("synchronize", "Event", "current_stream", "is_available", "device_count")
+    names = (
+        *("synchronize", "Event", "Stream", "stream", "current_stream"),
+        *("is_available", "device_count"),
+    )
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
         raise ConfigError(
