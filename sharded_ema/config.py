@@ -37,7 +37,8 @@ class Settings:
         nonfinite: ``"skip"`` elements, ``"raise"``, or ``"allow"``.
         total_steps: planned optimizer steps, for warnings; ``None`` if unknown.
         offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
-        overlap: let a GPU update the average beside the next step.
+        overlap: let a GPU update the average beside the next step: ``True``, ``False``, or
+            ``"auto"`` where hooks say when weights change.
     """
 
     update_every: int
@@ -47,7 +48,7 @@ class Settings:
     nonfinite: str
     total_steps: int | None
     offload_buffer: int = OFFLOAD_BUFFER
-    overlap: bool = False
+    overlap: bool | str = False
 
     def __post_init__(self) -> None:
         for pattern, choice in buffer_rules(self.buffers):
@@ -66,8 +67,8 @@ class Settings:
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise ConfigError(f"{name} counts optimizer steps, so it must be an int: {value!r}")
-        if type(self.overlap) is not bool:
-            raise ConfigError(f"overlap must be True or False, got {self.overlap!r}")
+        if type(self.overlap) is not bool and self.overlap != "auto":
+            raise ConfigError(f"overlap must be 'auto', True or False, got {self.overlap!r}")
         if type(self.offload_buffer) is not int or self.offload_buffer < _LEAST_BUFFER:
             raise ConfigError(
                 f"offload_buffer must be at least {_LEAST_BUFFER:,} bytes, "

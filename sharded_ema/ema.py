@@ -78,9 +78,10 @@ class ShardedEMA:
             begun to copy; the next update and whatever looks at the average waits for it.
         offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
         overlap: let a GPU read the weights for the average beside the next forward and backward,
-            until an attached ``torch.optim.Optimizer`` steps again. Only where nothing else
-            changes them meanwhile: no clipping or normalising, not even in the forward. Without
-            such an optimizer attached it has no effect.
+            until an attached ``torch.optim.Optimizer`` steps again. Only for programs in which
+            nothing else changes the weights in between, which no library can see: no clipping,
+            normalising or loading there. ``"auto"`` does so where hooks of such an optimizer are
+            attached and no buffers are averaged, and ``True`` refuses all else by name.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
             a mesh that replicate, plain parameters beside DTensors) keep 1/R on each.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
@@ -122,7 +123,7 @@ class ShardedEMA:
         shadow_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         offload_buffer: int = OFFLOAD_BUFFER,
-        overlap: bool = False,
+        overlap: bool | str = False,
         shard_replicas: bool = True,
         nonfinite: str = "skip",
         impl: str | None = None,
@@ -571,12 +572,29 @@ class ShardedEMA:
         self._require_open()
         self._model.require_whole()
         self._model.inventory.check_not_replaced()
-        # Only where a hook tells before the weights change.
-        overlap = self._overlap and isinstance(self._model.steps, OptimizerSteps)
-        started = self._average.advance(self._model.live(), overlap=overlap)
+        started = self._average.advance(self._model.live(), overlap=self._overlaps())
         if started is not None:
             self._begin(started)
         self._health.note_update(self._average, self._model.weights)
+
+    def _overlaps(self) -> bool:
+        """Whether an update may read the weights until a hook says that they will change."""
+        if not self._overlap:
+            return False
+        buffers = len(self._model.weights_at) < len(self._model.names)
+        hooked = isinstance(self._model.steps, OptimizerSteps)
+        if self._overlap is True and (buffers or not hooked):
+            reason = (
+                "buffers are averaged, which a forward changes"
+                if buffers
+                else "no torch.optim.Optimizer is attached, whose hooks would tell before it "
+                "changes the weights"
+            )
+            raise ConfigError(
+                f"overlap=True was asked for and {reason}; pass overlap='auto', which then updates "
+                "in the order of the program, or attach the optimizer"
+            )
+        return hooked and not buffers
 
     def _weights_will_change(self) -> None:
         """An optimizer is about to step, attached or not."""

@@ -83,7 +83,7 @@ class Shadow:
     def settle(self) -> None:
         """Wait for an update that goes on behind the call; :attr:`failure` says how it ended."""
         if self._plan is not None and self._plan.under_way:
-            self.failure = self._plan.settle()
+            self.failure = self._plan.settle() or self.failure
 
     def release(self) -> None:
         """From now on parameters may change, whatever an update has still to read of them."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ def test_what_an_update_begins(device: Accelerator) -> None:
     plan.run([0.5])
     begin = [("record", "main"), ("wait", "side")]
     chunk = [("copy", "side"), ("copy", "side"), ("record", "side")]
-    assert device.take_seen() == [*begin, *3 * chunk, ("wait", "main")]
+    end = [("record", "side"), ("wait", "main")]
+    assert device.take_seen() == [*begin, *3 * chunk, *end]
     assert plan.settle() is None
     assert device.take_seen() == [], "the host waits for its thread alone"
 
@@ -86,6 +88,7 @@ def test_the_side_waits_for_the_step_before_it_copies(device: Accelerator) -> No
     device.seen.clear()
     plan.run([0.5])
     (_, _, stepped), (_, _, waited), *_, (_, _, copied), (_, _, followed) = device.seen
+    assert [what for what, *_ in device.seen][2:5] == ["copy", "copy", "record"]
     assert stepped is waited and copied is followed
     plan.settle()
 
@@ -153,9 +156,7 @@ def test_other_memory_meanwhile(device: Accelerator, ema: ShardedEMA) -> None:
     ema.close()
 
 
-def test_a_load_comes_after_an_update(
-    device: Accelerator, ema: ShardedEMA, tmp_path: Path
-) -> None:
+def test_a_load_comes_after_an_update(device: Accelerator, ema: ShardedEMA, tmp_path: Path) -> None:
     ema.save(tmp_path / "c", step=0)
     train(device, ema, 8.0)
     ema.load(tmp_path / "c")
@@ -191,7 +192,39 @@ def fail(ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch) -> None:
         under_way = offload._thread.submit(offload._average, [0.5], [torch.cpu.Event()])
         under_way.exception()
     offload._under_way = under_way
-    ema._average.shadow._plan.under_way = True  # type: ignore[union-attr]
+
+
+@pytest.mark.filterwarnings("ignore::sharded_ema.errors.EMAWarning")
+def test_an_interrupted_wait_is_made_up_for(
+    device: Accelerator, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Future[None], timeout: float | None = None) -> None:
+        raise KeyboardInterrupt
+
+    train(device, ema, 8.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Future, "exception", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            ema.metrics()
+    device.let_go.set()
+    assert ema.state_dict()["ema.weight"].tolist() == [[4.0] * 3]
+    ema.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_weights_may_change_once_they_are_copied(device: Accelerator, overlap: bool) -> None:
+    """At once, as far as the host sees; or from the hook before the next step on."""
+    model = nn.Linear(3, 1, bias=False)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    ema = ShardedEMA(model, 0.5, overlap=overlap)
+    ema.attach(optimizer)
+    for turn in range(2):
+        model(torch.ones(1, 3)).sum().backward()
+        device.take_seen()
+        optimizer.step()
+        waits = [what for what in device.take_seen() if what == ("wait", "main")]
+        assert len(waits) == (turn if overlap else 1)
+    ema.close()
 
 
 FAILS = {name: LOOKS[name] for name in ("copy_to", "save", "state_dict", "metrics", "close")}

@@ -47,15 +47,16 @@ class Training:
         def step(self, closure: Any = None) -> None:
             self.device.note("step", self.device.main)
 
-    def __init__(self, device: Accelerator, **settings: Any) -> None:
-        self.device, self.model = device, nn.Linear(3, 2)
+    def __init__(self, device: Accelerator, *, norm: bool = False, **settings: Any) -> None:
+        self.device = device
+        self.model = nn.Sequential(nn.Linear(3, 2), *[nn.BatchNorm1d(2)] * norm)
         self.optimizer = self.SGD(self.model.parameters(), 0.1)
         self.optimizer.device = device
         self.ema = ShardedEMA(self.model, 0.5, **settings)
         device.take_seen()
 
     def step(self) -> None:
-        self.model(torch.ones(1, 3)).sum().backward()
+        self.model(torch.ones(2, 3)).sum().backward()
         self.optimizer.step()
 
 
@@ -87,20 +88,40 @@ def test_what_is_waited_for_is_the_launch(device: Accelerator) -> None:
     run.ema.close()
 
 
-@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("overlap", [False, "auto"])
 def test_without_hooks_the_update_is_in_the_order_of_the_program(
-    device: Accelerator, overlap: bool
+    device: Accelerator, overlap: bool | str
 ) -> None:
     """As after optimizers that step in the backward: nobody would say when weights change."""
     run = Training(device, overlap=overlap)
     run.ema.update()
     assert device.take_seen() == [("launch", "main")]
-    if not overlap:
-        run.ema.attach(run.optimizer)
-        device.take_seen()
-        run.step()
-        assert device.take_seen() == [STEP, ("launch", "main")]
+    run.ema.attach(run.optimizer)
+    device.take_seen()
+    run.step()
+    assert device.take_seen() == [STEP, *(BESIDE if overlap else [("launch", "main")])]
     run.ema.close()
+
+
+def test_averaged_buffers_are_read_before_a_forward_changes_them(device: Accelerator) -> None:
+    run = Training(device, norm=True, overlap="auto", buffers="average")
+    run.ema.attach(run.optimizer)
+    device.take_seen()
+    run.step()
+    assert [each for each in device.take_seen() if each[0] != "host waits"][:1] == [STEP]
+    assert not run.ema._average.shadow._plan.under_way  # type: ignore[union-attr]
+    run.ema.close()
+
+
+def test_what_cannot_overlap_is_refused_where_it_was_asked_for(device: Accelerator) -> None:
+    run = Training(device, overlap=True)
+    with pytest.raises(ConfigError, match="asked for and no torch\\.optim\\.Optim"):
+        run.ema.update()
+    run = Training(device, norm=True, overlap=True, buffers="average")
+    run.ema.attach(run.optimizer)
+    with pytest.raises(ConfigError, match="overlap=True was asked for and buffers are averaged"):
+        run.step()
+    assert run.ema.num_updates == 0
 
 
 def enter(ema: ShardedEMA) -> None:
@@ -136,21 +157,31 @@ def test_whatever_reads_the_average_or_writes_weights_comes_after(
     run.ema.close()
 
 
-def test_memory_that_is_read_stays(device: Accelerator) -> None:
-    """Weights that move meanwhile leave theirs behind, until the current stream comes after."""
+def test_memory_that_is_read_or_written_stays(device: Accelerator) -> None:
+    """Weights that move meanwhile, and an average that nobody holds any more."""
     run = Training(device, overlap=True)
     run.ema.attach(run.optimizer)
+    assert not device.held
     run.step()
-    plan = run.ema._average.shadow._plan
-    assert plan is not None
-    before = run.model.weight.data_ptr()
-    run.model.weight.data = torch.zeros(2, 3)
-    assert before in [storage.data_ptr() for storage in plan._kept]
-    run.ema.metrics()
-    assert not plan._kept
+    (flat,) = run.ema._average.shadow._flats
+    assert {*map(Tensor.data_ptr, run.model.parameters()), flat.data_ptr()} < device.held
     run.ema.close()
 
 
-def test_it_is_asked_for_by_yes_or_no() -> None:
-    with pytest.raises(ConfigError, match="overlap must be True or False, got 'auto'"):
-        ShardedEMA(nn.Linear(1, 1), overlap="auto")  # type: ignore[arg-type]
+def test_another_stream_may_look_meanwhile(device: Accelerator) -> None:
+    """Then the one of the training has still to wait before it writes."""
+    run = Training(device, overlap=True)
+    run.ema.attach(run.optimizer)
+    run.step()
+    device.take_seen()
+    with device.stream(device.Stream(torch.device("cpu"))):
+        run.ema.state_dict()
+    assert device.take_seen()[:1] == [("wait", "side")]
+    run.step()
+    assert device.take_seen() == [*FENCE, STEP, *BESIDE]
+    run.ema.close()
+
+
+def test_it_is_asked_for_in_three_ways() -> None:
+    with pytest.raises(ConfigError, match="overlap must be 'auto', True or False, got 'yes'"):
+        ShardedEMA(nn.Linear(1, 1), overlap="yes")

@@ -76,6 +76,7 @@ class Accelerator:
     Attributes:
         seen: what was begun, in order: what, on which stream, and the event if there is one.
         let_go: whether threads get on that wait for an event.
+        held: addresses of memory that waits for a side stream before it is used again.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class Accelerator:
         self.main = Stream(self, "main")
         self._current = self.main
         self.seen: list[tuple[str, str, Event | None]] = []
+        self.held: set[int] = set()
 
     def note(self, what: str, stream: Stream, event: Event | None = None) -> None:
         self.seen.append((what, stream.name, event))
@@ -111,8 +113,14 @@ class Accelerator:
     @contextmanager
     def stream(self, stream: Stream) -> Iterator[None]:
         before, self._current = self._current, stream
-        yield
-        self._current = before
+        try:
+            yield
+        finally:
+            self._current = before
+
+    def hold(self, tensor: torch.Tensor, stream: Stream) -> None:
+        assert stream is not self.main
+        self.held.add(tensor.untyped_storage().data_ptr())
 
     def synchronize(self, device: torch.device) -> None:
         self.note("host waits", self.main)
@@ -126,6 +134,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, *, offloads: bool = True) -> Accel
     """
     device = Accelerator()
     monkeypatch.setattr("sharded_ema.model.devices._module", lambda asked: device)
+    monkeypatch.setattr("sharded_ema.model.devices.record_use", device.hold)
     if not offloads:
         return device
 

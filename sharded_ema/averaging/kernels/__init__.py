@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
 from itertools import compress
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ from sharded_ema.averaging.kernels.reference import lerp_reference
 from sharded_ema.averaging.kernels.watch import Watch
 from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import ConfigError
-from sharded_ema.model.devices import SideStream, follow, mark
+from sharded_ema.model.devices import SideStream
 from sharded_ema.model.precision import real_view
 
 IMPLS = ("fused", "foreach", "reference")
@@ -54,7 +53,6 @@ class LerpPlan:
     Attributes:
         given: the parameters.
         shadows, live: all tensors, of real numbers.
-        under_way: whether a run may go on behind the call.
 
     Raises:
         ConfigError: there is no such implementation, or it was not built.
@@ -81,9 +79,6 @@ class LerpPlan:
         self._batches: list[Batch] = []
         self._offloads: list[Offload] = []
         self._sides: dict[torch.device, SideStream] = {}
-        self._read: list[tuple[torch.device, Any]] = []  # events, after which parameters may change
-        self._kept: list[torch.UntypedStorage] = []  # memory that is read until then
-        self.under_way = False
         if not self._reference:
             self._divide(impl, buffer_bytes)
         direct = {id(t) for batch in self._batches if batch.stage is None for t in batch.live}
@@ -100,22 +95,15 @@ class LerpPlan:
             _require_fused({tensor.device.type for tensor in self.shadows[0]})
         rows = list(zip(self.live, *self.shadows, strict=True))
         offloaded = [comes_over(t, views) for t, *views in rows]
+
+        def make_update(views: Sequence[Sequence[Tensor]], landed: Sequence[Tensor]) -> LerpPlan:
+            return LerpPlan(views, landed, guard=self.guard, impl=impl)
+
         for device in {t.device: None for t in compress(self.live, offloaded)}:
-            shadows, live = self._choose(
-                [
-                    over and t.device == device
-                    for t, over in zip(self.live, offloaded, strict=True)
-                ]
-            )
+            pairs = zip(self.live, offloaded, strict=True)
+            shadows, live = self._choose([over and t.device == device for t, over in pairs])
             self._offloads.append(
-                Offload(
-                    shadows,
-                    live,
-                    make_update=lambda views, landed: LerpPlan(
-                        views, landed, guard=self.guard, impl=impl
-                    ),
-                    buffer_bytes=buffer_bytes,
-                )
+                Offload(shadows, live, make_update=make_update, buffer_bytes=buffer_bytes)
             )
         tables = [
             not over and impl != "foreach" and _table_of(t, views)
@@ -152,7 +140,8 @@ class LerpPlan:
     def num_pieces(self) -> int:
         """Tensors that a run updates, those as one that lie in memory as if they were."""
         rows = 0 if self._table is None else self._table.num_rows
-        rows += sum(len(table.live) for table in (*self._launches, *self._offloads))
+        rows += sum(len(table.live) for table in self._launches)
+        rows += sum(len(offload.live) for offload in self._offloads)
         return rows + sum(len(batch.live) for batch in self._batches)
 
     @property
@@ -179,8 +168,7 @@ class LerpPlan:
         if self._table is not None:
             self._skipped_by_table += self._table.lerp(weights, guard=self.guard)
         for offload in self._offloads:
-            self.under_way = True
-            self._read.append((offload.device, offload.begin(weights)))
+            offload.begin(weights)
         for table in self._launches:
             if overlap:
                 self._launch_beside(table, weights)
@@ -194,25 +182,34 @@ class LerpPlan:
                 lerp_batch(batch, weights)
         if not overlap:
             self.release()
-        elif self._read:
-            self._kept = [tensor.untyped_storage() for tensor in self.live]
 
     def _launch_beside(self, table: LaunchTable, weights: Sequence[float]) -> None:
         device = table.device
         counter = self._counter(device, beside=True) if self.guard else None
         if device not in self._sides:
             self._sides[device] = SideStream(device)
+            self._sides[device].hold(table.tensors)
+        if counter is not None:
+            self._sides[device].hold([counter])
         with self._sides[device].entered():
             table.lerp(weights, counter)
-            self._read.append((device, mark(device)))
-        self.under_way = True
+
+    @property
+    def under_way(self) -> bool:
+        """Whether a run may go on behind the call."""
+        return any(side.is_ahead for side in self._all_sides) or any(
+            offload.is_under_way for offload in self._offloads
+        )
+
+    @property
+    def _all_sides(self) -> list[SideStream]:
+        return [*self._sides.values(), *(offload.side for offload in self._offloads)]
 
     def release(self) -> None:
         """From now on parameters may change: what current streams do comes after the reading."""
-        for device, event in self._read:
-            follow(device, event)
-        self._read.clear()
-        self._kept.clear()
+        for side in self._all_sides:
+            if side.is_ahead:
+                side.follow()
 
     def settle(self) -> BaseException | None:
         """Have the last run written all shadows before anything that is begun from now on.
@@ -223,7 +220,6 @@ class LerpPlan:
             What it has failed with there, if it has.
         """
         self.release()
-        self.under_way = False
         failures = [offload.finish() for offload in self._offloads]
         return next((failure for failure in failures if failure is not None), None)
 
@@ -255,7 +251,8 @@ class LerpPlan:
             return False
         if any(offload.narrows for offload in self._offloads):
             return False  # which is found out tensor by tensor
-        seen = [Batch(table.live, []) for table in (*self._launches, *self._offloads)]
+        seen = [Batch(table.live, []) for table in self._launches]
+        seen += [Batch(offload.live, []) for offload in self._offloads]
         return all(map(is_finite, [*seen, *self._batches]))
 
     @torch.no_grad()

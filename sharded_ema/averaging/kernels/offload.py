@@ -21,7 +21,7 @@ from sharded_ema.averaging.kernels.fused import is_laid_out_alike
 from sharded_ema.model.devices import SideStream, is_accelerator, mark
 from sharded_ema.model.internals.pytorch import foreach_copy_
 
-# Bytes at whose multiples a chunk begins in host memory: where the widest element may.
+# Bytes at whose multiples a chunk ends: the sizes of all elements.
 _ALIGNMENT = 16
 
 
@@ -74,6 +74,7 @@ class Offload:
         live: the parameters.
         narrows: whether some are more precise than their shadow.
         num_bytes: allocated for it, on the device and on the host.
+        side: what reads them.
     """
 
     @torch.no_grad()
@@ -89,47 +90,55 @@ class Offload:
         pairs = zip(live, shadows[0], strict=True)
         self.narrows = any(view.dtype.itemsize < t.dtype.itemsize for t, view in pairs)
         cut = list(_cut(shadows, live, buffer_bytes))
-        taken = [sum(t.nbytes for t in block) for block, _ in cut]
-        sizes = [n + -n % _ALIGNMENT for n in taken]
+        sizes = [_aligned(sum(t.nbytes for t in block)) for block, _ in cut]
         buffer = torch.empty(max(sizes), dtype=torch.uint8, device=self.device)
-        host = torch.empty(
-            sum(sizes), dtype=torch.uint8, device="cpu", pin_memory=is_accelerator(self.device)
-        )
-        self.num_bytes = buffer.numel() + host.numel()
+        self.num_bytes = buffer.numel() + sum(sizes)
         self._chunks: list[Chunk] = []
-        for (block, targets), landed in zip(cut, host.split(sizes), strict=True):
-            sent = buffer[: landed.numel()]
+        for (block, targets), size in zip(cut, sizes, strict=True):
+            # Each for itself: PyTorch rounds what is pinned up to powers of two.
+            landed = torch.empty(
+                size, dtype=torch.uint8, device="cpu", pin_memory=is_accelerator(self.device)
+            )
             update = make_update(targets, _carve(landed, block))
-            self._chunks.append(Chunk(block, _carve(sent, block), sent, landed, update))
-        self._side = SideStream(self.device)
+            self._chunks.append(
+                Chunk(block, _carve(buffer[:size], block), buffer[:size], landed, update)
+            )
+        self.side = SideStream(self.device)
+        self.side.hold(live)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="sharded_ema_update")
         self._under_way: Future[None] | None = None
 
     @torch.no_grad()
-    def begin(self, weights: Sequence[float]) -> Any:
+    def begin(self, weights: Sequence[float]) -> None:
         """Begin an update; the one before has ended. The host waits for nothing.
 
-        Returns:
-            An event of the device, after which the parameters may change.
+        The parameters may change in what comes after :attr:`side`.
         """
         copied = []
-        with self._side.entered():
+        with self.side.entered():
             for chunk in self._chunks:
                 foreach_copy_(chunk.packed, chunk.live)
                 foreach_copy_([chunk.landed], [chunk.sent], non_blocking=True)
                 copied.append(mark(self.device))
         self._under_way = self._thread.submit(self._average, list(weights), copied)
-        return copied[-1]
 
     def _average(self, weights: Sequence[float], copied: Sequence[Any]) -> None:
         for chunk, event in zip(self._chunks, copied, strict=True):
             event.synchronize()
             chunk.update.run(weights)
 
+    @property
+    def is_under_way(self) -> bool:
+        """Whether an update was begun and :meth:`finish` was not called since."""
+        return self._under_way is not None
+
     def finish(self) -> BaseException | None:
         """Return when the update has ended; what it has failed with, if it has."""
-        under_way, self._under_way = self._under_way, None
-        return None if under_way is None else under_way.exception()
+        if self._under_way is None:
+            return None
+        failure = self._under_way.exception()
+        self._under_way = None  # not before: the wait may be interrupted
+        return failure
 
     def take_skipped(self) -> int:
         """Elements skipped since the last call."""
@@ -148,6 +157,10 @@ def comes_over(live: Tensor, views: Sequence[Tensor]) -> bool:
         and live.numel() > 0
         and all(view.device.type == "cpu" for view in views)
     )
+
+
+def _aligned(num_bytes: int) -> int:
+    return num_bytes + -num_bytes % _ALIGNMENT
 
 
 def _cut(
