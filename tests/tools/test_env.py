@@ -79,7 +79,6 @@ def test_a_gpu_without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
 WITHOUT_TORCH = """
 import sys
 from importlib import metadata
-from sharded_ema.cli import main
 
 class Without:
     def find_spec(self, name, path, target=None):
@@ -93,6 +92,7 @@ def version(name, found=metadata.version):
 
 metadata.version = version
 sys.meta_path.insert(0, Without())
+from sharded_ema.cli import main
 sys.exit(main(["env"]))
 """
 
