@@ -218,6 +218,7 @@ def test_weights_may_change_once_they_are_copied(device: Accelerator, overlap: b
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     ema = ShardedEMA(model, 0.5, overlap=overlap)
     ema.attach(optimizer)
+    assert model.weight.data_ptr() in device.held, "given back meanwhile, it is read to the end"
     for turn in range(2):
         model(torch.ones(1, 3)).sum().backward()
         device.take_seen()

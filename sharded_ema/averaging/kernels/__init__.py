@@ -78,7 +78,8 @@ class LerpPlan:
         self._launches: list[LaunchTable] = []
         self._batches: list[Batch] = []
         self._offloads: list[Offload] = []
-        self._sides: dict[torch.device, SideStream] = {}
+        self._beside: dict[torch.device, SideStream] = {}  # where launches go that overlap
+        self._sides: list[SideStream] = []  # all that may read or write behind the call
         if not self._reference:
             self._divide(impl, buffer_bytes)
         direct = {id(t) for batch in self._batches if batch.stage is None for t in batch.live}
@@ -105,6 +106,7 @@ class LerpPlan:
             self._offloads.append(
                 Offload(shadows, live, make_update=make_update, buffer_bytes=buffer_bytes)
             )
+            self._sides.append(self._offloads[-1].side)
         tables = [
             not over and impl != "foreach" and _table_of(t, views)
             for over, (t, *views) in zip(offloaded, rows, strict=True)
@@ -186,28 +188,26 @@ class LerpPlan:
     def _launch_beside(self, table: LaunchTable, weights: Sequence[float]) -> None:
         device = table.device
         counter = self._counter(device, beside=True) if self.guard else None
-        if device not in self._sides:
-            self._sides[device] = SideStream(device)
-            self._sides[device].hold(table.tensors)
+        if device not in self._beside:
+            side = self._beside[device] = SideStream(device)
+            side.hold(table.tensors)
+            self._sides.append(side)
         if counter is not None:
-            self._sides[device].hold([counter])
-        with self._sides[device].entered():
+            self._beside[device].hold([counter])
+        with self._beside[device].entered():
             table.lerp(weights, counter)
 
     @property
     def under_way(self) -> bool:
         """Whether a run may go on behind the call."""
-        return any(side.is_ahead for side in self._all_sides) or any(
-            offload.is_under_way for offload in self._offloads
+        return bool(self._sides) and (
+            any(side.is_ahead for side in self._sides)
+            or any(offload.is_under_way for offload in self._offloads)
         )
-
-    @property
-    def _all_sides(self) -> list[SideStream]:
-        return [*self._sides.values(), *(offload.side for offload in self._offloads)]
 
     def release(self) -> None:
         """From now on parameters may change: what current streams do comes after the reading."""
-        for side in self._all_sides:
+        for side in self._sides:
             if side.is_ahead:
                 side.follow()
 
