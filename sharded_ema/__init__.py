@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from sharded_ema.tools.average import average
     from sharded_ema.tools.consolidate import consolidate
     from sharded_ema.tools.diff import diff
+    from sharded_ema.tools.env import env
     from sharded_ema.tools.inspection import inspect
     from sharded_ema.tools.synthesize import synthesize
     from sharded_ema.tools.verify import verify
@@ -52,6 +53,7 @@ __all__ = [
     "average",
     "consolidate",
     "diff",
+    "env",
     "inspect",
     "latest_checkpoint",
     "synthesize",
@@ -76,6 +78,7 @@ _HOME = {
     "average": "tools.average",
     "consolidate": "tools.consolidate",
     "diff": "tools.diff",
+    "env": "tools.env",
     "inspect": "tools.inspection",
     "latest_checkpoint": "checkpoint.run",
     "synthesize": "tools.synthesize",

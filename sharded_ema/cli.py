@@ -20,6 +20,7 @@ from sharded_ema.tools.average import average
 from sharded_ema.tools.casting import DTYPES
 from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
+from sharded_ema.tools.env import env
 from sharded_ema.tools.inspection import inspect
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.synthesize import synthesize
@@ -297,6 +298,12 @@ COMMANDS = {
             _argument("--plot", metavar="FILE", help="draw the weights and the seed's share"),
             _JSON,
         ),
+    ),
+    "env": Command(
+        env,
+        "say which versions are installed and what updates an average on which device",
+        "--json",
+        (_JSON,),
     ),
 }
 

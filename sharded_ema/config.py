@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from sharded_ema.errors import ConfigError
 
 DEFAULT_PROFILE = "ema"
+#: Bytes of a GPU that its parameters pass through to a shadow on the host.
+OFFLOAD_BUFFER = 128 << 20
 
 #: What may become of buffers: for all of them, or by patterns of names, of which the first counts.
 Buffers = str | Mapping[str, str]
 
+# Below this, copies are so small that their number costs more than their bytes.
+_LEAST_BUFFER = 1 << 20
 _BUFFERS = ("copy", "average", "ignore")
 _CHOICES = {
     "frozen": ("save", "skip"),
@@ -32,6 +36,9 @@ class Settings:
         frozen: ``"save"`` stores frozen parameters in checkpoints, ``"skip"`` does not.
         nonfinite: ``"skip"`` elements, ``"raise"``, or ``"allow"``.
         total_steps: planned optimizer steps, for warnings; ``None`` if unknown.
+        offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
+        overlap: let a GPU update the average beside the next step: ``True``, ``False``, or
+            ``"auto"`` where hooks say when weights change.
     """
 
     update_every: int
@@ -40,6 +47,8 @@ class Settings:
     frozen: str
     nonfinite: str
     total_steps: int | None
+    offload_buffer: int = OFFLOAD_BUFFER
+    overlap: bool | str = False
 
     def __post_init__(self) -> None:
         for pattern, choice in buffer_rules(self.buffers):
@@ -58,6 +67,13 @@ class Settings:
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise ConfigError(f"{name} counts optimizer steps, so it must be an int: {value!r}")
+        if type(self.overlap) is not bool and self.overlap != "auto":
+            raise ConfigError(f"overlap must be 'auto', True or False, got {self.overlap!r}")
+        if type(self.offload_buffer) is not int or self.offload_buffer < _LEAST_BUFFER:
+            raise ConfigError(
+                f"offload_buffer must be at least {_LEAST_BUFFER:,} bytes, "
+                f"got {self.offload_buffer!r}"
+            )
         if self.update_every < 1:
             raise ConfigError(f"update_every must be at least 1 step, got {self.update_every}")
         if self.start_step < 0:

@@ -25,7 +25,7 @@ from sharded_ema.averaging.schedules import Schedule, as_profiles
 from sharded_ema.checkpoint.engine import EngineCheckpoints, Traveller
 from sharded_ema.checkpoint.store import Store
 from sharded_ema.checkpoint.writing.background import SaveHandle
-from sharded_ema.config import Settings, buffer_rules
+from sharded_ema.config import OFFLOAD_BUFFER, Settings, buffer_rules
 from sharded_ema.errors import (
     CheckpointNotFoundError,
     CheckpointWriteError,
@@ -39,7 +39,7 @@ from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.standing import Swap
-from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
+from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener, StepWatch
 
 
 class ShardedEMA:
@@ -73,8 +73,15 @@ class ShardedEMA:
             default ``"save"``, but ``"skip"`` for a model with PEFT adapters.
         shadow_dtype: dtype of the shadow; default fp32, and fp64 for parameters in fp64. One below
             fp32 is refused with decays at which it would not move.
-        device: where the shadow lies; default each parameter's own device. Elsewhere, an update
-            copies between devices and waits for it.
+        device: where the shadow lies; default each parameter's own device. ``"cpu"`` keeps that of
+            a model on a GPU on the host, where a thread averages what :meth:`update` has only
+            begun to copy; the next update and whatever looks at the average waits for it.
+        offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
+        overlap: let a GPU read the weights for the average beside the next forward and backward,
+            until an attached ``torch.optim.Optimizer`` steps again. Only for programs in which
+            nothing else changes the weights in between, which no library can see: no clipping,
+            normalising or loading there. ``"auto"`` does so where hooks of such an optimizer are
+            attached and no buffers are averaged, and ``True`` refuses all else by name.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
             a mesh that replicate, plain parameters beside DTensors) keep 1/R on each.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
@@ -115,6 +122,8 @@ class ShardedEMA:
         frozen: str | None = None,
         shadow_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        offload_buffer: int = OFFLOAD_BUFFER,
+        overlap: bool | str = False,
         shard_replicas: bool = True,
         nonfinite: str = "skip",
         impl: str | None = None,
@@ -132,6 +141,8 @@ class ShardedEMA:
             frozen=frozen or ("skip" if adapters_of(target) else "save"),
             nonfinite=nonfinite,
             total_steps=total_steps,
+            offload_buffer=offload_buffer,
+            overlap=overlap,
         )
         if force_dtype:
             warn(
@@ -149,6 +160,7 @@ class ShardedEMA:
         source = make_source(target, selection, process_group, shard_replicas=shard_replicas)
         self._closed = False
         self._begun = False  # whether an optimizer has stepped
+        self._overlap = overlap
         self._model = FollowedModel(source, timeout)
         self._model.refuse_in_other_swap("making a ShardedEMA")
         self._average = Average(
@@ -161,6 +173,7 @@ class ShardedEMA:
             dtype=shadow_dtype,
             device=check_device(torch.device(device)) if device is not None else None,
             impl=impl,
+            offload_buffer=offload_buffer,
         )
         self._health = Health(total_steps)
         self._store = Store(self._average, self._model, settings, self._health)
@@ -450,7 +463,8 @@ class ShardedEMA:
 
         ``shadow``: allocated for the averages; ``ideal``: elements owned times their size;
         ``host``: the part of ``shadow`` on the CPU; ``swap_backup``: held while a swap is active;
-        ``staging``: host memory that asynchronous saves copy to, kept from the first one on.
+        ``staging``: host memory that asynchronous saves copy to, kept from the first one on;
+        ``transfer``: what parameters of a GPU pass through to a shadow on the host, there and here.
         """
         allocated = self._average.shadow.allocated
         return {
@@ -459,6 +473,7 @@ class ShardedEMA:
             "host": sum(n for device, n in allocated.items() if device.type == "cpu"),
             "swap_backup": self._model.backup_bytes,
             "staging": self._store.staging_bytes,
+            "transfer": self._average.shadow.transfer_bytes,
         }
 
     @property
@@ -521,16 +536,21 @@ class ShardedEMA:
 
         Raises:
             CheckpointWriteError: an asynchronous save failed and nobody was told of it yet.
+            StateError: the last update failed behind its call, and nobody was told of it yet.
         """
+        told = self._average.broken
         try:
             self._store.wait()
         finally:
             if not self._closed:
                 self._model.refuse_in_swap("close()")
+                self._average.settle()
                 self._say_goodbye()
                 self._model.ranks.close()
                 self._closed = True
             self._store.close()
+        if told is None:
+            self._average.require_whole()
 
     def _say_goodbye(self) -> None:
         if self._watch is not None:
@@ -549,17 +569,38 @@ class ShardedEMA:
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
         self._model.refuse_capture()
-        self._require_usable()
+        self._require_open()
+        self._model.require_whole()
         self._model.inventory.check_not_replaced()
-        started = self._average.advance(self._model.live())
+        started = self._average.advance(self._model.live(), overlap=self._overlaps())
         if started is not None:
             self._begin(started)
         self._health.note_update(self._average, self._model.weights)
+
+    def _overlaps(self) -> bool:
+        """Whether an update may read the weights until a hook says that they will change."""
+        if not self._overlap:
+            return False
+        buffers = len(self._model.weights_at) < len(self._model.names)
+        hooked = isinstance(self._model.steps, OptimizerSteps)
+        if self._overlap is True and (buffers or not hooked):
+            reason = (
+                "buffers are averaged, which a forward changes"
+                if buffers
+                else "no torch.optim.Optimizer is attached, whose hooks would tell before it "
+                "changes the weights"
+            )
+            raise ConfigError(
+                f"overlap=True was asked for and {reason}; pass overlap='auto', which then updates "
+                "in the order of the program, or attach the optimizer"
+            )
+        return hooked and not buffers
 
     def _weights_will_change(self) -> None:
         """An optimizer is about to step, attached or not."""
         if self._closed:
             return
+        self._average.release()
         self._model.refuse_in_swap("an optimizer step")
         if not self._begun:
             self._begun = True
@@ -653,6 +694,7 @@ class ShardedEMA:
     def _require_usable(self) -> None:
         self._require_open()
         self._model.require_whole()
+        self._average.settle()
         self._average.require_whole()
 
     def _look(self) -> None:
@@ -663,7 +705,8 @@ class ShardedEMA:
             self._average.mirror()
 
     def _catch_up(self) -> None:
-        """Bring the model to rest and take up where its tensors are now."""
+        """Bring model and average to rest and take up where the model's tensors are now."""
+        self._average.settle()
         self._model.settle()
         self._health.warn_of_all(self._model.inventory.not_known())
         self._health.warn_of_all(self._model.not_shared())

@@ -410,7 +410,14 @@ def test_metrics_and_memory() -> None:
     live = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
     mean = torch.cat([averages(ema, "a")[n].reshape(-1) for n in ("weight", "bias")]).double()
     assert found["distance/a"] == pytest.approx(float((mean - live).norm() / live.norm()))
-    assert ema.memory == {"shadow": 880, "ideal": 880, "host": 880, "swap_backup": 0, "staging": 0}
+    assert ema.memory == {
+        "shadow": 880,
+        "ideal": 880,
+        "host": 880,
+        "swap_backup": 0,
+        "staging": 0,
+        "transfer": 0,
+    }
     with ema.swap("a"):
         assert ema.memory["swap_backup"] == 440
     assert ema.decay == {"a": 0.9, "b": 2 ** (-1 / 100)}

@@ -17,6 +17,7 @@ from torch import Tensor
 from sharded_ema.averaging.clock import Clock
 from sharded_ema.averaging.schedules import Schedule, horizon
 from sharded_ema.averaging.shadow import Shadow
+from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import ConfigError, NonFiniteError, StateError
 
 # The step whose decay stands for those of a long run, if nobody says how long it will be.
@@ -37,6 +38,7 @@ class Average:
         dtype: of the shadow; ``None`` for at least fp32 and the precision of each parameter.
         device: where the shadow lies; ``None`` for each parameter's own device.
         impl: kernel implementation; ``None`` for the best.
+        offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
 
     Attributes:
         profiles: as given.
@@ -58,6 +60,7 @@ class Average:
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
         impl: str | None = None,
+        offload_buffer: int = OFFLOAD_BUFFER,
     ) -> None:
         self.profiles = dict(profiles)
         self.clock = Clock(update_every=update_every, start_step=start_step)
@@ -69,6 +72,7 @@ class Average:
             device=device,
             guard=nonfinite == "skip",
             impl=impl,
+            offload_buffer=offload_buffer,
         )
         self.seed_weights = dict.fromkeys(self.profiles, 1.0)
         self.broken: str | None = None
@@ -77,8 +81,11 @@ class Average:
 
     # ------------------------------------------------------------------ moving
 
-    def advance(self, live: Sequence[Tensor]) -> list[str] | None:
+    def advance(self, live: Sequence[Tensor], *, overlap: bool = False) -> list[str] | None:
         """One more optimizer step was applied.
+
+        Args:
+            overlap: parameters of a GPU may be read until the next :meth:`release`.
 
         Returns:
             If the shadow became the parameters at this step, the names of those that hold NaN or
@@ -87,10 +94,14 @@ class Average:
         Raises:
             NonFiniteError: with ``nonfinite="raise"``; the step is counted, as on the ranks whose
                 parameters are finite, and its values are not taken in.
+            StateError: the update before has failed behind its call.
         """
+        clock = replace(self.clock, applied_steps=self.clock.applied_steps + 1)
+        if clock.starts or clock.is_due:
+            self.settle()
+        self.require_whole()
         self.shadow.follow(live)
         bad = self.shadow.nonfinite() if self._nonfinite == "raise" else []
-        clock = replace(self.clock, applied_steps=self.clock.applied_steps + 1)
         decays: dict[str, float] = {}
         if clock.is_due:
             decays = {name: clock.window_decay(s) for name, s in self.profiles.items()}
@@ -103,7 +114,7 @@ class Average:
                 started = self.copy_live()
             elif decays:
                 if not bad:
-                    self.shadow.lerp(decays)
+                    self.shadow.lerp(decays, overlap=overlap)
                 for name, decay in decays.items():
                     self.seed_weights[name] *= decay
                 clock.taken_in()
@@ -124,6 +135,10 @@ class Average:
         )
         yield
         self.broken = None
+
+    def release(self) -> None:
+        """From now on parameters may change, whatever an update has still to read of them."""
+        self.shadow.release()
 
     def track(self, live: Sequence[Tensor]) -> None:
         """Take up parameters whose memory has changed.
@@ -180,6 +195,18 @@ class Average:
             self.shadow.copy_live(keep_nonfinite=True)
 
     # ------------------------------------------------------------------ looking
+
+    def settle(self) -> None:
+        """Wait for an update that goes on behind its call; the average is broken if it fails."""
+        self.shadow.settle()
+        failure, self.shadow.failure = self.shadow.failure, None
+        if failure is not None:
+            self.broken = (
+                f"the update after step {self.clock.last_lerp_step} has failed behind its call "
+                f"({type(failure).__name__}: {failure}), so that some of its tensors have moved "
+                "and others have not; load a checkpoint, or start it anew from the weights with "
+                "ema.reseed()"
+            )
 
     def require_whole(self) -> None:
         """Refuse an average that was left half-written.

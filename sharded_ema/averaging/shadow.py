@@ -10,7 +10,9 @@ from torch import Tensor
 
 from sharded_ema.averaging.kernels import LerpPlan, launches
 from sharded_ema.averaging.kernels.launches import ALIGNMENT
+from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import StateError
+from sharded_ema.model.devices import is_accelerator
 from sharded_ema.model.memory import has_memory
 from sharded_ema.model.precision import average_dtype
 
@@ -30,10 +32,11 @@ class Shadow:
         device: where the shadow lies; ``None`` for each parameter's own device.
         guard: skip and count non-finite elements.
         impl: kernel implementation; ``None`` for the best.
+        offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
 
     Attributes:
-        views: for each profile one tensor per parameter.
         skipped_elements: those that the guard has skipped, as of the last look.
+        failure: what the last update has failed with behind the call, as of the last look.
     """
 
     # What a copy does not share: it reads the tensors of a copied model, which track() tells.
@@ -49,16 +52,19 @@ class Shadow:
         device: torch.device | None,
         guard: bool,
         impl: str | None,
+        offload_buffer: int = OFFLOAD_BUFFER,
     ) -> None:
         self.skipped_elements = 0
+        self.failure: BaseException | None = None
         self._names = names
         self._guard = guard
         self._impl = impl
+        self._offload_buffer = offload_buffer
         self._seeded = False
         # Positions of shadows that may hold NaN or Inf, of which the average is to be rid.
         self._unhealthy: set[int] = set()
         self._flats: list[Tensor] = []
-        self.views = {name: self._allocate(live, dtype, device) for name in profiles}
+        self._views = {name: self._allocate(live, dtype, device) for name in profiles}
         self._plan: LerpPlan | None = self._make_plan(live)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -68,17 +74,38 @@ class Shadow:
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, _plan=None)
 
+    @property
+    def views(self) -> dict[str, list[Tensor]]:
+        """For each profile one tensor per parameter, as the last update has left them."""
+        self.settle()
+        return self._views
+
+    def settle(self) -> None:
+        """Wait for an update that goes on behind the call; :attr:`failure` says how it ended."""
+        if self._plan is not None and self._plan.under_way:
+            self.failure = self._plan.settle() or self.failure
+
+    def release(self) -> None:
+        """From now on parameters may change, whatever an update has still to read of them."""
+        if self._plan is not None:
+            self._plan.release()
+
     # An evaluation may have turned inference mode on; its tensors could never be updated.
     @torch.inference_mode(False)
     def _allocate(
         self, live: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
     ) -> list[Tensor]:
         kinds = [(device or t.device, average_dtype(t.dtype, dtype)) for t in live]
+        # Copies between a device and what is pinned go on while the host does something else.
+        pinned = any(is_accelerator(t.device) for t in live)
         sizes: dict[tuple[torch.device, torch.dtype], int] = {}
         for tensor, kind in zip(live, kinds, strict=True):
             sizes[kind] = sizes.get(kind, 0) + tensor.numel() + _gap(tensor.numel(), *kind)
         free = {
-            (where, of): torch.empty(n, dtype=of, device=where) for (where, of), n in sizes.items()
+            (where, of): torch.empty(
+                n, dtype=of, device=where, pin_memory=pinned and where.type == "cpu"
+            )
+            for (where, of), n in sizes.items()
         }
         self._flats += free.values()
         views = []
@@ -96,8 +123,13 @@ class Shadow:
 
     @torch.inference_mode(False)
     def _make_plan(self, live: Sequence[Tensor]) -> LerpPlan:
-        shadows = list(self.views.values())
-        return LerpPlan(shadows, list(live), guard=self._guard, impl=self._impl)
+        return LerpPlan(
+            list(self._views.values()),
+            list(live),
+            guard=self._guard,
+            impl=self._impl,
+            buffer_bytes=self._offload_buffer,
+        )
 
     def follow(self, live: Sequence[Tensor]) -> None:
         """Take up parameters whose memory has changed before an update reads them.
@@ -120,7 +152,7 @@ class Shadow:
             self._plan = self._make_plan(live)
 
     def _refuse_changed(self, live: Sequence[Tensor]) -> None:
-        views = next(iter(self.views.values()))
+        views = next(iter(self._views.values()))
         for tensor, view, name in zip(live, views, self._names, strict=True):
             if tensor.shape != view.shape:
                 raise StateError(
@@ -161,10 +193,11 @@ class Shadow:
         Returns:
             Names of parameters in which NaN or Inf were found, if that was looked for.
         """
+        self.settle()
         live = self._tracked.live
         bad = [] if keep_nonfinite else self._tracked.nonfinite()
-        chosen = set(self.views if profiles is None else profiles)
-        for name, views in zip(self.views, self._tracked.shadows, strict=True):
+        chosen = set(self._views if profiles is None else profiles)
+        for name, views in zip(self._views, self._tracked.shadows, strict=True):
             if name not in chosen:
                 continue
             for i, (view, parameter) in enumerate(zip(views, live, strict=True)):
@@ -196,17 +229,20 @@ class Shadow:
         views = next(iter(self.views.values()))
         return all(_is_cast(views[i], live[i]) for i in positions)
 
-    def lerp(self, decays: Mapping[str, float]) -> None:
+    def lerp(self, decays: Mapping[str, float], *, overlap: bool = False) -> None:
         """Move every shadow: ``shadow <- decay * shadow + (1 - decay) * parameter``.
 
         Args:
             decays: by profile.
+            overlap: read parameters of a GPU beside what its current stream does, until
+                :meth:`release`.
         """
+        self.settle()
         plan = self._tracked
         try:
             if self._unhealthy:
                 plan.heal(self._unhealthy)
-            plan.run([1.0 - decays[name] for name in self.views])
+            plan.run([1.0 - decays[name] for name in self._views], overlap=overlap)
         except RuntimeError:
             self._refuse_changed(plan.given)
             raise
@@ -217,6 +253,7 @@ class Shadow:
 
     def collect_skipped(self) -> int:
         """Elements that the guard has skipped so far. Waits for the device."""
+        self.settle()
         if self._plan is not None:
             self.skipped_elements += self._plan.take_skipped()
             self._unhealthy = self._sick(self._unhealthy)
@@ -233,7 +270,12 @@ class Shadow:
     @property
     def num_bytes(self) -> int:
         """Bytes that its elements take."""
-        return sum(v.numel() * v.element_size() for views in self.views.values() for v in views)
+        return sum(v.numel() * v.element_size() for views in self._views.values() for v in views)
+
+    @property
+    def transfer_bytes(self) -> int:
+        """Bytes that parameters pass through to a shadow on the host, there and on their device."""
+        return 0 if self._plan is None else self._plan.transfer_bytes
 
 
 def _gap(numel: int, device: torch.device, dtype: torch.dtype) -> int:

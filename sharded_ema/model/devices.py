@@ -7,11 +7,12 @@ found through ``torch.get_device_module``. One without these is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from sharded_ema.errors import ConfigError
 
@@ -31,9 +32,58 @@ def wait_for(devices: Iterable[torch.device]) -> None:
 def mark(device: torch.device) -> Any:
     """An event behind all that was begun on a device; its ``synchronize()`` waits for it."""
     module = _module(device)
-    event = module.Event()
+    # One that blocks leaves the processor to others while the host waits; CUDA has both kinds.
+    event = module.Event(blocking=True) if device.type == "cuda" else module.Event()
     event.record(module.current_stream(device))
     return event
+
+
+class SideStream:
+    """Work of a device beside what its current stream does.
+
+    Args:
+        device: an accelerator.
+
+    Attributes:
+        is_ahead: whether the stream that work was begun beside has not come after it yet.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._module = device, _module(device)
+        self._stream = self._module.Stream(device)
+        self._end: Any = None
+        self._beside: Any = None
+        self.is_ahead = False
+
+    def hold(self, tensors: Iterable[Tensor]) -> None:
+        """Memory of these tensors that is given back is not used again while work is under way."""
+        storages = {t.untyped_storage().data_ptr(): t for t in tensors if t.numel()}
+        for tensor in storages.values():
+            record_use(tensor, self._stream)
+
+    @contextmanager
+    def entered(self) -> Iterator[None]:
+        """What is begun in the block goes here, after all that the current stream has begun."""
+        self._beside = self._module.current_stream(self._device)
+        self._stream.wait_event(mark(self._device))
+        with on(self._device), self._module.stream(self._stream):
+            try:
+                yield
+            finally:  # of a block that was interrupted some may have begun
+                self._end, self.is_ahead = mark(self._device), True
+
+    def follow(self) -> None:
+        """What the current stream begins from now on comes after that. The host does not wait."""
+        current = self._module.current_stream(self._device)
+        current.wait_event(self._end)
+        # Another stream than that of the training may look at an average; the training's has
+        # still to follow then.
+        self.is_ahead &= current != self._beside
+
+
+def record_use(tensor: Tensor, stream: Any) -> None:
+    """Have the allocator wait for a stream before it gives memory of a tensor away."""
+    tensor.record_stream(stream)
 
 
 def on(device: torch.device) -> AbstractContextManager[Any]:
@@ -76,7 +126,10 @@ def _module(device: torch.device) -> Any:
         module: Any = torch.get_device_module(device)
     except RuntimeError:
         module = None
-    names = ("synchronize", "Event", "current_stream", "is_available", "device_count")
+    names = (
+        *("synchronize", "Event", "Stream", "stream", "current_stream"),
+        *("is_available", "device_count"),
+    )
     missing = [name for name in names if not hasattr(module, name)]
     if missing:
         raise ConfigError(

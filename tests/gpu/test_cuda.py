@@ -338,6 +338,63 @@ def test_shadow_on_the_cpu(mesh: DeviceMesh, mode: str) -> None:
     ema.close()
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("device", ["cpu", None])
+@pytest.mark.parametrize("mode", ["plain_bf16", "fsdp2"])
+def test_what_goes_on_behind_the_call(
+    mesh: DeviceMesh, mode: str, device: str | None, overlap: bool
+) -> None:
+    """Steps follow each other as fast as the host can begin them, and no element is torn."""
+    run = build(mode, mesh)
+    ema = ShardedEMA(run.model, 0.9, device=device, overlap=overlap)
+    ema.attach(run.optimizer)
+    seen = [run.copies()]
+    for index in range(20):
+        run.step(index)
+        seen.append(run.copies())
+    first, *others = [{n: t.to(device or DEVICE) for n, t in each.items()} for each in seen]
+    expected = as_float(first)
+    for each in others:
+        reference_step(expected, each, 1 - 0.9)
+    assert_equal(averages(ema), expected)
+    ema.close()
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_parameters_change_right_after_they_are_read(overlap: bool) -> None:
+    """Each chunk takes a while, and what comes after it on the stream writes the next ones."""
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(1 << 26, device=DEVICE))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    ema = ShardedEMA(model, 0.5, device="cpu", overlap=overlap, offload_buffer=1 << 20)
+    ema.attach(optimizer)
+    expected = 0.0
+    for index in range(5):
+        model.weight.grad = torch.full_like(model.weight, -1.0)
+        optimizer.step()
+        expected += 0.5 * (index + 1 - expected)
+        if not overlap:  # else nothing may change them before the next step
+            with torch.no_grad():
+                model.weight.add_(100.0).sub_(100.0)
+    assert ema.memory["transfer"] == (1 << 20) + model.weight.nbytes
+    assert bool((ema.state_dict()["ema.weight"] == expected).all())
+    ema.close()
+
+
+def test_update_to_the_host_passes_the_sync_debug_mode(mesh: DeviceMesh) -> None:
+    run = build("fsdp2_bf16", mesh)
+    run.step(0)
+    ema = ShardedEMA(run.model, 0.9, device="cpu")
+    ema.update()
+    ema.metrics()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ema.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    ema.close()
+
+
 # ---------------------------------------------------------------------- NaN and Inf
 
 

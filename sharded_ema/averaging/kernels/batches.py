@@ -79,13 +79,13 @@ def make_batches(
                 Batch([live[i] for i in indices], [[s[i] for i in indices] for s in shadows])
             )
         else:
-            batches += [Batch(b, s) for b, s in _blocks(shadows, live, indices, REREAD_NUMEL)]
+            batches += [Batch(b, s) for b, s in blocks(shadows, live, indices, REREAD_NUMEL)]
     buffers: dict[_Kind, Tensor] = {}
     for (kind, _), indices in staged.items():
         if kind not in buffers:
             device, dtype = kind
             buffers[kind] = torch.empty(STAGE_NUMEL, dtype=dtype, device=device)
-        for block, targets in _blocks(shadows, live, indices, STAGE_NUMEL):
+        for block, targets in blocks(shadows, live, indices, STAGE_NUMEL):
             views, position = [], 0
             for tensor in block:
                 view = buffers[kind][position : position + tensor.numel()]
@@ -139,7 +139,7 @@ def _follows(first: Tensor, count: int, tensor: Tensor) -> bool:
     )
 
 
-def _blocks(
+def blocks(
     shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor], indices: list[int], limit: int
 ) -> Iterator[tuple[list[Tensor], list[list[Tensor]]]]:
     """Group blocks of at most ``limit`` elements into batches of at most ``limit`` elements."""

@@ -12,6 +12,7 @@ from array import array
 from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from logging import getLogger
 from typing import Any
 
@@ -77,6 +78,7 @@ class LaunchTable:
     Attributes:
         device: theirs.
         live: the parameters.
+        tensors: all that a launch reads and writes, but for the counter.
     """
 
     def __init__(self, shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor]) -> None:
@@ -94,6 +96,7 @@ class LaunchTable:
                 at = [target + 4 * start for target in targets]
                 rows.append([address + size * start, numel, kind, *at])
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        self.tensors = [self._table, *live, *chain.from_iterable(shadows)]
 
     def try_out(self, *, guard: bool) -> str | None:
         """Compile the kernel and start it on nothing; what went wrong, if anything did."""
