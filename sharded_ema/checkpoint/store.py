@@ -20,10 +20,18 @@ from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.staging import Staging
 from sharded_ema.config import Settings
-from sharded_ema.errors import CheckpointExistsError, ConfigError
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    ConfigError,
+)
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.world import world_size
+
+# How often a checkpoint that is replaced while it is read is read again, whole.
+_MAX_READS = 20
 
 
 class Store:
@@ -215,6 +223,22 @@ class Store:
         """
         self._model.meet()
         reader = SafetensorsStorageReader(path, verify=verify)
+        for _ in range(_MAX_READS):
+            try:
+                return self._load(reader, path, strict=strict, ready=ready)
+            except CheckpointGoneError as error:  # all ranks are told the same
+                said = str(error)
+                reader.forget()
+        raise CheckpointNotFoundError(f"{said}; so it went {_MAX_READS} times")
+
+    def _load(
+        self,
+        reader: SafetensorsStorageReader,
+        path: str | PathLike[str],
+        *,
+        strict: bool,
+        ready: Callable[[], None],
+    ) -> Mapping[str, Any]:
         own: dict[str, Tensor] = {}
         found: list[snapshot.Stored] = []
 

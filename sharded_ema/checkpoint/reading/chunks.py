@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.files import Directory, OpenFile
 from sharded_ema.checkpoint.names import CHUNKS_NAME
 from sharded_ema.checkpoint.reading.manifest import Manifest
-from sharded_ema.checkpoint.safetensors import Entry, build_header, read_header
+from sharded_ema.checkpoint.safetensors import Entry, build_header, parse_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
 
@@ -162,7 +162,8 @@ class ChunkTable:
         self._directory = directory
         self._path = path = directory.location / CHUNKS_NAME
         self._files = files
-        self._entries, metadata, self._data_start = read_header(path)
+        with directory.open(CHUNKS_NAME) as file:
+            self._entries, metadata, self._data_start = parse_header(file)
         self.uuid = metadata.get("uuid", "")
         entry = self._entries.get("offsets", Entry("", "", (), 0, 0))
         if len(entry.shape) != 2 or entry.shape[1] < 1:

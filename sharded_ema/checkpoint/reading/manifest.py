@@ -17,9 +17,9 @@ import xxhash
 
 from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import Location, inside, open_regular, read_whole
+from sharded_ema.checkpoint.files import Directory, Location, read_whole
 from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, META_VERSION, is_plain_name
-from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, read_header
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, parse_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
@@ -179,15 +179,17 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 # ---------------------------------------------------------------------- the files it lists
 
 
-def read_manifest(path: Location) -> Manifest:
-    """The manifest of the checkpoint in the directory ``path``.
+def read_manifest(directory: Directory) -> Manifest:
+    """The manifest of the checkpoint in a directory.
 
     Raises:
         CheckpointCorruptError: damaged, or fields that cannot be.
         CheckpointMismatchError: of a later version of the format.
     """
-    file = inside(path, MANIFEST_NAME)
-    manifest = parse_manifest(read_whole(file, _MAX_MANIFEST_BYTES), str(file))
+    file = directory / MANIFEST_NAME
+    data = read_whole(file, _MAX_MANIFEST_BYTES)
+    directory.remember(MANIFEST_NAME, data)
+    manifest = parse_manifest(data, str(file))
     kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
     for prefix in manifest.emas:
         if kinds.get(prefix + META_KEY) != ("U8", 1):
@@ -209,14 +211,14 @@ def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
         )
 
 
-def check_file(path: Location, record: FileRecord, uuid: str) -> None:
+def check_file(directory: Directory, record: FileRecord, uuid: str) -> None:
     """Check a file by everything but its data: kind, size and header.
 
     Raises:
         CheckpointCorruptError: it is not the file that was written.
     """
-    file = inside(path, record.name)
-    with open_regular(file) as opened:
+    file = directory / record.name
+    with directory.open(record.name) as opened:
         if opened.size != record.num_bytes:
             raise CheckpointCorruptError(
                 f"{file} has {opened.size} bytes, {record.num_bytes} were written: it is truncated "
@@ -227,12 +229,12 @@ def check_file(path: Location, record: FileRecord, uuid: str) -> None:
         if record.header_bytes > MAX_HEADER_BYTES:
             raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
         header = opened.read(0, record.header_bytes)
-    if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
-        raise CheckpointCorruptError(
-            f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "
-            "save"
-        )
-    _, metadata, start = read_header(file)
+        if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
+            raise CheckpointCorruptError(
+                f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of "
+                "another save"
+            )
+        _, metadata, start = parse_header(opened)
     if metadata.get("uuid") != uuid or start != record.header_bytes:
         raise CheckpointCorruptError(f"{file} belongs to another save")
 

@@ -253,7 +253,7 @@ class Checkpoint:
         """
         for record in self.manifest.files if self.manifest is not None else ():
             if names is None or record.name in names:
-                verify_file(self.path / record.name, record.digest)
+                verify_file(self.directory / record.name, record.digest)
 
     def identity(self, keys: Iterable[str]) -> str:
         """A digest that tells these tensors of this save from those of another.
@@ -299,10 +299,10 @@ def open_directory(directory: Directory, names: set[str]) -> Checkpoint:
     """
     if MANIFEST_NAME not in names:
         return Checkpoint(directory, DcpIndex(directory))
-    manifest = read_manifest(directory.location)
+    manifest = read_manifest(directory)
     check_listing(directory.location, names, manifest)
     for record in manifest.files:
-        check_file(directory.location, record, manifest.uuid)
+        check_file(directory, record, manifest.uuid)
     return open_listed(directory, manifest)
 
 
@@ -314,7 +314,7 @@ def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
     """
     for record in manifest.files:
         if record.name in (CHUNKS_NAME, METADATA_NAME):
-            verify_file(directory.location / record.name, record.digest)
+            verify_file(directory / record.name, record.digest)
     if manifest.format == "safetensors":
         return Checkpoint(directory, TableIndex(directory, manifest), manifest)
     index = DcpIndex(directory, {file.name for file in manifest.files})
