@@ -53,6 +53,7 @@ class SafetensorsStorageReader(StorageReader):
         self._path = as_location(path)
         self._verify = verify
         self._catalog: Checkpoint | None = None
+        self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -61,7 +62,7 @@ class SafetensorsStorageReader(StorageReader):
 
     def forget(self) -> None:
         """Open the checkpoint again at the next read, as one that was replaced has to be."""
-        self._catalog = None
+        self._catalog = self._metadata = None
 
     @property
     def catalog(self) -> Checkpoint:
@@ -71,6 +72,11 @@ class SafetensorsStorageReader(StorageReader):
         return self._catalog
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
         stored = {}
         for key, tensor in self.catalog.tensors.items():
             stored[key] = TensorStorageMetadata(

@@ -248,6 +248,7 @@ class Store:
             own.update(self._averages())
             found.append(snapshot.stored_in_checkpoint(reader.catalog))
             self._check_fits(own, found[0], strict=strict)
+            reader.read_metadata()  # of what fails within DCP only the words come through
 
         def alike() -> dict[str, Any]:
             return {"path": str(path), "strict": strict, **self._average.settings()}

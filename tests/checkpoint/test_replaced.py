@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from sharded_ema import ShardedEMA, consolidate, verify
+from sharded_ema.checkpoint import files
 from sharded_ema.checkpoint.files import Directory, OpenFile
 from sharded_ema.checkpoint.reading import manifest
 from sharded_ema.checkpoint.run import open_checkpoint
@@ -63,9 +64,11 @@ def count_calls(path: Path) -> int:
         return meddler.calls
 
 
+@pytest.mark.parametrize("held_open", [32, 1, 0])
 def test_a_load_gives_one_save_whole_wherever_another_comes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_open: int
 ) -> None:
+    monkeypatch.setattr(files, "_MAX_OPEN_FILES", held_open)
     path = tmp_path / "last"
     save(path, 1)
     for at in range(1, count_calls(path) + 1):
