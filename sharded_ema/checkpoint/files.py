@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -92,7 +93,64 @@ def driver(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url} cannot be reached: {error}") from error
     fs.invalidate_cache()
-    return fs, path
+    return _Driver(fs, url), path
+
+
+# Protocols of stores that have buckets and no directories.
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"})
+# Packages whose errors are of no class that Python has.
+_CLIENTS = frozenset(
+    {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
+)
+
+
+def is_bucket_store(url: URL) -> bool:
+    """Whether a URL is one of a store in which directories need not and cannot be made."""
+    return url.partition("://")[0].rpartition("::")[2] in _BUCKETS
+
+
+class reaching:
+    """A block in which a store is asked for something; what its client raises becomes an error of
+    this library.
+
+    Raises:
+        CheckpointError: the store cannot be reached, or refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, OSError):
+            return
+        if kind.__module__.partition(".")[0] in _CLIENTS:
+            said = " ".join(str(error).split())
+            raise CheckpointError(f"{self._url} cannot be reached: {said}") from error
+
+
+class _Driver:
+    """A file system of fsspec whose calls are made in :class:`reaching`."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs = fs
+        self._url = url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        @wraps(found)
+        def call(*args: Any, **options: Any) -> Any:
+            with reaching(self._url):
+                return found(*args, **options)
+
+        return call
 
 
 def entries(location: Location) -> set[str]:
@@ -105,7 +163,9 @@ def entries(location: Location) -> set[str]:
     fs, path = driver(location)
     if not fs.isdir(path):
         return set()
-    return {found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)}
+    # Some tools put an empty object where they show a folder: it has the name of the folder.
+    found = {name.rstrip("/") for name in fs.ls(path, detail=False)}
+    return {name.rpartition("/")[2] for name in found if name.strip("/") != path.strip("/")}
 
 
 def is_file(location: Location) -> bool:
@@ -210,8 +270,9 @@ class _RemoteFile(OpenFile):
     def _read_at(self, view: memoryview, position: int) -> int:
         if position >= self.size:
             return 0
-        self._file.seek(position)
-        return int(self._file.readinto(view))
+        with reaching(str(self.location)):
+            self._file.seek(position)
+            return int(self._file.readinto(view))
 
     def close(self) -> None:
         self._file.close()

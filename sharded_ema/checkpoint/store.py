@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -161,11 +162,13 @@ class Store:
             with ranks.interruptible():
                 state = self._staging.copy(state)
         handle = SaveHandle(target, step, wait)
+        # Whatever os.chdir() does while a thread writes.
+        place = target.absolute() if isinstance(target, Path) else target
 
         def write() -> None:
             handle.staged()
             save_state(
-                state, target, format=format, replace=replace, ranks=ranks,
+                state, place, format=format, replace=replace, ranks=ranks,
                 latest=latest, keep_last=keep_last,
             )  # fmt: skip
 

@@ -15,7 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, gone, inside
-from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME, META_KEY, METADATA_NAME
+from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, METADATA_NAME
 from sharded_ema.checkpoint.reading.chunks import ChunkTable, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.manifest import (
@@ -144,7 +144,7 @@ def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkp
             faulty.add(record.name)
     checkpoint = table = None
     entries: dict[str, list[tuple[int, int, str]]] = {}
-    if not faulty & {CHUNKS_NAME, METADATA_NAME}:
+    if not faulty & {manifest.chunks_name, METADATA_NAME}:
         with _noting(report):
             checkpoint = open_listed(directory, manifest)
             if isinstance(checkpoint.index, DcpIndex):

@@ -17,7 +17,6 @@ import xxhash
 
 from sharded_ema.checkpoint.files import Bytes, Directory, Location
 from sharded_ema.checkpoint.names import (
-    CHUNKS_NAME,
     MANIFEST_NAME,
     META_KEY,
     METADATA_NAME,
@@ -313,7 +312,7 @@ def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
         CheckpointCorruptError: the chunk table, or ``.metadata``, is damaged.
     """
     for record in manifest.files:
-        if record.name in (CHUNKS_NAME, METADATA_NAME):
+        if record.name in (manifest.chunks_name, METADATA_NAME):
             verify_file(directory / record.name, record.digest)
     if manifest.format == "safetensors":
         return Checkpoint(directory, TableIndex(directory, manifest), manifest)
