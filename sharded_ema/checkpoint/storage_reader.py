@@ -58,11 +58,7 @@ class SafetensorsStorageReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self._path = as_location(checkpoint_id)
-            self.forget()
-
-    def forget(self) -> None:
-        """Open the checkpoint again at the next read, as one that was replaced has to be."""
-        self._catalog = self._metadata = None
+            self._catalog = self._metadata = None
 
     @property
     def catalog(self) -> Checkpoint:

@@ -231,7 +231,7 @@ class Store:
                 return self._load(reader, path, strict=strict, ready=ready)
             except CheckpointGoneError as error:  # all ranks are told the same
                 said = str(error)
-                reader.forget()
+                reader.reset(path)
         raise CheckpointNotFoundError(f"{said}; so it went {_MAX_READS} times")
 
     def _load(
