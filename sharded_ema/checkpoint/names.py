@@ -40,13 +40,33 @@ METADATA_NAME = ".metadata"
 #: What a directory with a committed checkpoint has one of.
 COMMITTED_NAMES = frozenset({MANIFEST_NAME, METADATA_NAME})
 
-_DATA = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
+# Under a URL the names have the uuid of the save, so that no two saves write one object.
+_DATA = re.compile(
+    r"(?:shard-\d+|chunks)(?:-(?P<uuid>[0-9a-f]{32}))?\.safetensors|__\d+_\d+\.distcp"
+)
 _MAX_NAME_BYTES = 255
 
 
-def shard_name(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"shard-{rank:05d}.safetensors"
+def shard_name(rank: int, uuid: str = "") -> str:
+    """The file that a rank writes; with the uuid of the save where others may write beside it."""
+    return f"shard-{rank:05d}{uuid and f'-{uuid}'}.safetensors"
+
+
+def chunks_name(uuid: str = "") -> str:
+    """The file with the chunk table; with the uuid as in :func:`shard_name`."""
+    return f"chunks-{uuid}.safetensors" if uuid else CHUNKS_NAME
+
+
+def is_chunks(name: str) -> bool:
+    """Whether a file of this name has a chunk table."""
+    match = _DATA.fullmatch(name)
+    return match is not None and name in (CHUNKS_NAME, chunks_name(match["uuid"] or ""))
+
+
+def is_part_of(name: str, uuid: str) -> bool:
+    """Whether a file is known by its name to be one that the save of this uuid has written."""
+    match = _DATA.fullmatch(name)
+    return match is not None and match["uuid"] == uuid
 
 
 def is_part(name: str) -> bool:

@@ -19,7 +19,9 @@ that what is half-written there is nobody's.
 A directory is renamed before it is removed. So a reader never meets half of it under its name, and
 a save that, against all locks, is still writing into it cannot rename it to a checkpoint any more.
 Under a URL nothing can be renamed and there are no locks; there the manifest goes first, and what
-is left without it is no checkpoint.
+is left without it is no checkpoint. A save that gives up removes the objects with its uuid in their
+names, once it has seen that the manifest is not its own. What a killed save has left there stays,
+as nobody can tell that it is dead.
 """
 
 from __future__ import annotations
@@ -31,20 +33,22 @@ import shutil
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.files import URL, Location, driver, entries
+from sharded_ema.checkpoint.files import URL, Directory, Location, driver, entries
 from sharded_ema.checkpoint.names import (
     MANIFEST_NAME,
     is_of_workplace,
     is_part,
+    is_part_of,
     is_set_aside,
     is_temporary,
     set_aside,
     temporary,
     without_mark,
 )
+from sharded_ema.checkpoint.reading.manifest import read_manifest
 from sharded_ema.checkpoint.run import committed, find_set_aside
 
 # ---------------------------------------------------------------------- removing
@@ -53,8 +57,10 @@ from sharded_ema.checkpoint.run import committed, find_set_aside
 def remove(location: Location) -> None:
     """Remove a directory that no longer counts; what cannot be removed is only in the way.
 
+    Under a URL it is a committed checkpoint, of which what its manifest lists is removed.
+
     Raises:
-        OSError: it lies under a URL, and an object cannot be removed.
+        OSError, CheckpointError: it lies under a URL, and an object cannot be removed.
     """
     if isinstance(location, URL):
         _remove_objects(location)
@@ -70,8 +76,27 @@ def remove(location: Location) -> None:
 
 def _remove_objects(url: URL) -> None:
     fs, path = driver(url)
-    for name in sorted(entries(url), key=lambda name: name != MANIFEST_NAME):
+    # What other saves write there is not of this checkpoint.
+    listed = [file.name for file in read_manifest(Directory(url)).files]
+    for name in [MANIFEST_NAME, *sorted(entries(url).intersection(listed))]:
         fs.rm_file(f"{path}/{name}")
+    _remove_folder(fs, path)
+
+
+def remove_parts(url: URL, uuid: str) -> None:
+    """Remove what one save has written under a URL, which must not be committed.
+
+    Raises:
+        OSError, CheckpointError: an object cannot be removed.
+    """
+    fs, path = driver(url)
+    for name in entries(url):
+        if is_part_of(name, uuid):
+            fs.rm_file(f"{path}/{name}")
+    _remove_folder(fs, path)
+
+
+def _remove_folder(fs: Any, path: str) -> None:
     # Where directories are real (drivers without any raise NotImplementedError); never the
     # bucket itself.
     if "/" in path.strip("/"):

@@ -21,6 +21,7 @@ from sharded_ema.checkpoint.files import (
     as_location,
     entries,
     exists,
+    gone,
     is_file,
     read_if_file,
 )
@@ -44,12 +45,15 @@ from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointGoneError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
 )
 
 # Larger than any name can be.
 _MAX_POINTER_BYTES = 4096
+# How often a checkpoint that is replaced while it is opened is opened again.
+_MAX_LOOKS = 20
 
 # ---------------------------------------------------------------------- the one that a path means
 
@@ -67,20 +71,40 @@ def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    where, names = find_checkpoint(path)
-    return open_directory(Directory(where, files), names)
+    for _ in range(_MAX_LOOKS - 1):
+        with suppress(CheckpointGoneError):
+            return _open_found(path, files)
+    return _open_found(path, files)
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
-    """The directory that holds a committed checkpoint, and the names in it.
+def _open_found(path: str | os.PathLike[str], files: OpenFiles | None) -> Checkpoint:
+    directory, names = find_checkpoint(path, files)
+    with directory.unless_gone():
+        return open_directory(directory, names)
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], files: OpenFiles | None = None
+) -> tuple[Directory, set[str]]:
+    """The directory that holds a committed checkpoint, held open, and the names in it.
 
     It is ``path`` itself, or what a file ``latest`` at ``path`` names, or what an interrupted
     replacement of ``path`` has set aside.
+
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
         CheckpointUncommittedError: a save that did not finish.
     """
+    for _ in range(_MAX_LOOKS - 1):
+        with suppress(CheckpointGoneError):
+            return _find(path, files)
+    return _find(path, files)
+
+
+def _find(path: str | os.PathLike[str], files: OpenFiles | None) -> tuple[Directory, set[str]]:
     where = follow(as_location(path))
     if isinstance(where, Path) and not where.is_dir():
         where = _interrupted_replacement(where)
@@ -89,9 +113,15 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
             f"{where} is the temporary directory of a save that did not finish; use an earlier "
             "checkpoint"
         )
-    names = entries(where)
+    try:
+        directory = Directory(where, files)
+    except CheckpointNotFoundError:
+        raise gone(where) from None
+    names = directory.names()
     if names & COMMITTED_NAMES:
-        return where, names
+        return directory, names
+    if directory.is_gone():
+        raise gone(where)
     if any(map(is_part, names)):
         raise CheckpointUncommittedError(
             f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
@@ -178,12 +208,21 @@ def find_set_aside(path: Path) -> Path | None:
         and without_mark(sibling.name) == path.name
         and (sibling / MANIFEST_NAME).is_file()
     ]
-    return max(found, key=lambda p: p.stat().st_mtime_ns) if found else None
+    return max(found, key=_modified) if found else None
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # removed just now
+        return 0
 
 
 def _interrupted_replacement(path: Path) -> Path:
     """The checkpoint set aside for one at ``path`` that never came."""
     aside = None if os.path.lexists(path) else find_set_aside(path)
+    if aside is None and path.is_dir():  # the replacement has come in this moment
+        raise gone(path)
     if aside is None:
         unfinished = [
             p.name for p in _siblings(path) if p.name.startswith(path.name + TEMPORARY_MARK)
@@ -247,7 +286,7 @@ def committed_at(path: Location) -> Committed | None:
     if not is_file(path / MANIFEST_NAME):
         return None
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(Directory(path))
     except CheckpointError:
         if is_file(path / MANIFEST_NAME):
             raise

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import Location, open_regular
+from sharded_ema.checkpoint.files import Location, Member, OpenFile, open_regular
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape
 
@@ -104,7 +104,7 @@ def build_header(
 
 
 def read_header(
-    path: Location,
+    path: Location | Member,
 ) -> tuple[dict[str, Entry], dict[str, str], int]:
     """Read and check the header of a safetensors file.
 
@@ -116,15 +116,24 @@ def read_header(
             and a size that differs from what the header says included.
     """
     with open_regular(path) as file:
-        size = file.size
-        prefix = file.read(0, 8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointCorruptError(
-                f"{path}: the header should take {length} bytes and the file has {size}; it is "
-                "truncated or no safetensors file"
-            )
-        text = file.read(8, length)
+        return parse_header(file)
+
+
+def parse_header(file: OpenFile) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """The same of a file that is open.
+
+    Raises:
+        CheckpointCorruptError: see :func:`read_header`.
+    """
+    path, size = file.location, file.size
+    prefix = file.read(0, 8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointCorruptError(
+            f"{path}: the header should take {length} bytes and the file has {size}; it is "
+            "truncated or no safetensors file"
+        )
+    text = file.read(8, length)
     header = load_json(text, str(path))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -20,10 +21,18 @@ from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.staging import Staging
 from sharded_ema.config import Settings
-from sharded_ema.errors import CheckpointExistsError, ConfigError
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    ConfigError,
+)
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.world import world_size
+
+# How often a checkpoint that is replaced while it is read is read again, whole.
+_MAX_READS = 20
 
 
 class Store:
@@ -153,11 +162,13 @@ class Store:
             with ranks.interruptible():
                 state = self._staging.copy(state)
         handle = SaveHandle(target, step, wait)
+        # Whatever os.chdir() does while a thread writes.
+        place = target.absolute() if isinstance(target, Path) else target
 
         def write() -> None:
             handle.staged()
             save_state(
-                state, target, format=format, replace=replace, ranks=ranks,
+                state, place, format=format, replace=replace, ranks=ranks,
                 latest=latest, keep_last=keep_last,
             )  # fmt: skip
 
@@ -215,6 +226,22 @@ class Store:
         """
         self._model.meet()
         reader = SafetensorsStorageReader(path, verify=verify)
+        for _ in range(_MAX_READS):
+            try:
+                return self._load(reader, path, strict=strict, ready=ready)
+            except CheckpointGoneError as error:  # all ranks are told the same
+                said = str(error)
+                reader.reset(path)
+        raise CheckpointNotFoundError(f"{said}; so it went {_MAX_READS} times")
+
+    def _load(
+        self,
+        reader: SafetensorsStorageReader,
+        path: str | PathLike[str],
+        *,
+        strict: bool,
+        ready: Callable[[], None],
+    ) -> Mapping[str, Any]:
         own: dict[str, Tensor] = {}
         found: list[snapshot.Stored] = []
 
@@ -224,6 +251,7 @@ class Store:
             own.update(self._averages())
             found.append(snapshot.stored_in_checkpoint(reader.catalog))
             self._check_fits(own, found[0], strict=strict)
+            reader.read_metadata()  # of what fails within DCP only the words come through
 
         def alike() -> dict[str, Any]:
             return {"path": str(path), "strict": strict, **self._average.settings()}

@@ -106,7 +106,7 @@ def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
     index = KnownChunks(
         "adapter" if is_adapter else "safetensors", tensors, chunks, texts=texts.get(first, {})
     )
-    return Checkpoint(Directory(root, files), index)
+    return Checkpoint(Directory(root, files, links=True), index)
 
 
 def holds_model(path: Path) -> bool:

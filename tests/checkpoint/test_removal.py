@@ -186,3 +186,12 @@ def test_a_replacement_that_fails_puts_the_old_one_back(
     assert ema.load(tmp_path / "last") == 1
     with pytest.raises(CheckpointExistsError):
         ema.save(tmp_path / "last", step=2)
+
+
+@pytest.mark.parametrize("name", ["x.tmp-1", "exp.tmp-2024-01", f"x.old-{'0' * 32}"])
+def test_names_that_nobody_would_read_are_refused(
+    ema: ShardedEMA, tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(ConfigError, match="choose one without"):
+        ema.save(tmp_path / name, step=1)
+    assert not names(tmp_path)

@@ -32,11 +32,15 @@ from sharded_ema.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank writes: directory of the save, its uuid, and this rank's position."""
+    """Where a rank writes: directory of the save, its uuid, this rank's position.
+
+    ``mark`` is what names of files have of the uuid, ``inner`` what DCP's own writer wants.
+    """
 
     directory: str
     uuid: str
     position: int
+    mark: str = ""
     inner: Any = None
 
 
@@ -79,7 +83,10 @@ class Commit:
         self.world_size = len(plans)
         return [
             dataclasses.replace(
-                plan, storage_data=Place(directory, self.target.uuid, i, plan.storage_data)
+                plan,
+                storage_data=Place(
+                    directory, self.target.uuid, i, self.target.mark, plan.storage_data
+                ),
             )
             for i, plan in enumerate(plans)
         ]

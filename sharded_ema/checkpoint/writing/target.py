@@ -6,24 +6,40 @@ so, one rename makes it ``<path>``; a crash at any moment leaves the target abse
 next save find it if the process dies between the two renames.
 
 Object stores rename nothing at once: there the objects lie under their last names from the
-beginning, and the manifest, which is written after all others, makes them a checkpoint.
+beginning, and the manifest, which is written after all others and only if there is none, makes
+them a checkpoint.
 """
 
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
 from sharded_ema.checkpoint import durable, removal
-from sharded_ema.checkpoint.files import URL, Location, as_location, driver, entries
+from sharded_ema.checkpoint.files import (
+    URL,
+    Location,
+    as_location,
+    driver,
+    entries,
+    is_bucket_store,
+    reaching,
+)
 from sharded_ema.checkpoint.names import LATEST_NAME, MANIFEST_NAME, is_part, temporary
 from sharded_ema.checkpoint.run import is_pointer
-from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, ConfigError, warn
+from sharded_ema.errors import (
+    CheckpointError,
+    CheckpointExistsError,
+    CheckpointWriteError,
+    ConfigError,
+    warn,
+)
 
 
 class Target(ABC):
@@ -39,6 +55,11 @@ class Target(ABC):
 
     directory: str | None = None
     uuid: str
+
+    @property
+    def mark(self) -> str:
+        """What the names of its files must have of the uuid: nothing, or all of it."""
+        return ""
 
     def __init__(self, location: Location) -> None:
         self._location = location
@@ -85,7 +106,7 @@ class Target(ABC):
                 self._point(f"{self._location.name}\n".encode())
             if keep_last is not None:
                 removal.remove_outdated(self._location, keep_last)
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             warn(
                 f"{self._location} is committed, but what lies beside it could not be brought up "
                 f"to date: {error}"
@@ -146,8 +167,9 @@ class LocalTarget(Target):
 class RemoteTarget(Target):
     """A prefix of an object store, or whatever else fsspec has a driver for.
 
-    There are no locks: of two jobs that save to one URL at the same moment the later one may
-    overwrite files of the earlier one. Their digests then tell that the checkpoint is damaged.
+    There are no locks. Every object but the manifest has the uuid of its save in its name, so that
+    jobs which save to one URL at the same moment write beside each other. The manifest is put on
+    the condition that there is none: the first one commits, the others are told.
     """
 
     def __init__(self, url: URL) -> None:
@@ -155,15 +177,22 @@ class RemoteTarget(Target):
         self._url = url
         self._fs, self._path = driver(url)
 
+    @property
+    def mark(self) -> str:
+        return self.uuid
+
     def check(self, *, replace: bool) -> None:
         if replace:
             raise ConfigError(
                 f"replace=True needs a file system that renames, {self._url} does not; save under "
                 "a new name, with keep_last to remove old checkpoints"
             )
-        names = entries(self._url)
+        try:
+            names, is_file = entries(self._url), self._fs.isfile(self._path)
+        except OSError as error:
+            raise CheckpointWriteError(f"{self._url} cannot be looked at: {error}") from error
         foreign = {name for name in names if not is_part(name)}
-        if MANIFEST_NAME in names or foreign or self._fs.isfile(self._path):
+        if MANIFEST_NAME in names or foreign or is_file:
             raise CheckpointExistsError(
                 f"{self._url} already exists and is left as it is; save to a new URL"
             )
@@ -171,8 +200,13 @@ class RemoteTarget(Target):
     def begin(self, *, replace: bool) -> str:
         self.check(replace=replace)
         try:
-            removal.remove(self._url)  # parts without a manifest: a save that was killed
-            self._fs.makedirs(self._path, exist_ok=True)
+            if is_bucket_store(self._url):
+                # To make directories would be to make the bucket.
+                bucket = self._path.strip("/").partition("/")[0]
+                if not self._fs.exists(bucket):
+                    raise CheckpointWriteError(f"there is no bucket {bucket!r} for {self._url}")
+            else:
+                self._fs.makedirs(self._path, exist_ok=True)
         except OSError as error:
             raise CheckpointWriteError(f"cannot write to {self._url}: {error}") from error
         self.uuid = uuid4().hex
@@ -184,13 +218,46 @@ class RemoteTarget(Target):
 
     def publish(self, manifest: bytes, *, replace: bool) -> None:
         self.check(replace=replace)
-        self.write(MANIFEST_NAME, manifest)
-        self.directory = None
+        path = f"{self._path}/{MANIFEST_NAME}"
+        failure: OSError | CheckpointError | None = None
+        try:
+            if "mode" in inspect.signature(self._fs.pipe_file).parameters:
+                self._fs.pipe_file(path, manifest, mode="create")
+            else:  # by way of a file, or without any condition
+                self._fs.pipe_file(path, manifest)
+        except (OSError, CheckpointError) as error:
+            failure = error
+        # What it says is not the last word: a request that was sent again finds its own manifest,
+        # and there are stores that know of no conditions.
+        found = self._committed(failure)
+        if found == manifest:
+            self.directory = None
+            return
+        if found is not None:
+            raise CheckpointExistsError(
+                f"another job has saved to {self._url} meanwhile; that checkpoint stays, this save "
+                "is given up; save to a new URL"
+            ) from failure
+        raise failure or CheckpointWriteError(f"{self._url} does not show what was written to it")
+
+    def _committed(self, failure: Exception | None = None) -> bytes | None:
+        """The manifest that is there."""
+        try:
+            return bytes(self._fs.cat_file(f"{self._path}/{MANIFEST_NAME}"))
+        except FileNotFoundError:
+            return None
+        except (OSError, CheckpointError) as error:
+            raise failure or error from error
 
     def abandon(self) -> None:
-        if self.directory is not None:
-            self.directory = None
-            removal.remove(self._url)
+        if self.directory is None:
+            return
+        self.directory = None
+        # What cannot be asked or removed is left: it is in nobody's way.
+        with suppress(OSError, CheckpointError):
+            found = self._committed()
+            if found is None or self.uuid.encode() not in found:
+                removal.remove_parts(self._url, self.uuid)
 
     def _point(self, data: bytes) -> None:
         self._fs.pipe_file(driver(self._url.parent / LATEST_NAME)[1], data)
@@ -212,7 +279,7 @@ def new_file(directory: str, name: str, num_bytes: int) -> Iterator[Callable[[me
     where = as_location(directory)
     if isinstance(where, URL):
         fs, path = driver(where / name)
-        with fs.open(path, "wb") as remote:
+        with reaching(where), fs.open(path, "wb") as remote:
             yield remote.write
         return
     with durable.new_file(where / name, num_bytes) as write:
