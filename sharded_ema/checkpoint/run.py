@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharded_ema.checkpoint.files import (
+    URL,
     Directory,
     Location,
     OpenFiles,
@@ -206,6 +207,7 @@ def find_set_aside(path: Path) -> Path | None:
         for sibling in _siblings(path)
         if is_set_aside(sibling.name)
         and without_mark(sibling.name) == path.name
+        and not sibling.is_symlink()
         and (sibling / MANIFEST_NAME).is_file()
     ]
     return max(found, key=_modified) if found else None
@@ -251,6 +253,8 @@ class Committed:
         saved_at: when it was committed, Unix time in milliseconds.
         uuid: of the save.
         num_bytes: size of its files, without the manifest.
+        run: what tells its average from others, and is kept through loads; ``""`` if unknown, as
+            of checkpoints by earlier versions.
     """
 
     path: Location
@@ -258,6 +262,7 @@ class Committed:
     saved_at: int
     uuid: str
     num_bytes: int
+    run: str = ""
 
     @property
     def name(self) -> str:
@@ -266,7 +271,10 @@ class Committed:
 
     @property
     def order(self) -> tuple[int, int]:
-        """What the checkpoints of a run are sorted by: after going back, steps fall."""
+        """What the checkpoints of a run are sorted by: after going back, steps fall.
+
+        No save has an earlier time than what lies beside it, whatever the clock says.
+        """
         return self.saved_at, self.step
 
 
@@ -295,7 +303,49 @@ def committed_at(path: Location) -> Committed | None:
     if not steps:
         return None
     num_bytes = sum(file.num_bytes for file in manifest.files)
-    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes)
+    runs = {meta.get("run") for meta in manifest.emas.values()}
+    run = ",".join(sorted(r for r in runs if isinstance(r, str)))
+    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes, run)
+
+
+# Of so many manifests beside a new checkpoint, those changed last, the time is looked at.
+_MAX_NEIGHBOURS = 4
+
+
+def saved_last_beside(path: Location) -> int:
+    """The latest time at which a checkpoint beside ``path`` says that it was saved, or 0.
+
+    Each is later than those before it. So on a file system the manifests that were changed last,
+    by its own clock, will do; and under a URL, where each look is a request, what ``latest`` names.
+    """
+    found = [0]
+    for neighbour in _neighbours(path):
+        with suppress(CheckpointError, OSError):
+            at = committed_at(neighbour)
+            found += [at.saved_at] if at else []
+    return max(found)
+
+
+def _neighbours(path: Location) -> list[Location]:
+    if isinstance(path, URL):
+        name = named_by_latest(path.parent)
+        return [path.parent / name] if name else []
+    changed = []
+    for name in entries(path.parent):
+        with suppress(OSError):
+            if not looks_temporary(name):
+                changed.append(((path.parent / name / MANIFEST_NAME).stat().st_mtime_ns, name))
+    return [path.parent / name for _, name in sorted(changed)[-_MAX_NEIGHBOURS:]]
+
+
+def named_by_latest(folder: Location) -> str | None:
+    """The name that the file ``latest`` in a directory holds; ``None`` without such a file."""
+    pointer = folder / LATEST_NAME
+    try:
+        named = follow(pointer)
+    except (CheckpointError, OSError):
+        return None
+    return named.name if named != pointer else None
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
@@ -354,7 +404,8 @@ class Run:
 def read_run(run: str | os.PathLike[str]) -> Run:
     """Look at the manifests in a run; links are not followed."""
     root = as_location(run)
-    found = Run([], {}, [], _latest(root) or _latest(root / CHECKPOINTS_DIRECTORY))
+    latest = named_by_latest(root) or named_by_latest(root / CHECKPOINTS_DIRECTORY)
+    found = Run([], {}, [], latest)
     for path in _places(root, links=False):
         if _is_unfinished(path):
             found.leftovers.append(str(path).removeprefix(f"{root}/"))
@@ -415,12 +466,3 @@ def _is_unfinished(path: Location) -> bool:
         return True
     names = _names(path)
     return not names & COMMITTED_NAMES and any(map(is_part, names))
-
-
-def _latest(folder: Location) -> str | None:
-    pointer = folder / LATEST_NAME
-    try:
-        named = follow(pointer)
-    except CheckpointError:
-        return None
-    return named.name if named != pointer else None

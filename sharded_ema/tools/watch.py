@@ -19,10 +19,12 @@ from typing import Protocol
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.durable import fsync
 from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import (
     LATEST_NAME,
     MANIFEST_NAME,
     is_temporary,
+    new_uuid,
     numbered,
     temporary,
     without_number,
@@ -41,6 +43,9 @@ from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.huggingface import has_description, read_model
 from sharded_ema.tools.report import Report
+
+# Of the directory by which a watch holds that of its exports.
+_WATCH_DIGITS = "0" * 32
 
 
 class Stop(Protocol):
@@ -172,12 +177,11 @@ class _Watcher:
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
-        with _alone(self._out) as sure:
+        with _alone(self._out) as hold:
             while True:
                 # First, so that a consolidation which was killed is gone on with.
                 yield from self._look(once=interval is None)
-                if sure:
-                    removal.sweep(self._out)
+                removal.sweep(self._out, hold.place)
                 if interval is None or self._stop.is_set() or self._stop.wait(interval):
                     return
 
@@ -333,21 +337,18 @@ def _is_there(checkpoint: Committed) -> bool:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[bool]:
-    """Keep other watches out, and leave nothing half-written behind.
-
-    Yields:
-        Whether this is sure: a file system without locks cannot tell.
-    """
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+def _alone(out: Path) -> Iterator[Hold]:
+    """Keep other watches out, and leave nothing half-written behind."""
+    place = temporary(out / ".watch", new_uuid(_WATCH_DIGITS))
+    found = removal.occupy(place, out / ".watch")
+    if not isinstance(found, Hold):
+        raise ConfigError(
+            f"another watch is at work in {out}"
+            f"{f' ({found.holder})' if found.holder else f': {found.foreign} ({place})'}; give "
+            "each a directory of its own"
+        )
     try:
-        alone = removal.lock_alone(descriptor)
-        if alone is False:
-            raise ConfigError(f"another watch is at work in {out}; give each its own")
-        try:
-            yield alone is True
-        finally:
-            if alone:
-                removal.sweep(out)
+        yield found
     finally:
-        os.close(descriptor)
+        removal.sweep(out, place)
+        removal.discard(found)

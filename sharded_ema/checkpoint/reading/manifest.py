@@ -320,6 +320,8 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
         profile.get("schedule", lambda v: isinstance(v, dict))
         profile.get("decay", lambda v: _is_number(v) and v <= 1)
         profile.get("seed_weight", lambda v: _is_number(v) and v <= 1)
+    if "run" in meta:
+        fields.get("run", is_text)
     if "adapters" in meta:
         fields.get("adapters", _is_names)
     if "sampled_distance" in meta:

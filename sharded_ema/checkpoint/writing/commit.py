@@ -25,6 +25,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     decode_meta,
     dump_manifest,
 )
+from sharded_ema.checkpoint.run import saved_last_beside
 from sharded_ema.checkpoint.writing.target import make_target
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.version import __version__
@@ -116,7 +117,8 @@ class Commit:
             files=(*files_of(written).values(), *tables),
             world_size=self.world_size,
             libraries=_libraries(),
-            saved_at=time.time_ns() // 1_000_000,
+            # The clock may have gone back, or be another machine's.
+            saved_at=max(time.time_ns() // 1_000_000, 1 + saved_last_beside(self.target.location)),
         )
         self.target.publish(dump_manifest(manifest), replace=self.replace)
 
