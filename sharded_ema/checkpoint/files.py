@@ -33,8 +33,9 @@ from sharded_ema.errors import (
     ConfigError,
 )
 
-# Names of files that OpenFiles keeps open; of one, as many as there are threads.
-_MAX_OPEN_FILES = 32
+# Names of files that OpenFiles keeps open; of one, as many as there are threads. And directories.
+_MAX_OPEN_FILES = 26
+_MAX_HELD = 6
 
 Bytes = NDArray[np.uint8]
 
@@ -402,7 +403,7 @@ class OpenFiles:
         with self._lock:
             self._held[handle] = None
             self._held.move_to_end(handle)
-            if len(self._held) > _MAX_OPEN_FILES:
+            if len(self._held) > _MAX_HELD:
                 self._held.popitem(last=False)[0].close()
 
     @contextmanager

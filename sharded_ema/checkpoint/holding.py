@@ -145,12 +145,20 @@ class Hold:
         hold = cls(place)
         _held[hold.uuid] = hold
         while True:
-            with suppress(FileNotFoundError):
+            try:
                 place.mkdir()
                 hold._enter()
                 hold._mark()
                 break
-            hold._leave()
+            except FileNotFoundError:
+                hold._leave()
+            except BaseException:
+                hold.close()
+                with suppress(OSError):  # what cannot be removed now, the next save removes
+                    for name in (unfinished_holder_name(hold.uuid), holder_name(hold.uuid)):
+                        (place / name).unlink(missing_ok=True)
+                    place.rmdir()
+                raise
             if not place.parent.is_dir():
                 raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(place.parent))
         _begin_to_beat()

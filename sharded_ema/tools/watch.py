@@ -67,6 +67,7 @@ def watch(
     dtype: str | None = None,
     profile: str = DEFAULT_PROFILE,
     like: str | os.PathLike[str] | None = None,
+    trust_code: bool = False,
     keep: int = 2,
     interval: float = 10.0,
     once: bool = False,
@@ -86,7 +87,7 @@ def watch(
             of its step (``run/step_100/ema``), or either in ``run/checkpoints``. It may be missing
             yet, unless ``once``.
         out: directory for the exports; made if it is missing. One watch at a time.
-        dtype, profile, like: see :func:`~sharded_ema.consolidate`.
+        dtype, profile, like, trust_code: see :func:`~sharded_ema.consolidate`.
         keep: number of exports; there is one more while it is written.
         interval: seconds between two looks.
         once: look once, export what is missing, end.
@@ -114,12 +115,13 @@ def watch(
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
     if like is not None:
-        read_model(as_path(like, "like"))
+        read_model(as_path(like, "like"), trust_code=trust_code)
     _check_run(as_location(run), once=once)
     link = Path(out, LATEST_NAME)
     if os.path.lexists(link) and not link.is_symlink():
         raise CheckpointExistsError(f"{link} is no symbolic link; move it elsewhere")
-    watcher = _Watcher(run, Path(out), dtype, profile, like, keep, stop or threading.Event())
+    stop = stop or threading.Event()
+    watcher = _Watcher(run, Path(out), dtype, profile, like, trust_code, keep, stop)
     return watcher.run(None if once else interval)
 
 
@@ -159,6 +161,7 @@ class _Watcher:
         dtype: str | None,
         profile: str,
         like: str | os.PathLike[str] | None,
+        trust_code: bool,
         keep: int,
         stop: Stop,
     ) -> None:
@@ -167,6 +170,7 @@ class _Watcher:
         self._dtype = dtype
         self._profile = profile
         self._like = like
+        self._trust_code = trust_code
         self._keep = keep
         self._stop = stop
         # Saves that cannot be exported with the state of their files, and damaged manifests, so
@@ -238,6 +242,7 @@ class _Watcher:
             profile=self._profile,
             dtype=self._dtype,
             like=self._like,
+            trust_code=self._trust_code,
             progress=False,
         )
         report.action = "watch"
@@ -284,7 +289,9 @@ class _Watcher:
             return True
         known = (path, source)
         if known not in self._alike:
-            self._alike[known] = has_description(path, Path(self._like))
+            self._alike[known] = has_description(
+                path, Path(self._like), trust_code=self._trust_code
+            )
         return self._alike[known]
 
     def _tidy(self, checkpoints: list[Committed]) -> None:

@@ -27,7 +27,7 @@ from sharded_ema.checkpoint.names import (
     is_part,
     is_plain_name,
 )
-from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, parse_header
+from sharded_ema.checkpoint.safetensors import MAX_HEADER_BYTES, check_dtype, parse_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
@@ -351,26 +351,27 @@ class _Fields:
         if not isinstance(values, dict):
             raise CheckpointCorruptError(f"{where} is malformed: {shown(values)} is no object")
         self._values = values
-        self._where = where
+        self.where = where
 
     def get(self, name: str, check: Callable[[Any], bool], default: Any = _MISSING) -> Any:
         value = self._values.get(name, default)
         if value is _MISSING or not check(value):
             raise CheckpointCorruptError(
-                f"{self._where} is malformed: {name!r} cannot be {shown(value)}"
+                f"{self.where} is malformed: {name!r} cannot be {shown(value)}"
             )
         return value
 
     def inner(self, values: Any) -> _Fields:
-        return _Fields(values, self._where)
+        return _Fields(values, self.where)
 
 
 def _tensor(fields: _Fields) -> TensorRecord:
     first, count = fields.get("chunks", lambda v: is_sizes(v) and len(v) == 2)
+    check_dtype(fields.get("dtype", lambda _: True), fields.get("key", is_text), fields.where)
     return TensorRecord(
         key=fields.get("key", is_text),
         shape=tuple(fields.get("shape", is_sizes)),
-        dtype=fields.get("dtype", lambda v: isinstance(v, str) and v in ITEMSIZE),
+        dtype=fields.get("dtype", is_text),
         first_chunk=first,
         num_chunks=count,
     )
