@@ -13,7 +13,7 @@ KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
 rm -rf $(RUN)
-OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --generate-bytes 100 \
+OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --generate-tokens 100 \
 	--out $(RUN) $(FLAGS)
 $(BIN)/sharded-ema inspect $(RUN)/ema
 $(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export --like $(RUN)/hf
@@ -22,8 +22,17 @@ $(BIN)/sharded-ema consolidate $(RUN)/ema $(RUN)/export-bf16 --like $(RUN)/hf --
 $(BIN)/python launch/check_export.py $(RUN)/export-bf16 $(RUN)
 endef
 
+# What an average has to be compared with: the learning rate annealed to 0.
+define COMPARE_WITH_ANNEALED
+rm -rf $(RUN)-annealed
+OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc-per-node 2 launch/train.py --ema --min-lr-ratio 0 \
+	--out $(RUN)-annealed $(FLAGS)
+$(BIN)/python launch/compare_runs.py $(RUN) $(RUN)-annealed
+endef
+
 train: $(VENV)/.train
 	$(TRAIN_AND_CHECK)
+	$(COMPARE_WITH_ANNEALED)
 
 # The same under DeepSpeed ZeRO-3.
 train-deepspeed: RUN = runs/deepspeed

@@ -2,7 +2,7 @@
 
 ``python check_export.py EXPORT_DIR RUN_DIR`` recomputes the held-out loss of the exported model on
 the text of the run and compares it with the one in the run's ``summary.json``. If the average also
-wrote some text in training (``--generate-bytes``), the export must write the same.
+wrote some text in training (``--generate-tokens``), the export must write the same.
 Exit code: 0 they agree, 1 they do not, 2 wrong use or unreadable input.
 """
 
@@ -17,9 +17,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM
 
-from training.evaluation import greedy, loss_of_export, readable, sample
+from training.evaluation import greedy, loss_of_export, sample
 from training.ranks import RunError
 from training.summary import read_summary
+from training.tokenizer import load_tokenizer
 
 # bfloat16 carries three digits; training then evaluates in it and this program does not.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 2e-2}
@@ -33,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--profile", help="which average was exported (default: as its files say)")
     parser.add_argument("--tolerance", type=float, help="in nats (default: 1e-4; bfloat16 2e-2)")
     parser.add_argument("--prompt", default="def ", help="of the sample (default: %(default)r)")
-    parser.add_argument("--sample-bytes", type=int, default=200, help="(default: %(default)s)")
+    parser.add_argument("--sample-tokens", type=int, default=200, help="(default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         return check(args)
@@ -52,7 +53,8 @@ def check(args: argparse.Namespace) -> int:
         known = ", ".join(summary.ema_loss) or "none"
         raise RunError(f"{args.run} reports no loss of an average {profile!r} (it has: {known})")
 
-    windows = evaluation.windows()
+    tokenizer = load_tokenizer(args.run / "hf")
+    windows = evaluation.windows(tokenizer)
     model = AutoModelForCausalLM.from_pretrained(args.export, local_files_only=True)
     weights = {str(p.dtype).removeprefix("torch.") for p in model.parameters()}
     loss = loss_of_export(model, windows)
@@ -64,9 +66,9 @@ def check(args: argparse.Namespace) -> int:
         f"export     {args.export}: {type(model).__name__}, "
         f"{model.num_parameters():,} parameters in {', '.join(sorted(weights))}"
     )
-    print(f"held out   {len(windows)} sequences of {evaluation.context} bytes")
+    print(f"held out   {len(windows)} sequences of {evaluation.context} tokens")
     print(
-        f"loss       exported average {loss:.6f}, training said {expected:.6f} nats per byte "
+        f"loss       exported average {loss:.6f}, training said {expected:.6f} nats per token "
         f"for {profile!r} at step {summary.step} (raw weights {summary.raw_loss:.6f})"
     )
     good = difference <= tolerance
@@ -76,10 +78,11 @@ def check(args: argparse.Namespace) -> int:
     )
     written = summary.generated.get(profile)
     if written is not None:
-        same = greedy_text(args.export, evaluation.prompt, len(written)) == written
+        prompt = tokenizer.encode_prompt(evaluation.prompt)
+        same = greedy_text(args.export, prompt, len(written)) == written
         good = good and same
         print(
-            f"text       most likely {len(written)} bytes in bfloat16, from the export and in "
+            f"text       most likely {len(written)} tokens in bfloat16, from the export and in "
             f"training: {'they agree' if same else 'THEY DIFFER'}"
         )
     if not good:
@@ -88,14 +91,15 @@ def check(args: argparse.Namespace) -> int:
             f"export {args.run / summary.ema_checkpoint}",
             file=sys.stderr,
         )
-    text = sample(model, args.prompt, args.sample_bytes, evaluation.seed)
-    print(f"sample     {args.prompt}{readable(text)}")
+    start = tokenizer.encode_prompt(args.prompt)
+    text = tokenizer.decode(start + sample(model, start, args.sample_tokens, evaluation.seed))
+    print("sample     " + text.replace("\n", "\n           "))
     print(f"curves     {args.run / 'loss.png'}")
     print(f"files      {', '.join(sorted(path.name for path in args.export.iterdir()))}")
     return 0 if good else 1
 
 
-def greedy_text(export: Path, prompt: str, length: int) -> list[int]:
+def greedy_text(export: Path, prompt: list[int], length: int) -> list[int]:
     """What the export writes in bfloat16, whatever it is stored in."""
     model = AutoModelForCausalLM.from_pretrained(
         export, dtype=torch.bfloat16, local_files_only=True

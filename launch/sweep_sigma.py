@@ -21,6 +21,7 @@ from training.evaluation import loss_of_export
 from training.plotting import plot_sweep
 from training.ranks import RunError
 from training.summary import read_summary
+from training.tokenizer import load_tokenizer
 
 WIDTHS = [0.03, 0.04, 0.05, 0.06, 0.07, 0.08, 0.09, 0.10, 0.12, 0.14, 0.16, 0.18, 0.20, 0.22]
 
@@ -63,7 +64,7 @@ def sweep(args: argparse.Namespace) -> int:
     print(report.text())
     if not report.ok:
         return 1
-    windows = summary.evaluation.windows()
+    windows = summary.evaluation.windows(load_tokenizer(args.run / "hf"))
     rows = []
     for width in sorted(args.sigma_rel):
         said = report.facts["widths"][str(width)]

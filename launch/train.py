@@ -1,4 +1,4 @@
-"""Train a byte-level causal language model with a sharded average of its weights.
+"""Train a causal language model with a sharded average of its weights.
 
 ``torchrun --nproc-per-node 8 train.py --ema``, or ``python train.py`` in one process.
 """
@@ -94,8 +94,7 @@ def train_step(run: Run) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     options, ranks, engine = run.options, run.ranks, run.engine
     run.step += 1
     size, context = options.batch_size, options.context
-    mine = range(size * ranks.part // ranks.parts, size * (ranks.part + 1) // ranks.parts)
-    batch = run.corpus.batch(options.seed, run.step, mine, context).to(ranks.device)
+    batch = next(run.batches).to(ranks.device, non_blocking=True)
     parts = batch.tensor_split(options.accumulation)
     loss = torch.zeros((), device=ranks.device)
     for number, part in enumerate(parts, start=1):

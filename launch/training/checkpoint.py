@@ -100,13 +100,17 @@ def _read_checkpoint(path: Path) -> Checkpoint:
 
 
 def run_settings(
-    options: Options, config: dict[str, Any], digest: str, ranks: int
+    options: Options, config: dict[str, Any], digest: str, tokens: str, ranks: int
 ) -> dict[str, Any]:
     """What a checkpoint records of its run.
 
     ``fixed`` cannot change without making it another run; ``free`` may, and the user is told.
     ``state`` cannot change because the training state could not be loaded.
     The averages of both must have the same names, if both have any.
+
+    Args:
+        digest: of the text.
+        tokens: digest of the tokenizer; another version of its library may learn other pairs.
     """
     fixed = {f"model.{key}": value for key, value in config.items() if key not in _VOLATILE}
     fixed |= {
@@ -115,6 +119,7 @@ def run_settings(
         "batch_size": options.batch_size,
         "seed": options.seed,
         "text": digest,
+        "tokens": tokens,
     }
     free = {name: getattr(options, name) for name in _FREE}
     return {

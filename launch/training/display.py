@@ -42,7 +42,7 @@ class Progress:
         """Beside the bar: loss, speed and memory of the last training steps."""
         self._bar.set_postfix(
             loss=f"{row['train_loss']:.3f}",
-            speed=f"{row['bytes_per_second'] / 1e3:.0f} kB/s",
+            speed=f"{row['tokens_per_second']:,.0f} tokens/s",
             memory=f"{row['peak_memory'] / 2**30:.2f} GiB",
         )
 
@@ -70,7 +70,7 @@ def conclude(
     Args:
         rows: the metrics; the last one has the speed, if any step was made.
     """
-    speed = f"{rows[-1]['bytes_per_second'] / 1e3:,.1f} kB/s at the end, " if rows else ""
+    speed = f"{rows[-1]['tokens_per_second']:,.0f} tokens/s at the end, " if rows else ""
     memory = f"at most {peak_memory(run.ranks.device) / 2**30:.2f} GiB in the first process"
     _say(run, f"done       {run.step} steps in {seconds:.0f} s; {speed}{memory}")
     _say(run, f"curves     {picture}")

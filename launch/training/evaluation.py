@@ -22,7 +22,7 @@ def held_out_loss(
     batch_size: int,
     precision: AbstractContextManager[Any],
 ) -> float:
-    """Mean loss per byte over ``windows``; every rank takes its part and gets the result.
+    """Mean loss per token over ``windows``; every rank takes its part and gets the result.
 
     A sharded forward pass is collective, so all ranks make equally many of them, of the same
     size; where the sequences do not divide, some are computed and not counted.
@@ -46,7 +46,7 @@ def held_out_loss(
 
 
 def loss_of_export(model: PreTrainedModel, windows: torch.Tensor) -> float:
-    """Mean loss per byte of a whole model in this one process, on the CPU."""
+    """Mean loss per token of a whole model in this one process, on the CPU."""
     alone = Ranks(0, 1, torch.device("cpu"))
     return held_out_loss(model, windows, alone, batch_size=16, precision=nullcontext())
 
@@ -64,10 +64,10 @@ def half_precision_model(
     return model
 
 
-def greedy(model: PreTrainedModel, prompt: str, length: int) -> list[int]:
-    """The ``length`` most likely bytes after the prompt, each in turn, or as many as there is room.
+def greedy(model: PreTrainedModel, prompt: list[int], length: int) -> list[int]:
+    """The ``length`` most likely tokens after the prompt, in turn, or as many as there is room.
 
-    Computed on one thread: sums in another order can make another byte the most likely one.
+    Computed on one thread: sums in another order can make another token the most likely one.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -77,22 +77,15 @@ def greedy(model: PreTrainedModel, prompt: str, length: int) -> list[int]:
         torch.set_num_threads(threads)
 
 
-def sample(model: PreTrainedModel, prompt: str, length: int, seed: int) -> list[int]:
+def sample(model: PreTrainedModel, prompt: list[int], length: int, seed: int) -> list[int]:
     """A continuation of the prompt, drawn at random."""
     torch.manual_seed(seed)
     return _generate(model, prompt, length, do_sample=True, temperature=0.7)
 
 
-def readable(tokens: list[int]) -> str:
-    """Bytes as text, indented; what is no UTF-8 shows as such."""
-    # A model with a larger vocabulary was never shown the ids that are no byte.
-    text = bytes(token for token in tokens if token < 256)
-    return text.decode(errors="replace").replace("\n", "\n           ")
-
-
 @torch.no_grad()
-def _generate(model: PreTrainedModel, prompt: str, length: int, **how: Any) -> list[int]:
-    start = torch.tensor([list(prompt.encode())])
+def _generate(model: PreTrainedModel, prompt: list[int], length: int, **how: Any) -> list[int]:
+    start = torch.tensor([prompt])
     room = model.config.max_position_embeddings - start.shape[1]
     how["max_new_tokens"] = max(1, min(length, room))
     if "min_new_tokens" in how:

@@ -16,6 +16,7 @@ from training.engines.accelerate import agreed_dtype
 from training.engines.deepspeed import complete_config, read_config, zero_stage
 from training.engines.torch import group_sizes
 from training.options import Options, UsageError
+from training.tokenizer import NUM_BYTES
 
 # Kept apart from the parser so that "was it given?" can be told: --model excludes them.
 SHAPE_DEFAULTS = {"hidden_size": 128, "layers": 4, "heads": 4, "kv_heads": 2}
@@ -59,7 +60,7 @@ def _profile(text: str) -> tuple[str, Schedule]:
 def build_parser() -> argparse.ArgumentParser:
     """All flags; the defaults make a run of a few minutes on two CPU cores."""
     parser = argparse.ArgumentParser(
-        description="Train a byte-level causal language model and keep a sharded average of it.",
+        description="Train a causal language model and keep a sharded average of it.",
         epilog="torchrun --nproc-per-node 8 train.py --ema",
         allow_abbrev=False,  # --ema-p must not pick a flag by luck
     )
@@ -77,6 +78,17 @@ def build_parser() -> argparse.ArgumentParser:
         type=POSITIVE,
         default=20_000_000,
         help="read at most this much (default: %(default)s)",
+    )
+    data.add_argument(
+        "--vocab-size",
+        type=_number(int, lambda v: v >= NUM_BYTES, f"at least {NUM_BYTES}"),
+        default=NUM_BYTES,
+        metavar="N",
+        help="tokens: the 256 bytes, and byte pairs learned from the training text (default: "
+        "%(default)s, bytes alone)",
+    )
+    data.add_argument(
+        "--workers", type=COUNT, default=0, help="processes of each rank that read ahead"
     )
     data.add_argument("--seed", type=COUNT, default=0, help="of the weights and of the batches")
 
@@ -98,7 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=None,
         help="one matrix for input and output embeddings (default: yes)",
     )
-    model.add_argument("--context", type=POSITIVE, default=128, help="bytes per sequence")
+    model.add_argument("--context", type=POSITIVE, default=128, help="tokens per sequence")
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=POSITIVE, default=400, help="optimizer steps in all")
@@ -192,11 +204,11 @@ def build_parser() -> argparse.ArgumentParser:
     run.add_argument("--eval-every", type=POSITIVE, default=20)
     run.add_argument("--eval-sequences", type=POSITIVE, default=128)
     run.add_argument(
-        "--generate-bytes",
+        "--generate-tokens",
         type=COUNT,
         default=0,
         metavar="N",
-        help="at the end, gather each average, round it to bfloat16 and note the N bytes that it "
+        help="at the end, gather each average, round it to bfloat16 and note the N tokens that it "
         "writes; takes memory for the whole model on the first rank (default: 0, nothing)",
     )
     run.add_argument("--prompt", default="def ", help="of that text (default: %(default)r)")

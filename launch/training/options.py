@@ -31,6 +31,8 @@ class Options:
     intermediate_size: int
     tie_embeddings: bool
     context: int
+    vocab_size: int
+    workers: int
     steps: int
     batch_size: int
     accumulation: int
@@ -55,7 +57,7 @@ class Options:
     ema_update_every: int
     eval_every: int
     eval_sequences: int
-    generate_bytes: int
+    generate_tokens: int
     prompt: str
     log_every: int
     save_every: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,30 @@ def plot_losses(rows: Sequence[Row], profiles: Sequence[str], title: str, path: 
         margin = 0.1 * (top - ordered[0]) + 0.02
         axes.set_ylim(ordered[0] - margin, top + 4 * margin)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per byte)")
+    axes.set_ylabel("loss (nats per token)")
     _finish(figure, axes, title, path)
+
+
+def plot_runs(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """Draw the held-out losses of several runs, weights and averages, into ``path``.
+
+    Args:
+        runs: the metrics of each, by name.
+    """
+    figure, axes = pyplot.subplots(figsize=(8, 5), dpi=150)
+    ends = []
+    for (name, rows), colour in zip(runs.items(), COLOURS * len(runs), strict=False):
+        averages = [key for key in rows[-1] if key.startswith("ema_loss/")]
+        for key in ["raw_loss", *averages]:
+            steps, losses = series(rows, key)
+            style, what = ("-", key[9:]) if key in averages else ("--", "raw weights")
+            axes.plot(steps, losses, style, color=colour, linewidth=1.6, label=f"{name}: {what}")
+            ends += losses[len(losses) // 4 :]
+    margin = 0.1 * (max(ends) - min(ends)) + 0.02
+    axes.set_ylim(min(ends) - margin, max(ends) + margin)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("held-out loss (nats per token)")
+    _finish(figure, axes, "Averaging and annealing", path)
 
 
 def plot_sweep(
@@ -68,7 +90,7 @@ def plot_sweep(
     )
     axes.axhline(raw, color="0.4", linestyle="--", linewidth=1, label="raw weights")
     axes.set_xlabel("relative width of the average, sigma_rel")
-    axes.set_ylabel("held-out loss (nats per byte)")
+    axes.set_ylabel("held-out loss (nats per token)")
     _finish(figure, axes, title, path)
 
 

@@ -16,6 +16,16 @@ from training.ranks import Ranks
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+def leave_signals_to_parent(worker: int) -> None:
+    """In a process that reads data: live on, as the rank does, until the rank ends it.
+
+    Schedulers signal every process of a job. A reader that dies of it would end its rank before
+    the last save.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Preemption:
     """Whether this run was told to stop, by a signal to any of its processes."""
 

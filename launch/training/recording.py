@@ -22,9 +22,9 @@ Row = dict[str, Any]
 class Meter:
     """Loss and speed of the steps since the last row; on every rank."""
 
-    def __init__(self, ranks: Ranks, step: int, bytes_per_step: int) -> None:
+    def __init__(self, ranks: Ranks, step: int, tokens_per_step: int) -> None:
         self._ranks = ranks
-        self._bytes_per_step = bytes_per_step
+        self._tokens_per_step = tokens_per_step
         self._losses: list[torch.Tensor] = []
         self._step = step
         self._started = time.monotonic()
@@ -47,14 +47,14 @@ class Meter:
         if not math.isfinite(loss):
             raise RunError(f"the training loss is {loss} at step {step}")
         now = time.monotonic()
-        speed = (step - self._step) * self._bytes_per_step / (now - self._started)
+        speed = (step - self._step) * self._tokens_per_step / (now - self._started)
         self._losses.clear()
         self._step, self._started = step, now
         return {
             "step": step,
             "train_loss": loss,
             "lr": rate,
-            "bytes_per_second": speed,
+            "tokens_per_second": speed,
             "peak_memory": peak_memory(self._ranks.device),
         }
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedConfig
 
 from sharded_ema import ShardedEMA
@@ -17,13 +19,14 @@ from training.checkpoint import (
     place,
     run_settings,
 )
-from training.data import Corpus, load_corpus
+from training.data import Corpus, StepSampler, load_corpus, step_batches
 from training.engines import Engine, build_engine
 from training.evaluation import greedy, half_precision_model, held_out_loss
 from training.model import build_config, build_model, save_description
 from training.options import Options
 from training.ranks import Ranks, RunError
 from training.summary import Evaluation, Summary
+from training.tokenizer import Tokenizer, learn_merges
 
 # In the output directory: the step at which the run was told to stop. It goes when the run goes on.
 PREEMPTED = "preempted"
@@ -34,6 +37,9 @@ class Run:
     """Everything that a training step, an evaluation and a checkpoint need.
 
     Attributes:
+        corpus: in tokens.
+        batches: this rank's share of the text of each step to come.
+        digest: of the text.
         config: of the model.
         num_parameters: of the whole model, of which an engine may keep a part.
         settings: what its checkpoints record of it.
@@ -48,6 +54,9 @@ class Run:
     options: Options
     ranks: Ranks
     corpus: Corpus
+    tokenizer: Tokenizer
+    batches: Iterator[torch.Tensor]
+    digest: str
     config: PreTrainedConfig
     num_parameters: int
     engine: Engine
@@ -81,13 +90,14 @@ class Run:
     def generate(self) -> dict[str, list[int]]:
         """The text that each average writes in bfloat16; all ranks take part, the first has it."""
         options, texts = self.options, {}
-        for name in options.profiles if options.generate_bytes else ():
+        for name in options.profiles if options.generate_tokens else ():
             assert self.ema is not None
             with self.ema.swap(name):
                 weights = self.engine.gather()
             if self.ranks.first:
                 model = half_precision_model(self.config, weights)
-                texts[name] = greedy(model, options.prompt, options.generate_bytes)
+                prompt = self.tokenizer.encode_prompt(options.prompt)
+                texts[name] = greedy(model, prompt, options.generate_tokens)
         return texts
 
     def save(self) -> None:
@@ -120,7 +130,7 @@ class Run:
             raw_loss=results.get("raw_loss"),
             ema_loss={name: results.get(f"ema_loss/{name}") for name in self.options.profiles},
             ema_checkpoint=os.path.relpath(self.average, self.out) if self.average else None,
-            evaluation=Evaluation.of(self.options, self.corpus.digest),
+            evaluation=Evaluation.of(self.options, self.digest),
             generated=generated,
             seconds=round(seconds, 1),
         )
@@ -133,18 +143,18 @@ def start_run(options: Options, ranks: Ranks) -> Run:
         RunError: it cannot be made as it was asked for; nothing was trained.
     """
     out, source = ranks.on_first(lambda: place(options))
-    corpus = ranks.everywhere(
-        lambda: load_corpus(options.data, options.data_bytes, options.context)
-    )
-    digest = corpus.digest
+    text = ranks.everywhere(lambda: load_corpus(options.data, options.data_bytes, options.context))
+    digest = text.digest
     if len(set(ranks.gather(digest))) > 1:
         raise RunError("the ranks read different text; is --data the same on all machines?")
+    tokenizer = Tokenizer(ranks.on_first(lambda: learn_merges(text.train, options.vocab_size)))
+    corpus = ranks.everywhere(lambda: text.encoded(tokenizer, options.context))
     config = ranks.everywhere(lambda: build_config(options))
-    settings = run_settings(options, config.to_dict(), digest, ranks.size)
+    settings = run_settings(options, config.to_dict(), digest, tokenizer.digest, ranks.size)
     changes = check_settings(source, settings) if source else []
 
-    bare = build_model(config, options, ranks.device)
-    ranks.on_first(lambda: save_description(bare, out / "hf"))
+    bare = build_model(config, options)
+    ranks.on_first(lambda: save_description(bare, tokenizer, out / "hf"))
     ranks.on_first(lambda: (out / PREEMPTED).unlink(missing_ok=True))
     num_parameters = sum(p.numel() for p in bare.parameters())
     engine = build_engine(bare, options, ranks)
@@ -155,6 +165,9 @@ def start_run(options: Options, ranks: Ranks) -> Run:
         options=options,
         ranks=ranks,
         corpus=corpus,
+        tokenizer=tokenizer,
+        batches=_batches(corpus, options, ranks, source.step if source else 0),
+        digest=digest,
         config=config,
         num_parameters=num_parameters,
         engine=engine,
@@ -169,6 +182,15 @@ def start_run(options: Options, ranks: Ranks) -> Run:
         run.step, run.results, run.saved = source.step, source.results, source.path
         ranks.on_first(lambda: run.checkpoints.rewind(source))
     return run
+
+
+def _batches(corpus: Corpus, options: Options, ranks: Ranks, step: int) -> Iterator[torch.Tensor]:
+    """What this rank reads in the steps after ``step``."""
+    size, room = options.batch_size, len(corpus.train) - options.context
+    share = range(size * ranks.part // ranks.parts, size * (ranks.part + 1) // ranks.parts)
+    sampler = StepSampler(options.seed, step + 1, options.steps, share, room)
+    loader = step_batches(corpus.train, options.context, sampler, options.workers, ranks.device)
+    return iter(loader)
 
 
 def _take_up_average(

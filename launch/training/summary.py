@@ -11,6 +11,7 @@ import torch
 from training.data import load_corpus
 from training.options import Options
 from training.ranks import RunError
+from training.tokenizer import Tokenizer
 
 _NAME = "summary.json"
 
@@ -27,6 +28,7 @@ class Evaluation:
     data: list[str]
     data_bytes: int
     text: str
+    vocab_size: int
     context: int
     sequences: int
     seed: int
@@ -41,6 +43,7 @@ class Evaluation:
             data=[str(path.resolve()) for path in options.data],
             data_bytes=options.data_bytes,
             text=text,
+            vocab_size=options.vocab_size,
             context=options.context,
             sequences=options.eval_sequences,
             seed=options.seed,
@@ -49,7 +52,7 @@ class Evaluation:
             prompt=options.prompt,
         )
 
-    def windows(self) -> torch.Tensor:
+    def windows(self, tokenizer: Tokenizer) -> torch.Tensor:
         """The held-out sequences, of the text as it is read again here.
 
         Raises:
@@ -61,7 +64,8 @@ class Evaluation:
             raise RunError(
                 f"{where} is not the text that the run was trained on; it has changed since"
             )
-        return corpus.held_out_windows(self.sequences, self.context)
+        text = corpus.encoded(tokenizer, self.context)
+        return text.held_out_windows(self.sequences, self.context)
 
 
 @dataclass(frozen=True)
@@ -69,10 +73,10 @@ class Summary:
     """The end of a run.
 
     Attributes:
-        raw_loss: of the weights on the held-out text, in nats per byte.
+        raw_loss: of the weights on the held-out text, in nats per token.
         ema_loss: the same of each average.
         ema_checkpoint: of the last averages, relative to the output directory.
-        generated: bytes that each average wrote.
+        generated: ids of the tokens that each average wrote.
         seconds: the whole run, or the part since it was taken up.
     """
 

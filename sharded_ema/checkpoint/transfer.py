@@ -7,8 +7,6 @@ library. What it says is kept, rank by rank. Ctrl-C stays what it is where it wa
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import torch.distributed.checkpoint as dcp
@@ -75,7 +73,8 @@ def save_state(
     """
     writer = WRITERS[format](path, replace=replace, ranks=ranks.size)
     try:
-        with _quiet(), ranks.interruptible():
+        with ranks.interruptible():
+            _expect_one_process(ranks)
             dcp.save(
                 state,
                 storage_writer=writer,
@@ -109,7 +108,8 @@ def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ra
             half-filled.
     """
     try:
-        with _quiet(), ranks.interruptible():
+        with ranks.interruptible():
+            _expect_one_process(ranks)
             dcp.load(
                 state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1
             )
@@ -120,12 +120,14 @@ def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ra
         raise CheckpointError(f"the ranks lost contact while reading: {error}") from error
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without DCP's remark that a single process is a single process."""
-    with warnings.catch_warnings():
+def _expect_one_process(ranks: Ranks) -> None:
+    """Silence DCP's remark that a single process is a single process.
+
+    For good: ``catch_warnings`` would put the filters of the whole process back from the thread of
+    a save, whatever other threads have done to them meanwhile.
+    """
+    if ranks.size == 1:
         warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-        yield
 
 
 def _raise_failures(error: CheckpointException, unknown: type[EMAError], me: int) -> NoReturn:

@@ -1,7 +1,8 @@
 """The ranks that share a model come to one verdict, on a process group of their own.
 
-Nothing here runs in a training step. Collectives for checkpoints and swaps never use the training
-group: a background save and a training collective that met there would wait for each other.
+Nothing here runs in a training step. What the ranks tell each other about checkpoints never goes
+through the groups of the training: a save in the background and a training collective that met
+there would wait for each other. A swap and ``copy_to()`` gather in those, in a ``collective``.
 """
 
 from __future__ import annotations

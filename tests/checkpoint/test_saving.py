@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from sharded_ema import ShardedEMA
 from sharded_ema.errors import CheckpointError, CheckpointWriteError, EMAError
@@ -88,6 +89,28 @@ def test_on_disk_is_the_state_of_the_call(worlds: Worlds, mode: str, tmp_path: P
     (size,) = sizes(mode, [2])
     name = ("safetensors", "dcp")[STAGED.index(mode) % 2]
     worlds[size].run(save_while_training, mode, str(tmp_path / "x"), name)
+
+
+def test_a_save_leaves_filters_of_warnings_alone(tmp_path: Path) -> None:
+    """They belong to the whole process, and others set them while a thread saves."""
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    writing, asked = threading.Event(), threading.Event()
+    original = os.fdatasync
+
+    def held(descriptor: int) -> None:
+        writing.set()
+        asked.wait()
+        original(descriptor)
+
+    with warnings.catch_warnings():
+        with patched("fdatasync", held):
+            handle = ema.save(tmp_path / "x", step=0, asynchronous=True)
+            writing.wait()
+            warnings.filterwarnings("ignore", "said beside a save", UserWarning)
+            asked.set()
+            handle.result()
+        warnings.warn("said beside a save", UserWarning, stacklevel=1)  # else an error here
+    ema.close()
 
 
 def saves_that_follow(folder: str) -> None:

@@ -106,10 +106,16 @@ def test_every_page_is_in_the_contents() -> None:
     assert pages == {name for name in listed if not name.startswith(":")} & pages
 
 
+COMPARED = ("raw", "average")
+
+
 @pytest.mark.dist
 @pytest.mark.slow
 def test_the_programs_of_the_pages_twice(shell: Callable[[str], str], work: Path) -> None:
-    """In the order of the pages, as their first lines say, in one directory; then once more."""
+    """In the order of the pages, as their first lines say, in one directory; then once more.
+
+    What the tutorial shows of their output is what they print.
+    """
     programs = []
     for name in ("tutorial.md", "resume.md", "stacks.md"):
         for text in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.S):
@@ -119,10 +125,25 @@ def test_the_programs_of_the_pages_twice(shell: Callable[[str], str], work: Path
             (work / f"{head[1]}.py").write_text(text)
             programs.append(head[2] or f"python {head[1]}.py")
     assert len(programs) >= 5
-    for command in programs:
-        shell(f"{command}\n")
+    said = "".join(shell(f"{command}\n") for command in programs)
     for command in programs:
         if ".save" in (work / command.split()[-1]).read_text():  # and so finds what it has left
             shell(f"{command}\n")
     commands = re.findall(r"```sh\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)
-    shell("".join(commands))
+    said += shell("".join(commands))
+    shown = re.findall(r"```text\n(.*?)```", (DOCS / "tutorial.md").read_text(), re.S)
+    lines = "".join(shown).splitlines()
+    assert len(lines) > 15 and not [line for line in lines if not printed(line, said)]
+    raw, average = (float(re.findall(rf"^{what} +(\S+)$", said, re.M)[0]) for what in COMPARED)
+    assert raw > 1.5 * average, "half the error, as the page says"
+
+
+def printed(line: str, said: str) -> bool:
+    """Whether a line, in which ``...`` stands for anything, is one of those that were printed."""
+    pattern = ".*".join(map(re.escape, line.split("...")))
+    return re.search(f"^{pattern}$", said, re.MULTILINE) is not None
+
+
+def test_a_line_that_was_not_printed_is_told() -> None:
+    assert printed("raw  0.0...", "a\nraw  0.01\nb")
+    assert not printed("raw  0.0...", "a\nraw  0.11\nb") and not printed("raw", "raw  0.01")

@@ -59,7 +59,7 @@ def check_here(capsys: pytest.CaptureFixture[str]) -> Check:
 
     def check(export: Path, run: TrainingRun) -> Finished:
         capsys.readouterr()
-        code = main([str(export), str(run.out), "--sample-bytes", "4"])
+        code = main([str(export), str(run.out), "--sample-tokens", "4"])
         return Finished(code, *capsys.readouterr())
 
     return check

@@ -31,7 +31,7 @@ TINY = (
     *("--context", "32", "--batch-size", "6", "--steps", "6", "--data-bytes", "300000"),
     *("--eval-every", "3", "--eval-sequences", "4", "--save-every", "2", "--keep-last", "3"),
     # The rate is high and at its peak soon, so that six steps part the average from the weights.
-    *("--generate-bytes", "24"),
+    *("--generate-tokens", "24"),
     *("--log-every", "1", "--warmup-steps", "1", "--lr", "0.02"),
 )
 # What a program would take for its own if these tests were themselves started by a launcher.
@@ -189,7 +189,7 @@ def finished(
 
 
 def check_export(export: Path, run: TrainingRun) -> Finished:
-    return execute(LAUNCH / "check_export.py", export, run.out, "--sample-bytes", "4")
+    return execute(LAUNCH / "check_export.py", export, run.out, "--sample-tokens", "4")
 
 
 Check = Callable[[Path, TrainingRun], Finished]

@@ -135,7 +135,7 @@ def check_text(run: TrainingRun) -> None:
     model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.bfloat16)
     wanted = json.loads((run.out / "summary.json").read_text())["generated"]["ema"]
     assert len(wanted) == 24
-    assert greedy(model, "def ", 24) == wanted
+    assert greedy(model, [*b"def "], 24) == wanted
 
 
 def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:

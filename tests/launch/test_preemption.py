@@ -49,6 +49,7 @@ def wait_until(ready: Callable[[], bool], process: subprocess.Popen[str]) -> Non
 def test_a_signal_to_one_rank_saves_all_and_ends_well(folder: Path, corpus: Path) -> None:
     out = folder / "told"
     flags = (*TINY, "--data", corpus, "--out", out, *AVERAGE, *OFTEN, "--steps", STEPS)
+    flags += ("--workers", "1")
     command = [sys.executable, *torchrun(2), str(LAUNCH / "train.py"), *map(str, flags)]
     with subprocess.Popen(
         command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -57,6 +58,8 @@ def test_a_signal_to_one_rank_saves_all_and_ends_well(folder: Path, corpus: Path
         wait_until(lambda: rows.is_file() and rows.read_text().count("\n") >= 5, process)
         workers = children(process.pid)
         assert len(workers) == 2
+        (reader,) = children(workers[1])
+        os.kill(reader, signal.SIGUSR1)  # as a scheduler does, which signals all it finds
         os.kill(workers[1], signal.SIGUSR1)
         text, err = process.communicate(timeout=TIMEOUT)
     assert process.returncode == 0, err[-3000:]

@@ -62,11 +62,12 @@ def again(folder: Path, corpus: Path) -> TrainingRun:
 
 @pytest.fixture(scope="module")
 def several(folder: Path, corpus: Path) -> TrainingRun:
-    """Several averages that begin late and move at every second step, and another seed."""
+    """Several averages that begin late and move at every second step; tokens of several bytes."""
     flags = ["--ema", "--ema-start-step", "4", "--ema-update-every", "2"]
     for name, text in PROFILES.items():
         flags += ["--ema-profile", f"{name}={text}"]
-    return finished(folder, "several", corpus, 2, *flags, "--seed", "1", "--steps", "8")
+    flags += ["--seed", "1", "--steps", "8"]
+    return finished(folder, "several", corpus, 2, *flags, "--vocab-size", "300", "--workers", "1")
 
 
 # ---------------------------------------------------------------------- from training to export
@@ -86,7 +87,7 @@ def test_run_writes_losses_of_weights_and_average(base: TrainingRun) -> None:
 
     with (base.out / "metrics.csv").open(newline="") as stream:
         table = list(csv.DictReader(stream))
-    names = {"step", "train_loss", "raw_loss", "ema_loss/ema", "lr", "bytes_per_second"}
+    names = {"step", "train_loss", "raw_loss", "ema_loss/ema", "lr", "tokens_per_second"}
     assert names | {"peak_memory"} <= table[0].keys()
     assert 2**20 < rows[6]["peak_memory"] < 2**40
     for line in table:
@@ -116,7 +117,7 @@ def test_run_leaves_picture_summary_and_board(base: TrainingRun) -> None:
 def test_export_loses_what_training_said(base: TrainingRun, export: Path) -> None:
     done = check_export(export, base).good()
     assert done.out.count("they agree") == 2
-    assert "text       most likely 24 bytes in bfloat16" in done.out
+    assert "text       most likely 24 tokens in bfloat16" in done.out
     assert not done.errors("check_export.py")
 
 
@@ -137,6 +138,7 @@ def test_check_tells_another_text(
     assert len(text) == 24
     text[-1] ^= 1
     (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "hf").symlink_to(base.out / "hf")
     done = check_here(export, dataclasses.replace(base, out=tmp_path))
     assert done.code == 1
     assert "in training: THEY DIFFER" in done.out
@@ -150,6 +152,7 @@ def test_check_refuses_a_corpus_that_has_changed(
     (changed / "0.txt").write_text("other words " * 4000)
     summary["evaluation"]["data"] = [str(changed)]
     (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "hf").symlink_to(base.out / "hf")
     done = check_here(export, dataclasses.replace(base, out=tmp_path))
     assert done.code == 2
     (line,) = done.errors("check_export.py")
@@ -273,6 +276,24 @@ def test_the_commands_that_it_prints_work(several: TrainingRun) -> None:
         command = shlex.split(several.line(line))[1:]
         done = subprocess.run(command, capture_output=True, text=True)
         assert done.returncode == 0 and said in done.stdout, done.stderr
+
+
+def test_runs_side_by_side(
+    base: TrainingRun, again: TrainingRun, several: TrainingRun, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from compare_runs import main
+
+    assert main([str(base.out), str(again.out)]) == 0
+    said = capsys.readouterr().out
+    loss, average = base.rows()[6]["raw_loss"], base.rows()[6]["ema_loss/ema"]
+    assert said.count(f"raw weights {loss:.4f}   average 'ema' {average:.4f}") == 2
+    better = "better" if average < loss else "WORSE"
+    assert f"the average is {better} by {abs(loss - average):.4f}" in said
+    lowest = "raw weights" if loss < average else "average 'ema'"
+    assert f"lowest: {lowest} of {base.out}, {min(loss, average):.4f}" in said
+    assert (base.out / "compare.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([str(base.out), str(several.out)]) == 2
+    assert "different text" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------- wrong use

@@ -24,7 +24,7 @@ from training.engines.torch import (
     load_state,
     save_state,
 )
-from training.model import build_optimizer, parameter_groups
+from training.model import InitialWeights, build_optimizer, parameter_groups
 from training.options import Options, UsageError
 from training.ranks import Ranks, RunError
 
@@ -89,6 +89,7 @@ class AccelerateEngine:
                 num_steps=options.accumulation, sync_with_dataloader=False
             ),
         )
+        InitialWeights(bare, options.seed, ranks.device).fill_all()  # accelerate shards what it has
         optimizer = build_optimizer(parameter_groups(bare, options), options)
         self.model: nn.Module
         self.model, self._prepared = self._accelerator.prepare(bare, optimizer)

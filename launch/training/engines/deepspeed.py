@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from sharded_ema import ShardedEMA
-from training.model import build_optimizer, parameter_groups
+from training.model import InitialWeights, build_optimizer, parameter_groups
 from training.options import Options, UsageError
 from training.ranks import Ranks, RunError
 
@@ -170,7 +170,13 @@ class DeepSpeedEngine:
         self._ranks = ranks
         deepspeed = _start_deepspeed(ranks.device)
         _check_config(config)
-        groups = parameter_groups(bare, options)
+        weights = InitialWeights(bare, options.seed, ranks.device)
+        for part in weights.parts:
+            weights.fill(part)
+            if zero_stage(config) == 3:  # the others keep the weights whole on every rank
+                deepspeed.zero.Init(module=part, config_dict_or_path=config)
+        # Partitions are flat: their shapes no longer tell which are matrices.
+        groups = parameter_groups(bare, options, weights.matrices)
         own = "optimizer" in config
         self.model, *_ = deepspeed.initialize(
             model=bare,

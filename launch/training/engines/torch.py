@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from sharded_ema import ShardedEMA
-from training.model import blocks, build_optimizer, parameter_groups
+from training.model import InitialWeights, blocks, build_optimizer, parameter_groups
 from training.options import Options, UsageError
 from training.ranks import Ranks, RunError
 
@@ -94,13 +95,12 @@ class TorchEngine:
         self._options = options
         self._ranks = ranks
         self.layout = _describe_layout(options, ranks)
-        # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices;
-        # fully_shard makes new ones of the same shapes.
-        groups = parameter_groups(bare, options)
-        self.model = ranks.everywhere(lambda: _parallelize(bare, options, ranks))
-        if isinstance(self.model, FSDPModule):
-            groups = parameter_groups(self.model, options)
-        self._optimizer = build_optimizer(groups, options)
+        weights = InitialWeights(bare, options.seed, ranks.device)
+        self.model = ranks.everywhere(lambda: _parallelize(bare, weights, options, ranks))
+        # FSDP1 keeps the parameters, but their shapes no longer tell which are matrices.
+        flat = isinstance(self.model, FullyShardedDataParallel)
+        matrices = weights.matrices if flat else None
+        self._optimizer = build_optimizer(parameter_groups(self.model, options, matrices), options)
         self._background = background_group(options)
 
     def precision(self) -> AbstractContextManager[Any]:
@@ -140,15 +140,21 @@ class TorchEngine:
         load_state(path, self.model, self._optimizer)
 
 
-def _parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.Module:
-    """Wrap the model as ``--parallel`` says; sharding has a group for each block, one for the rest.
+def _parallelize(
+    model: PreTrainedModel, weights: InitialWeights, options: Options, ranks: Ranks
+) -> nn.Module:
+    """Fill the model and wrap it as ``--parallel`` says.
+
+    Sharding has a group for each block and one for the rest, and shards each before the next is
+    filled.
 
     Raises:
         RunError: the model cannot be cut for tensor parallelism.
     """
-    if options.parallel == "none":
-        return model
-    if options.parallel == "ddp":
+    if options.parallel in ("none", "ddp"):
+        weights.fill_all()
+        if options.parallel == "none":
+            return model
         return DistributedDataParallel(
             model, device_ids=[ranks.device] if ranks.device.type == "cuda" else None
         )
@@ -162,14 +168,19 @@ def _parallelize(model: PreTrainedModel, options: Options, ranks: Ranks) -> nn.M
             mixed_precision=MixedPrecision(*lowered),
             use_orig_params=True,
             device_id=ranks.device,
+            param_init_fn=weights.fill_around,
             # With a mesh the training state is made of DTensors, as that of the other ways is.
             device_mesh=init_device_mesh(ranks.device.type, (ranks.size,)),
         )
     policy = MixedPrecisionPolicy(*lowered)
-    mesh = _data_mesh(model, options, ranks)
-    for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    mesh, tensor = _meshes(options, ranks)
+    plan = {} if tensor is None else tensor_plan(model, ranks.copies)
+    names = {module: name for name, module in model.base_model.named_modules()}
+    for part in weights.parts:
+        weights.fill(part)
+        if tensor is not None and part is not model:
+            parallelize_module(part, tensor, _plan_of(names[part], plan))
+        fully_shard(part, mesh=mesh, mp_policy=policy)
     return model
 
 
@@ -182,20 +193,30 @@ def _describe_layout(options: Options, ranks: Ranks) -> str:
     return options.parallel + groups.get(options.parallel, "")
 
 
-def _data_mesh(model: PreTrainedModel, options: Options, ranks: Ranks) -> DeviceMesh:
-    """The ranks over which parameters are sharded, after tensor parallelism has cut its part."""
+def _meshes(options: Options, ranks: Ranks) -> tuple[DeviceMesh, DeviceMesh | None]:
+    """The ranks over which parameters are sharded, and those among which a matrix is cut before."""
     kind, size = ranks.device.type, ranks.size
     if options.parallel == "hsdp":
         shape = (size // options.shard_size, options.shard_size)
-        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard"))
+        return init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard")), None
     if options.parallel == "tp":
         shape = (ranks.parts, ranks.copies)
         mesh = init_device_mesh(kind, shape, mesh_dim_names=("data", "tensor"))
         # Gradient norms are then summed over both axes at once, as PyTorch's own warning asks.
         mesh._flatten()
-        parallelize_module(model.base_model, mesh["tensor"], tensor_plan(model, ranks.copies))
-        return mesh["data"]
-    return init_device_mesh(kind, (size,))
+        return mesh["data"], mesh["tensor"]
+    return init_device_mesh(kind, (size,)), None
+
+
+def _plan_of(name: str, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """What a plan has for the module of this name, relative to it."""
+    above = name.split(".")
+    found = {}
+    for pattern, style in plan.items():
+        levels = pattern.split(".")
+        if all(map(fnmatchcase, above, levels)):
+            found[".".join(levels[len(above) :])] = style
+    return found
 
 
 def tensor_plan(model: PreTrainedModel, size: int) -> dict[str, ParallelStyle]:
