@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from sharded_ema.checkpoint.names import temporary
 
@@ -143,8 +143,19 @@ def write_durably(path: Path, data: bytes, folder: int | None = None) -> None:
     Args:
         folder: see :func:`new_file`.
     """
-    with open(path, "xb", opener=_opener(folder)) as file:
+    with new_small_file(path, folder) as file:
         file.write(data)
+
+
+@contextmanager
+def new_small_file(path: Path, folder: int | None = None) -> Iterator[BinaryIO]:
+    """A new file to write; it is on disk when the block has ended.
+
+    Args:
+        folder: see :func:`new_file`.
+    """
+    with open(path, "xb", opener=_opener(folder)) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
 

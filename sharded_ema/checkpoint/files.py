@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from types import TracebackType
@@ -33,8 +34,9 @@ from sharded_ema.errors import (
     ConfigError,
 )
 
-# Names of files that OpenFiles keeps open; of one, as many as there are threads. And directories.
-_MAX_OPEN_FILES = 26
+# Names of files that OpenFiles keeps open; of one, as many as there are threads.
+_MAX_OPEN_FILES = 32
+# And directories.
 _MAX_HELD = 6
 
 Bytes = NDArray[np.uint8]
@@ -167,6 +169,40 @@ def entries(location: Location) -> set[str]:
     # Some tools put an empty object where they show a folder: it has the name of the folder.
     found = {name.rstrip("/") for name in fs.ls(path, detail=False)}
     return {name.rpartition("/")[2] for name in found if name.strip("/") != path.strip("/")}
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An object of a store of which parts were sent and never put together.
+
+    Attributes:
+        name: below the URL that was asked about.
+        bucket, key, number: what the store knows it by.
+    """
+
+    name: str
+    bucket: str
+    key: str
+    number: str
+
+
+def unfinished_uploads(url: URL) -> list[Upload]:
+    """What was begun below a URL and is not there yet, or never will be; none if nobody can tell.
+
+    S3 keeps such parts, and charges for them, until somebody ends the upload.
+    """
+    fs, path = driver(url)
+    bucket, _, start = path.strip("/").partition("/")
+    try:
+        listed = fs.list_multipart_uploads(bucket)
+    except (AttributeError, OSError, CheckpointError):  # not every driver, store and user may
+        return []
+    start = f"{start}/" if start else ""
+    return [
+        Upload(upload["Key"].removeprefix(start), bucket, upload["Key"], upload["UploadId"])
+        for upload in listed
+        if upload["Key"].startswith(start)
+    ]
 
 
 def is_file(location: Location) -> bool:

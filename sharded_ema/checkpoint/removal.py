@@ -23,6 +23,7 @@ its own. What a killed save has left there stays, as nobody can tell that it is 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -35,7 +36,14 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.files import URL, Directory, Location, driver, entries
+from sharded_ema.checkpoint.files import (
+    URL,
+    Directory,
+    Location,
+    driver,
+    entries,
+    unfinished_uploads,
+)
 from sharded_ema.checkpoint.holding import DIRECTORY, Clock, Hold, Holder, read_holder
 from sharded_ema.checkpoint.names import (
     CHECKPOINT_DIRECTORY,
@@ -134,6 +142,9 @@ def remove_parts(url: URL, uuid: str) -> None:
     for name in entries(url):
         if is_part_of(name, uuid):
             fs.rm_file(f"{path}/{name}")
+    for upload in unfinished_uploads(url):
+        if is_part_of(upload.name, uuid):
+            fs.abort_mpu(upload.bucket, upload.key, upload.number)
     _remove_folder(fs, path)
 
 
@@ -318,9 +329,11 @@ def occupy(place: Path, beside: Path) -> Hold | Found:
         hold = Hold.make(temporary(beside))
         try:
             hold.move(place)
-        except OSError:
+        except OSError as error:
             discard(hold)
-            if not os.path.lexists(place):
+            # What was in the way may have gone since.
+            taken_away = error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+            if not taken_away and not os.path.lexists(place):
                 raise
         except BaseException:
             discard(hold)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint.checked_json import load_json
-from sharded_ema.checkpoint.durable import fsync, write_durably
+from sharded_ema.checkpoint.durable import new_small_file, write_durably
 from sharded_ema.checkpoint.files import Directory, OpenFiles, as_path, read_whole
 from sharded_ema.checkpoint.names import is_plain_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
@@ -163,8 +163,8 @@ def copy_description(model: Model, target: Path) -> list[str]:
     """Copy configuration, tokenizer and the like; what else lies there stays where it is."""
     copied = []
     for source in _description(model.path, trust_code=model.trust_code):
-        shutil.copyfile(source, target / source.name)
-        fsync(target / source.name)
+        with open(source, "rb") as opened, new_small_file(target / source.name) as file:
+            shutil.copyfileobj(opened, file)
         copied.append(source.name)
     return copied
 

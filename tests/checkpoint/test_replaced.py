@@ -69,6 +69,7 @@ def test_a_load_gives_one_save_whole_wherever_another_comes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held_open: int
 ) -> None:
     monkeypatch.setattr(files, "_MAX_OPEN_FILES", held_open)
+    monkeypatch.setattr(files, "_MAX_HELD", held_open)
     path = tmp_path / "last"
     save(path, 1)
     for at in range(1, count_calls(path) + 1):

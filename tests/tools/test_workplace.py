@@ -20,6 +20,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
@@ -285,6 +286,24 @@ def test_of_a_dead_one_s_directory_only_one_gets_hold(
     with pytest.raises(CheckpointExistsError, match="another process is consolidating"):
         Workplace(tmp_path / "out", "0" * 32)
     assert others[1]._hold.is_mine and len(leftover(tmp_path)) == 1
+
+
+def test_who_comes_when_another_one_has_just_ended_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory that was in the way is gone by the time of the next look."""
+    move, refused = Hold.move, []
+
+    def late(self: Hold, place: Path) -> None:
+        if not refused:
+            refused.append(place)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(place))
+        move(self, place)
+
+    monkeypatch.setattr(Hold, "move", late)
+    source(tmp_path / "c")
+    assert consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS).ok
+    assert refused and not leftover(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["link inside", "link", "file", "owner"])

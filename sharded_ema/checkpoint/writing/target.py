@@ -20,6 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from sharded_ema.checkpoint import durable, removal
 from sharded_ema.checkpoint.files import (
@@ -298,11 +299,30 @@ def new_file(directory: str, name: str, num_bytes: int) -> Iterator[Callable[[me
     where = as_location(directory)
     if isinstance(where, URL):
         fs, path = driver(where / name)
-        with reaching(where), fs.open(path, "wb") as remote:
-            yield remote.write
+        with reaching(where), _new_object(fs, path) as write:
+            yield write
         return
     with inside(where) as folder, durable.new_file(where / name, num_bytes, folder) as write:
         yield write
+
+
+@contextmanager
+def _new_object(fs: Any, path: str) -> Iterator[Callable[[memoryview], object]]:
+    """The same in a store. What was begun and not finished is given up, and no object comes of it.
+
+    Leaving the file's own block would finish it in any case.
+    """
+    remote = fs.open(path, "wb")
+    try:
+        yield remote.write
+        remote.close()
+    except BaseException:
+        remote.closed = True  # else its end would be written once nobody knows of it any more
+        # What cannot be taken back is listed by inspect. Drivers without such uploads say
+        # NotImplementedError or have nothing to do.
+        with suppress(OSError, CheckpointError, NotImplementedError), reaching(path):
+            remote.discard()
+        raise
 
 
 @contextmanager
