@@ -32,6 +32,7 @@ from sharded_ema.errors import (
     CheckpointGoneError,
     CheckpointNotFoundError,
     ConfigError,
+    EMAError,
 )
 
 # Names of files that OpenFiles keeps open; of one, as many as there are threads.
@@ -107,6 +108,10 @@ _CLIENTS = frozenset(
 )
 
 
+# What a store says of what is there, and so is no failure.
+_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, EMAError)
+
+
 def is_bucket_store(url: URL) -> bool:
     """Whether a URL is one of a store in which directories need not and cannot be made."""
     return url.partition("://")[0].rpartition("::")[2] in _BUCKETS
@@ -129,10 +134,10 @@ class reaching:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if kind is None or issubclass(kind, OSError):
+        if kind is None or issubclass(kind, _ANSWERS):
             return
-        if kind.__module__.partition(".")[0] in _CLIENTS:
-            said = " ".join(str(error).split())
+        if issubclass(kind, OSError) or kind.__module__.partition(".")[0] in _CLIENTS:
+            said = " ".join(str(error).split()) or kind.__name__
             raise CheckpointError(f"{self._url} cannot be reached: {said}") from error
 
 

@@ -152,7 +152,7 @@ def _remove_folder(fs: Any, path: str) -> None:
     # Where directories are real (drivers without any raise NotImplementedError); never the
     # bucket itself.
     if "/" in path.strip("/"):
-        with suppress(OSError, NotImplementedError):
+        with suppress(OSError, CheckpointError, NotImplementedError):
             fs.rmdir(path)
 
 
@@ -192,6 +192,8 @@ class Found:
         holder: who holds it, or has; ``None`` if nothing says so.
         foreign: why it may not be one of this library's that this user has made; ``""`` if it is.
         alive: whether somebody may be at work in it.
+        is_bare: whether nothing but the beginning of a marker lies in it: who has made it, if that
+            process is alive, makes another one.
     """
 
     place: Path
@@ -199,6 +201,7 @@ class Found:
     holder: Holder | None
     foreign: str
     alive: bool
+    is_bare: bool = False
 
     @property
     def may_go(self) -> bool:
@@ -248,12 +251,36 @@ def _judge(
         foreign = "nothing proves that this library has made it"
     if foreign:
         return Found(place, identity, holder, foreign, True)
+    if all(map(is_holder, inside.names)) and not markers:
+        return Found(place, identity, None, "", alive=False, is_bare=True)
     alive = holder.is_alive if holder is not None else None
-    if alive is None and all(map(is_holder, inside.names)) and not markers:
-        alive = False  # empty, or about to be: who has made it makes another
     if alive is None:
         alive = not clock.has_been_silent(inside.last)
     return Found(place, identity, holder, "", alive)
+
+
+def _remove_found(found: Found) -> None:
+    """Remove a directory that may go."""
+    if not found.is_bare:
+        remove(found.place, found.identity)
+        return
+    # Its maker may hold it in this very moment, and would not notice another name. So it goes only
+    # if it stays bare: without the beginning of its marker, or without itself, the maker begins
+    # again, and with a marker in it, it cannot go.
+    with suppress(OSError):
+        descriptor = os.open(found.place, DIRECTORY)
+        try:
+            status = os.fstat(descriptor)
+            if (status.st_dev, status.st_ino) != found.identity:
+                return
+            with os.scandir(descriptor) as inside:
+                names = [entry.name for entry in inside]
+            for name in names:
+                if is_holder(name) and not holders([name]):
+                    os.unlink(name, dir_fd=descriptor)
+        finally:
+            os.close(descriptor)
+        os.rmdir(found.place)
 
 
 def _uuid_of(marker: str) -> str:
@@ -350,7 +377,7 @@ def occupy(place: Path, beside: Path) -> Hold | Found:
             if taken is not None:
                 return taken
         else:
-            remove(place, found.identity)
+            _remove_found(found)
 
 
 def discard(hold: Hold) -> str | None:
@@ -411,7 +438,7 @@ def remove_if_left(path: Path, clock: Clock) -> None:
             return
         found = look_at(path, clock)
         if found is not None and found.may_go:
-            remove(path, found.identity)
+            _remove_found(found)
 
 
 def _is_replacing(path: Path, clock: Clock) -> bool:

@@ -302,6 +302,38 @@ def test_a_directory_that_is_removed_before_it_is_held_is_made_anew(
     assert hold.is_mine and len(times) == 3
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_directory_that_is_held_since_the_look_at_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """Another process has seen it bare, and comes to remove it when its maker has gone on."""
+    place, look, holds = names_of.temporary(tmp_path / "step_1"), removal.look_at, []
+    place.mkdir()
+    if begun:  # by a process that was killed then
+        (place / f"holder-{names_of.new_uuid()}.new").touch()
+
+    def late(path: Path, clock: Any) -> Any:
+        found = look(path, clock)
+        hold = Hold(place)
+        hold._enter()
+        hold._mark()
+        holds.append(hold)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(removal, "look_at", late)
+        removal.remove_leftovers(tmp_path)
+    (hold,) = holds
+    assert hold.is_mine and [p.name for p in tmp_path.iterdir()] == [place.name]
+    hold.close()
+    other = names_of.temporary(tmp_path / "step_2")
+    other.mkdir()
+    if begun:
+        (other / f"holder-{names_of.new_uuid()}.new").touch()
+    removal.remove_leftovers(tmp_path)
+    assert not other.exists()
+
+
 def test_a_save_whose_directory_was_removed_cannot_commit(
     ema: ShardedEMA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

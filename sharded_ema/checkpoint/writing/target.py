@@ -234,7 +234,10 @@ class RemoteTarget(Target):
         return self._url
 
     def write(self, name: str, data: bytes) -> None:
-        self._fs.pipe_file(f"{self._path}/{name}", data)
+        try:
+            self._fs.pipe_file(f"{self._path}/{name}", data)
+        except (OSError, CheckpointError) as error:
+            raise CheckpointWriteError(f"cannot write {self._url}/{name}: {error}") from error
 
     def publish(self, manifest: bytes, *, replace: bool) -> None:
         self.check(replace=replace)
@@ -258,16 +261,23 @@ class RemoteTarget(Target):
                 f"another job has saved to {self._url} meanwhile; that checkpoint stays, this save "
                 "is given up; save to a new URL"
             ) from failure
-        raise failure or CheckpointWriteError(f"{self._url} does not show what was written to it")
+        said = failure or f"{self._url} does not show what was written to it"
+        raise CheckpointWriteError(f"cannot write the manifest: {said}") from failure
 
     def _committed(self, failure: Exception | None = None) -> bytes | None:
-        """The manifest that is there."""
+        """The manifest that is there.
+
+        Args:
+            failure: to be told of if that cannot be seen.
+        """
         try:
             return bytes(self._fs.cat_file(f"{self._path}/{MANIFEST_NAME}"))
         except FileNotFoundError:
             return None
         except (OSError, CheckpointError) as error:
-            raise failure or error from error
+            raise CheckpointWriteError(
+                f"{self._url}: whether the manifest was written cannot be seen: {failure or error}"
+            ) from error
 
     def abandon(self) -> None:
         if self.directory is None:

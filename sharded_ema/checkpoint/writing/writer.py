@@ -40,7 +40,7 @@ from sharded_ema.checkpoint.writing.commit import (
     is_meta,
 )
 from sharded_ema.checkpoint.writing.target import new_file
-from sharded_ema.errors import CheckpointWriteError
+from sharded_ema.errors import CheckpointError, CheckpointWriteError
 from sharded_ema.model.layout import Box
 
 
@@ -156,7 +156,9 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
                 chunk = Chunk(box, file_name, offset, data.nbytes, own.digest())
                 meta = data.tobytes() if is_meta(item) else None
                 written.append(Written(item.index, data.nbytes, None, chunk=chunk, meta=meta))
-    except OSError as error:
+    except CheckpointWriteError:
+        raise
+    except (OSError, CheckpointError) as error:
         raise CheckpointWriteError(
             f"cannot write {place.directory}/{file_name}: {error}"
         ) from error
