@@ -152,6 +152,8 @@ class Hold:
                 break
             except FileNotFoundError:
                 hold._leave()
+                with suppress(OSError):  # it may be there still, without what was in it
+                    place.rmdir()
             except BaseException:
                 hold.close()
                 with suppress(OSError):  # what cannot be removed now, the next save removes

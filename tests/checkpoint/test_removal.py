@@ -302,6 +302,24 @@ def test_a_directory_that_is_removed_before_it_is_held_is_made_anew(
     assert hold.is_mine and len(times) == 3
 
 
+def test_a_directory_whose_marker_is_removed_before_it_counts_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By another process, which has not removed the directory itself yet."""
+    rename, place = os.rename, names_of.temporary(tmp_path / "a")
+    times = []
+
+    def robbed(source: Any, *args: Any, **options: Any) -> None:
+        if len(times) < 3:
+            times.append(source)
+            (place / source).unlink()
+        rename(source, *args, **options)
+
+    monkeypatch.setattr(os, "rename", robbed)
+    hold = Hold.make(place)
+    assert hold.is_mine and len(times) == 3
+
+
 @pytest.mark.parametrize("begun", [False, True])
 def test_a_directory_that_is_held_since_the_look_at_it_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
