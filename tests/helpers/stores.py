@@ -116,7 +116,7 @@ class Server:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             said += line
-            match = re.search(r"(?:Running on|listening (?:on|at)) (http://127\.0\.0\.1:\d+)", line)
+            match = re.search(r"(?:Running on|listens on) (http://127\.0\.0\.1:\d+)", line)
             if match:
                 return match[1]
         raise AssertionError(f"the server does not start: {said}")

@@ -87,7 +87,9 @@ def reader(root: str, store: Store | None, seed: int, log: str, stop: Any) -> No
             continue
         values = torch.cat([v.reshape(-1) for k, v in ema.state_dict().items() if "." in k])
         assert (values == JOBS[place[0]] + step).all(), (place, step, values.unique())
-        assert place.endswith("_last") or place == f"{place[0]}_step_{step}"
+        # What is about to be replaced is a checkpoint still.
+        name = place.partition(".old-")[0]
+        assert name.endswith("_last") or name == f"{name[0]}_step_{step}", (place, step)
         write_line(log, "read")
     os._exit(0)
 
