@@ -11,7 +11,7 @@ SHARED := -n $(JOBS) --dist loadfile
 # What an installation compiles, if there is a C compiler.
 KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
-.PHONY: train train-deepspeed test test-quick test-long test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs links dist clean
+.PHONY: train train-deepspeed test test-quick test-long test-stores test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs links dist clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -54,6 +54,12 @@ test-quick: $(VENV)/.test
 # What takes minutes: hundreds of kills, of damaged bytes, ten minutes of fuzzing.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long --timeout 3600
+
+# Checkpoints on real servers that run here: S3 (moto), and Azure's (Azurite, where there is npm).
+AZURITE_VERSION := 3.35.0
+test-stores: $(VENV)/.test $(VENV)/.azurite
+	PATH="$(abspath $(VENV))/azurite/node_modules/.bin:$$PATH" \
+		$(BIN)/python -m pytest -m stores tests/stores --timeout 1200 -rs
 
 # On the lower bounds of pyproject.toml, without DeepSpeed, in an environment of its own. That is a
 # download of several GB: old PyTorch comes with CUDA.
@@ -121,9 +127,15 @@ $(VENV)/.%: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS) $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
 	touch $@
 
+$(VENV)/.azurite: | $(BIN)/python
+	if command -v npm > /dev/null; then \
+		npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION); \
+	fi
+	touch $@
+
 EXTRAS_train     := train
 EXTRAS_deepspeed := train,deepspeed
-EXTRAS_test      := train,deepspeed,test,docs
+EXTRAS_test      := train,deepspeed,test,docs,stores
 EXTRAS_docs      := docs
 EXTRAS_release   := release
 .PRECIOUS: $(VENV)/.torch

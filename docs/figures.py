@@ -132,7 +132,7 @@ def save() -> Figure:
     figure = Figure(("rank 0", "rank 1", "rank 2", "rank 3"))
     figure.all("agree: path, step, counters, settings; who has what (a verdict is raised on all)")
     figure.all("what each rank could write, to rank 0")
-    figure.does({0: "lock the directory,|make x.tmp-<uuid>"})
+    figure.does({0: "make x.tmp-<uuid>,|hold it"})
     figure.all("which rank writes which block, to every rank")
     written = "write its shard,|hash, fsync"
     figure.does(dict.fromkeys(range(4), written))

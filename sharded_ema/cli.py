@@ -22,7 +22,7 @@ from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
 from sharded_ema.tools.env import env
 from sharded_ema.tools.inspection import inspect
-from sharded_ema.tools.report import Report
+from sharded_ema.tools.report import Report, printable
 from sharded_ema.tools.synthesize import synthesize
 from sharded_ema.tools.verify import verify
 from sharded_ema.tools.watch import watch
@@ -84,6 +84,11 @@ def _repeated(name: str, metavar: str, help: str) -> Argument:
     )
 
 
+_TRUST_CODE = _argument(
+    "--trust-code", action="store_true", help="with --like, copy Python files of the model as well"
+)
+
+
 def _writing(stored: str) -> tuple[Argument, ...]:
     """What the commands take that write models made of several checkpoints."""
     like = (
@@ -95,6 +100,7 @@ def _writing(stored: str) -> tuple[Argument, ...]:
         _dtype(stored),
         _SIZE,
         _argument("--like", metavar="DIR", help=like),
+        _TRUST_CODE,
         _JOBS,
         _NO_PROGRESS,
         _JSON,
@@ -161,6 +167,7 @@ COMMANDS = {
                 help="model or PEFT adapter directory to take configuration from and, if it has "
                 "weights, to check names and shapes against",
             ),
+            _TRUST_CODE,
             _argument("--adapter", help="PEFT adapter to write, if the model had several"),
             _repeated("--include", "PATTERN", "only tensors whose names in the output fit"),
             _repeated("--exclude", "PATTERN", "no tensors whose names in the output fit"),
@@ -217,6 +224,7 @@ COMMANDS = {
             _profile(),
             _dtype(),
             _argument("--like", metavar="DIR", help="as for consolidate"),
+            _TRUST_CODE,
             _argument("--keep", type=int, default=2, help="exports (default: %(default)s)"),
             _argument(
                 "--interval",
@@ -358,7 +366,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             _say(json.dumps(report.to_dict(), indent=1))
         else:
-            _say(_printable(report.text()))
+            _say(report.text())
     except KeyboardInterrupt:
         goes_on = arguments.command == "consolidate"
         print(
@@ -367,7 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 130
     except (EMAError, OSError) as error:
-        print(_printable(f"sharded-ema: error: {error}"), file=sys.stderr)
+        print(printable(f"sharded-ema: error: {error}"), file=sys.stderr)
         return 1 if isinstance(error, CheckpointCorruptError) else 2
     return 0 if report.ok else 1
 
@@ -412,9 +420,4 @@ def _line(report: Report) -> str:
     if report.ok and "output" in facts:
         size = f"step {facts['step']}, {facts['bytes']:,} bytes in {facts['seconds']:.3g} s"
         said.insert(0, f"exported to {facts['output']} ({size})")
-    return _printable(f"{report.path}: {'; '.join(said)}").replace("\n", " ")
-
-
-def _printable(text: str) -> str:
-    """Names from a checkpoint may hold what a terminal takes for commands."""
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
+    return printable(f"{report.path}: {'; '.join(said)}")

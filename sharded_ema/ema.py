@@ -386,8 +386,9 @@ class ShardedEMA:
             replace: replace a checkpoint that is at ``path``.
             latest: let the file ``latest`` beside ``path`` name this checkpoint. A file of that
                 name which something else has put there is left alone.
-            keep_last: after the commit, remove all but so many checkpoints beside ``path`` whose
-                names differ from its name in digits only. The new one always stays.
+            keep_last: after the commit, remove all but so many checkpoints of this average beside
+                ``path`` whose names differ from its name in one number, the step. The new one
+                and what ``latest`` names always stay.
 
         Returns:
             A handle; its ``result()`` is the path, once committed.

@@ -75,6 +75,10 @@ class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
     """There is no checkpoint at the path."""
 
 
+class CheckpointGoneError(CheckpointNotFoundError):
+    """The checkpoint was removed or replaced while it was read."""
+
+
 class CheckpointExistsError(CheckpointError, FileExistsError):
     """A save would overwrite something that is already there."""
 

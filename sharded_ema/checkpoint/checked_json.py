@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import reprlib
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ def load_json(data: bytes, where: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     A key that stands twice is refused, since readers differ on it, and so are NaN and Infinity,
-    which are not JSON.
+    which are not JSON, and numbers that would become infinite.
 
     Raises:
         CheckpointCorruptError: not UTF-8, not JSON, not an object, one of the above, or more than
@@ -34,11 +35,21 @@ def load_json(data: bytes, where: str) -> dict[str, Any]:
     def constant(name: str) -> NoReturn:
         raise ValueError(f"{name} is no JSON")
 
+    def finite(number: str) -> float:
+        if not math.isfinite(float(number)):
+            raise ValueError(f"{number[:40]} is beyond any number")
+        return float(number)
+
     # Every value but the first follows one of these. Counted first, so that memory is bounded.
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > _MAX_VALUES:
         raise CheckpointCorruptError(f"{where} has more values than any model could need")
     try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=constant)
+        value = json.loads(
+            data.decode(),
+            object_pairs_hook=unique,
+            parse_constant=constant,
+            parse_float=finite,
+        )
     except (ValueError, RecursionError) as error:
         raise CheckpointCorruptError(f"{where} cannot be read as JSON: {error}") from None
     if not isinstance(value, dict):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from sharded_ema.checkpoint.names import temporary
 
@@ -15,11 +19,14 @@ FLUSH_BYTES = 1 << 26
 
 
 @contextmanager
-def new_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None]]:
+def new_file(
+    path: Path, num_bytes: int, folder: int | None = None
+) -> Iterator[Callable[[memoryview], None]]:
     """Write a new file, whose bytes go to the disk while the next ones are being made.
 
     Args:
         num_bytes: its size, at least 1.
+        folder: descriptor of the directory to open its name in, whatever its path leads to by now.
 
     Yields:
         What writes the next bytes. They are durable when the block has ended.
@@ -28,10 +35,10 @@ def new_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None
         FileExistsError: there is such a file.
         OSError: the disk is full or fails, at a write or at the end of the block.
     """
-    with open(path, "xb", buffering=0) as file:
+    with open(path, "xb", buffering=0, opener=_opener(folder)) as file:
         descriptor = file.fileno()
         # Room first: a full disk is found before the work, and blocks need no allocation.
-        os.posix_fallocate(descriptor, 0, num_bytes)
+        _allocate(descriptor, num_bytes)
         flush = _Flush(descriptor)
         waiting = 0
 
@@ -49,6 +56,41 @@ def new_file(path: Path, num_bytes: int) -> Iterator[Callable[[memoryview], None
             flush.wait()  # the thread must not meet another file under this descriptor
         flush.check()
         os.fdatasync(descriptor)
+
+
+def _opener(folder: int | None) -> Callable[[str, int], int]:
+    def open_here(path: str, flags: int) -> int:
+        name = path if folder is None else Path(path).name
+        return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
+
+    return open_here
+
+
+@cache
+def _fallocate() -> Any:
+    """The system's call; ``None`` where there is none."""
+    try:
+        function = ctypes.CDLL(None, use_errno=True).fallocate64
+    except (AttributeError, OSError):
+        return None
+    function.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return function
+
+
+def _allocate(descriptor: int, num_bytes: int) -> None:
+    """Reserve room for a file where the file system can.
+
+    The call of POSIX would write the whole file where it cannot.
+
+    Raises:
+        OSError: the disk is full.
+    """
+    call = _fallocate()
+    if call is None or not call(descriptor, 0, 0, num_bytes):
+        return
+    code = ctypes.get_errno()
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        raise OSError(code, os.strerror(code))
 
 
 class _Flush:
@@ -95,10 +137,25 @@ class _Flush:
             self._error = error
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a new file and wait until it is on disk."""
-    with open(path, "xb") as file:
+def write_durably(path: Path, data: bytes, folder: int | None = None) -> None:
+    """Write a new file and wait until it is on disk.
+
+    Args:
+        folder: see :func:`new_file`.
+    """
+    with new_small_file(path, folder) as file:
         file.write(data)
+
+
+@contextmanager
+def new_small_file(path: Path, folder: int | None = None) -> Iterator[BinaryIO]:
+    """A new file to write; it is on disk when the block has ended.
+
+    Args:
+        folder: see :func:`new_file`.
+    """
+    with open(path, "xb", opener=_opener(folder)) as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
 
@@ -109,6 +166,19 @@ def replace_durably(path: Path, data: bytes) -> None:
     write_durably(new, data)
     new.replace(path)
     fsync(path.parent)
+
+
+def make_directories(path: Path) -> None:
+    """Make a directory and those above it that are not there, each of them durably."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        if path == path.parent:
+            break
+        path = path.parent
+    for folder in reversed(missing):
+        folder.mkdir(exist_ok=True)
+        fsync(folder.parent)
 
 
 def fsync(path: Path) -> None:

@@ -6,14 +6,18 @@ without waiting. Under a URL there are objects, which fsspec has a driver for.
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import os
 import stat
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,11 +25,20 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.names import is_plain_name
-from sharded_ema.errors import CheckpointCorruptError, CheckpointError, ConfigError
+from sharded_ema.checkpoint.names import MANIFEST_NAME, is_plain_name
+from sharded_ema.errors import (
+    CheckpointCorruptError,
+    CheckpointError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    ConfigError,
+    EMAError,
+)
 
 # Names of files that OpenFiles keeps open; of one, as many as there are threads.
 _MAX_OPEN_FILES = 32
+# And directories.
+_MAX_HELD = 6
 
 Bytes = NDArray[np.uint8]
 
@@ -84,17 +97,117 @@ def driver(url: str) -> tuple[Any, str]:
     except (ImportError, ValueError) as error:
         raise ConfigError(f"{url} cannot be reached: {error}") from error
     fs.invalidate_cache()
-    return fs, path
+    return _Driver(fs, url), path
+
+
+# Protocols of stores that have buckets and no directories.
+_BUCKETS = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "oci"})
+# Packages whose errors are of no class that Python has.
+_CLIENTS = frozenset(
+    {"aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "requests", "urllib3"}
+)
+
+
+# What a store says of what is there, and so is no failure.
+_ANSWERS = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, EMAError)
+
+
+def is_bucket_store(url: URL) -> bool:
+    """Whether a URL is one of a store in which directories need not and cannot be made."""
+    return url.partition("://")[0].rpartition("::")[2] in _BUCKETS
+
+
+class reaching:
+    """A block in which a store is asked for something; what its client raises becomes an error of
+    this library.
+
+    Raises:
+        CheckpointError: the store cannot be reached, or refuses.
+    """
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        if kind is None or issubclass(kind, _ANSWERS):
+            return
+        if issubclass(kind, OSError) or kind.__module__.partition(".")[0] in _CLIENTS:
+            said = " ".join(str(error).split()) or kind.__name__
+            raise CheckpointError(f"{self._url} cannot be reached: {said}") from error
+
+
+class _Driver:
+    """A file system of fsspec whose calls are made in :class:`reaching`."""
+
+    def __init__(self, fs: Any, url: str) -> None:
+        self._fs = fs
+        self._url = url
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._fs, name)
+        if not callable(found):
+            return found
+
+        @wraps(found)
+        def call(*args: Any, **options: Any) -> Any:
+            with reaching(self._url):
+                return found(*args, **options)
+
+        return call
 
 
 def entries(location: Location) -> set[str]:
     """Names in a directory; none if there is no such directory."""
     if isinstance(location, Path):
-        return {entry.name for entry in location.iterdir()} if location.is_dir() else set()
+        try:
+            return {entry.name for entry in location.iterdir()}
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
     fs, path = driver(location)
     if not fs.isdir(path):
         return set()
-    return {found.rstrip("/").rpartition("/")[2] for found in fs.ls(path, detail=False)}
+    # Some tools put an empty object where they show a folder: it has the name of the folder.
+    found = {name.rstrip("/") for name in fs.ls(path, detail=False)}
+    return {name.rpartition("/")[2] for name in found if name.strip("/") != path.strip("/")}
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """An object of a store of which parts were sent and never put together.
+
+    Attributes:
+        name: below the URL that was asked about.
+        bucket, key, number: what the store knows it by.
+    """
+
+    name: str
+    bucket: str
+    key: str
+    number: str
+
+
+def unfinished_uploads(url: URL) -> list[Upload]:
+    """What was begun below a URL and is not there yet, or never will be; none if nobody can tell.
+
+    S3 keeps such parts, and charges for them, until somebody ends the upload.
+    """
+    fs, path = driver(url)
+    bucket, _, start = path.strip("/").partition("/")
+    try:
+        listed = fs.list_multipart_uploads(bucket)
+    except (AttributeError, OSError, CheckpointError):  # not every driver, store and user may
+        return []
+    start = f"{start}/" if start else ""
+    return [
+        Upload(upload["Key"].removeprefix(start), bucket, upload["Key"], upload["UploadId"])
+        for upload in listed
+        if upload["Key"].startswith(start)
+    ]
 
 
 def is_file(location: Location) -> bool:
@@ -199,25 +312,36 @@ class _RemoteFile(OpenFile):
     def _read_at(self, view: memoryview, position: int) -> int:
         if position >= self.size:
             return 0
-        self._file.seek(position)
-        return int(self._file.readinto(view))
+        with reaching(str(self.location)):
+            self._file.seek(position)
+            return int(self._file.readinto(view))
 
     def close(self) -> None:
         self._file.close()
 
 
-def open_regular(location: Location) -> OpenFile:
+def open_regular(location: Location | Member) -> OpenFile:
     """A regular file, or an object under a URL, to read.
 
     Raises:
         CheckpointCorruptError: it is missing, or a directory, FIFO, socket or device.
         CheckpointError: it cannot be opened.
     """
+    if isinstance(location, Member):
+        return location.directory.open_new(location.name)
     if isinstance(location, URL):
         return _open_remote(location)
+    return _open_local(location, lambda: os.open(location, _READ))
+
+
+# Without O_NONBLOCK, opening a FIFO would wait for somebody to write.
+_READ = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+
+
+def _open_local(location: Path, opens: Callable[[], int]) -> OpenFile:
+    """The file that ``opens`` gives a descriptor of; it is called ``location``."""
     try:
-        # Without O_NONBLOCK, opening a FIFO would wait for somebody to write.
-        descriptor = os.open(location, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = opens()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointCorruptError(f"{location} is missing") from None
     except OSError as error:
@@ -239,7 +363,7 @@ def _open_remote(url: URL) -> OpenFile:
         raise CheckpointError(f"{url} cannot be opened: {error}") from error
 
 
-def read_whole(location: Location, limit: int) -> bytes:
+def read_whole(location: Location | Member, limit: int) -> bytes:
     """The content of a small file.
 
     Args:
@@ -298,9 +422,11 @@ class OpenFiles:
 
     def __init__(self) -> None:
         # By directory and name; what was used last comes last.
-        self._idle: OrderedDict[tuple[Location, str], list[OpenFile]] = OrderedDict()
+        self._idle: OrderedDict[tuple[object, str], list[OpenFile]] = OrderedDict()
+        # Directories that are held, what was used last comes last.
+        self._held: OrderedDict[_Handle, None] = OrderedDict()
         self._lock = threading.Lock()
-        weakref.finalize(self, _close_all, self._idle)
+        weakref.finalize(self, _close_all, self._idle, self._held)
 
     def __enter__(self) -> Self:
         return self
@@ -311,23 +437,31 @@ class OpenFiles:
     def close(self) -> None:
         """Close what nobody is reading."""
         with self._lock:
-            _close_all(self._idle)
+            _close_all(self._idle, self._held)
+
+    def hold(self, handle: _Handle) -> None:
+        """Note that a directory is held open, and let go of the one that was used least lately."""
+        with self._lock:
+            self._held[handle] = None
+            self._held.move_to_end(handle)
+            if len(self._held) > _MAX_HELD:
+                self._held.popitem(last=False)[0].close()
 
     @contextmanager
-    def open(self, root: Location, name: str) -> Iterator[OpenFile]:
-        """The file ``root / name`` to read, for the time of a block.
+    def open(self, root: Directory, name: str) -> Iterator[OpenFile]:
+        """The file of this name in a directory to read, for the time of a block.
 
         Raises:
-            CheckpointCorruptError, CheckpointError: see :func:`open_regular`.
+            CheckpointCorruptError, CheckpointError: see :meth:`Directory.open_new`.
         """
-        key = (root, name)
+        key = (root.token, name)
         with self._lock:
             idle = self._idle.pop(key, None)
             file = idle.pop() if idle else None
             if idle:
                 self._idle[key] = idle
         if file is None:
-            file = open_regular(root / name)
+            file = root.open_new(name)
         try:
             yield file
         except BaseException:
@@ -340,31 +474,233 @@ class OpenFiles:
                 _close_first(self._idle)
 
 
-def _close_first(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+def _close_first(idle: OrderedDict[tuple[object, str], list[OpenFile]]) -> None:
     for file in idle.popitem(last=False)[1]:
         file.close()
 
 
-def _close_all(idle: OrderedDict[tuple[Location, str], list[OpenFile]]) -> None:
+def _close_all(
+    idle: OrderedDict[tuple[object, str], list[OpenFile]], held: OrderedDict[_Handle, None]
+) -> None:
     while idle:
         _close_first(idle)
+    while held:
+        held.popitem()[0].close()
+
+
+class _Handle:
+    """A directory of this machine, held by a descriptor: what takes its name later is not it.
+
+    The descriptor may be closed meanwhile. Who opens it again finds the same directory or an error.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: there is none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._descriptor: int | None = self._open()
+        self._identity = _identity(self._descriptor)
+        self._box = [self._descriptor]
+        weakref.finalize(self, _close_descriptor, self._box)
+
+    def _open(self) -> int:
+        return os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY)
+
+    def close(self) -> None:
+        """Give the descriptor back; harmless if done before."""
+        with self._lock:
+            _close_descriptor(self._box)
+            self._descriptor = None
+
+    @contextmanager
+    def descriptor(self) -> Iterator[int]:
+        """The descriptor, which nobody closes in the block.
+
+        Raises:
+            CheckpointGoneError: another directory has the name by now, or none.
+        """
+        with self._lock:
+            if self._descriptor is None:
+                try:
+                    opened = self._open()
+                except OSError:
+                    raise gone(self._path) from None
+                self._descriptor = opened
+                self._box[:] = [opened]
+                if _identity(opened) != self._identity:
+                    _close_descriptor(self._box)
+                    self._descriptor = None
+                    raise gone(self._path)
+            yield self._descriptor
+
+    def is_gone(self) -> bool:
+        """Whether another directory has the name by now, or none."""
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            return True
+        return (status.st_dev, status.st_ino) != self._identity[:2]
+
+
+def _close_descriptor(box: list[int]) -> None:
+    while box:
+        os.close(box.pop())
+
+
+def _identity(descriptor: int) -> tuple[int, int, int]:
+    """What tells a directory from one that gets its number later, whose manifest is younger."""
+    status, written = os.fstat(descriptor), 0
+    with suppress(OSError):
+        written = os.stat(MANIFEST_NAME, dir_fd=descriptor, follow_symlinks=False).st_mtime_ns
+    return status.st_dev, status.st_ino, written
+
+
+def gone(location: Location) -> CheckpointGoneError:
+    """The error for a checkpoint that is no longer the one that was opened."""
+    return CheckpointGoneError(
+        f"{location} was removed or replaced while it was read; open it again, or read a later one"
+    )
+
+
+class Member:
+    """A file of a directory that is held, to be opened in it and by no path.
+
+    Attributes:
+        directory, name: see above.
+    """
+
+    def __init__(self, directory: Directory, name: str) -> None:
+        self.directory = directory
+        self.name = name
+
+    def __str__(self) -> str:
+        return str(self.directory.location / self.name)
 
 
 class Directory:
     """The directory of a checkpoint, or what lies under a URL, as a place to read pieces from.
 
+    It is opened once: of a directory that is replaced meanwhile everything still comes from the one
+    that was there, or an error says so. Under a URL nothing can be held, but there no name is used
+    by two saves.
+
     Args:
         location: where it lies.
         files: holds its files open; one for several directories makes them share its limit.
             ``None`` for one of its own.
+        links: whether its files may be links to anywhere, as in a model directory that the user
+            names. Else only to a file in it.
 
     Attributes:
         location, files: see above.
+
+    Raises:
+        CheckpointNotFoundError: there is no such directory on this machine.
     """
 
-    def __init__(self, location: Location, files: OpenFiles | None = None) -> None:
+    def __init__(
+        self, location: Location, files: OpenFiles | None = None, *, links: bool = False
+    ) -> None:
         self.location = location
         self.files = OpenFiles() if files is None else files
+        self._links = links
+        self._handle: _Handle | None = None
+        # Under a URL: what it is known by, and the digest of that.
+        self._known: tuple[str, bytes] | None = None
+        if isinstance(location, Path):
+            try:
+                self._handle = _Handle(location)
+            except OSError as error:
+                raise CheckpointNotFoundError(
+                    f"{location} is no directory that can be opened: {error.strerror}"
+                ) from None
+            self.files.hold(self._handle)
+        # What its files are held open under: no reference to what holds them.
+        self.token: object = self._handle or object()
+
+    def __truediv__(self, name: str) -> Member:
+        return Member(self, name)
+
+    def names(self) -> set[str]:
+        """The names in it."""
+        if self._handle is None:
+            return entries(self.location)
+        with self._reaching(self._handle) as descriptor, os.scandir(descriptor) as found:
+            return {entry.name for entry in found}
+
+    def remember(self, name: str, data: bytes) -> None:
+        """Take a file of it for what it is known by, under a URL."""
+        self._known = (name, hashlib.sha256(data).digest())
+
+    def is_gone(self) -> bool:
+        """Whether it was removed, or replaced, since it was opened."""
+        if self._handle is not None:
+            return self._handle.is_gone()
+        if self._known is None:
+            return False
+        name, digest = self._known
+        try:
+            with open_regular(self.location / name) as file:
+                return hashlib.sha256(file.read(0, file.size)).digest() != digest
+        except CheckpointError:
+            return True
+
+    @contextmanager
+    def unless_gone(self) -> Iterator[None]:
+        """Tell what is missing or wrong because the checkpoint is gone from what is damaged.
+
+        Raises:
+            CheckpointGoneError: instead of any error about a checkpoint, if it is gone.
+        """
+        try:
+            yield
+        except CheckpointGoneError:
+            raise
+        except CheckpointError as error:
+            if self.is_gone():
+                raise gone(self.location) from error
+            raise
+
+    @contextmanager
+    def _reaching(self, handle: _Handle) -> Iterator[int]:
+        with handle.descriptor() as descriptor:
+            yield descriptor
+        self.files.hold(handle)
+
+    def open_new(self, name: str) -> OpenFile:
+        """A file in it, which the caller closes.
+
+        Raises:
+            CheckpointCorruptError: it is missing, no regular file, or a link that leads out.
+            CheckpointGoneError: it is missing with the whole directory.
+            CheckpointError: it cannot be opened.
+        """
+        path = self.location / name
+        with self.unless_gone():
+            if isinstance(path, URL):
+                return _open_remote(path)
+            return _open_local(path, lambda: self._open_in(name))
+
+    def _open_in(self, name: str) -> int:
+        assert self._handle is not None
+        with self._reaching(self._handle) as descriptor:
+            if self._links:
+                return os.open(name, _READ, dir_fd=descriptor)
+            inner = name if is_plain_name(name) else self._inner(name)
+            try:
+                return os.open(inner, _READ | os.O_NOFOLLOW, dir_fd=descriptor)
+            except OSError as error:
+                if error.errno not in (errno.ELOOP, errno.EMLINK):
+                    raise
+            return os.open(self._inner(name), _READ | os.O_NOFOLLOW, dir_fd=descriptor)
+
+    def _inner(self, name: str) -> str:
+        """The name of the file in it that a name leads to."""
+        path = inside(self.location, name)
+        assert isinstance(path, Path) and isinstance(self.location, Path)
+        return str(path.resolve().relative_to(self.location.resolve()))
 
     @contextmanager
     def open(self, name: str) -> Iterator[OpenFile]:
@@ -377,7 +713,7 @@ class Directory:
             CheckpointCorruptError: it is missing, or no regular file.
             CheckpointError: it cannot be opened.
         """
-        with self.files.open(self.location, name) as file:
+        with self.unless_gone(), self.files.open(self, name) as file:
             yield file
 
     def read_into(self, name: str, buffer: Bytes, position: int) -> None:
@@ -386,5 +722,5 @@ class Directory:
         Raises:
             CheckpointCorruptError: the file is not there or too short.
         """
-        with self.files.open(self.location, name) as file:
+        with self.open(name) as file:
             file.fill(buffer.data, position)

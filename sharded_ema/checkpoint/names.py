@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from uuid import uuid4
 
@@ -40,13 +43,33 @@ METADATA_NAME = ".metadata"
 #: What a directory with a committed checkpoint has one of.
 COMMITTED_NAMES = frozenset({MANIFEST_NAME, METADATA_NAME})
 
-_DATA = re.compile(r"shard-\d+\.safetensors|__\d+_\d+\.distcp|chunks\.safetensors")
+# Under a URL the names have the uuid of the save, so that no two saves write one object.
+_DATA = re.compile(
+    r"(?:shard-\d+|chunks)(?:-(?P<uuid>[0-9a-f]{32}))?\.safetensors|__\d+_\d+\.distcp"
+)
 _MAX_NAME_BYTES = 255
 
 
-def shard_name(rank: int) -> str:
-    """The file that a rank writes."""
-    return f"shard-{rank:05d}.safetensors"
+def shard_name(rank: int, uuid: str = "") -> str:
+    """The file that a rank writes; with the uuid of the save where others may write beside it."""
+    return f"shard-{rank:05d}{uuid and f'-{uuid}'}.safetensors"
+
+
+def chunks_name(uuid: str = "") -> str:
+    """The file with the chunk table; with the uuid as in :func:`shard_name`."""
+    return f"chunks-{uuid}.safetensors" if uuid else CHUNKS_NAME
+
+
+def is_chunks(name: str) -> bool:
+    """Whether a file of this name has a chunk table."""
+    match = _DATA.fullmatch(name)
+    return match is not None and name in (CHUNKS_NAME, chunks_name(match["uuid"] or ""))
+
+
+def is_part_of(name: str, uuid: str) -> bool:
+    """Whether a file is known by its name to be one that the save of this uuid has written."""
+    match = _DATA.fullmatch(name)
+    return match is not None and match["uuid"] == uuid
 
 
 def is_part(name: str) -> bool:
@@ -87,33 +110,81 @@ def without_number(name: str) -> str:
 
 # ---------------------------------------------------------------------- marks
 
-#: ``<name>.tmp-<uuid>`` will be renamed to ``<name>``, or is about to be removed.
+#: ``<name>.tmp-<uuid>`` is a directory in which something is made that will be ``<name>``.
 TEMPORARY_MARK = ".tmp-"
+#: ``<name>.tmp-dead-<uuid>`` was ``<name>``, or such a directory, and is being removed.
+DEAD_MARK = ".tmp-dead-"
 #: ``<name>.old-<uuid>`` was ``<name>`` until a save with ``replace=True`` set it aside.
 SET_ASIDE_MARK = ".old-"
 
-_MARKED = re.compile(r"(?P<name>.+)(?P<mark>\.tmp-|\.old-)[0-9a-f]{32}")
+_MARKED = re.compile(r"(?P<name>.+)(?P<mark>\.tmp-dead-|\.tmp-|\.old-)(?P<uuid>[0-9a-f]{32})", re.S)
 _LOOKS_TEMPORARY = re.compile(r"\.tmp-[0-9a-f-]+$")
+_CHECK_DIGITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Marked:
+    """A name with a mark, taken apart.
+
+    Attributes:
+        name: without the mark.
+        mark: one of those above.
+        uuid: 32 hex digits.
+    """
+
+    name: str
+    mark: str
+    uuid: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the digits are such as this library makes, and not any uuid of a stranger."""
+        return self.uuid == new_uuid(self.uuid)
+
+
+def new_uuid(seed: str | None = None) -> str:
+    """32 hex digits that are known for this library's: the last eight follow from the others.
+
+    Args:
+        seed: hex digits that the first ones are taken of; random if ``None``.
+    """
+    digits = (seed or uuid4().hex)[:-_CHECK_DIGITS]
+    return digits + sha256(f"sharded_ema {digits}".encode()).hexdigest()[:_CHECK_DIGITS]
+
+
+def parse_marked(name: str) -> Marked | None:
+    """What a name with a mark says; ``None`` if it has none."""
+    match = _MARKED.fullmatch(name)
+    if match is None:
+        return None
+    return Marked(match["name"], match["mark"], match["uuid"])
 
 
 def temporary(path: Path, uuid: str | None = None) -> Path:
     """A new temporary path beside ``path``; with the caller's 32 hex digits to find it again."""
-    return path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid or uuid4().hex}")
+    return path.with_name(f"{path.name}{TEMPORARY_MARK}{uuid or new_uuid()}")
 
 
-def set_aside(path: Path) -> Path:
-    """A new path beside ``path`` for what is there and about to be replaced."""
-    return path.with_name(f"{path.name}{SET_ASIDE_MARK}{uuid4().hex}")
+def set_aside(path: Path, uuid: str | None = None) -> Path:
+    """A path beside ``path`` for what is there and about to be replaced by the save of ``uuid``."""
+    return path.with_name(f"{path.name}{SET_ASIDE_MARK}{uuid or new_uuid()}")
+
+
+def doomed(path: Path) -> Path:
+    """A new path beside ``path`` for what is about to be removed; names do not grow by it."""
+    return path.with_name(f"{without_mark(path.name)}{DEAD_MARK}{new_uuid()}")
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one that :func:`temporary` makes, and so may be removed."""
-    return _marked_by(name) == TEMPORARY_MARK
+    """Whether a name is of what is being made, or removed."""
+    marked = parse_marked(name)
+    return marked is not None and marked.mark != SET_ASIDE_MARK
 
 
 def is_set_aside(name: str) -> bool:
     """Whether a name is one that :func:`set_aside` makes."""
-    return _marked_by(name) == SET_ASIDE_MARK
+    marked = parse_marked(name)
+    return marked is not None and marked.mark == SET_ASIDE_MARK
 
 
 def looks_temporary(name: str) -> bool:
@@ -128,22 +199,45 @@ def is_marked(name: str) -> bool:
 
 def without_mark(name: str) -> str:
     """The name that a temporary or replaced directory goes by, or went."""
-    match = _MARKED.fullmatch(name)
-    return match["name"] if match else name
+    marked = parse_marked(name)
+    return marked.name if marked is not None else name
 
 
-def _marked_by(name: str) -> str | None:
-    match = _MARKED.fullmatch(name)
-    return match["mark"] if match else None
+# ---------------------------------------------------------------------- in temporary directories
 
-
-# ---------------------------------------------------------------------- where tools write
-
-#: In the directory in which a consolidation works: its journal, and what it will publish.
-JOURNAL_NAME = "journal.jsonl"
+#: What will be the checkpoint, the model, or the file ``latest``.
+CHECKPOINT_DIRECTORY = "checkpoint"
 MODEL_DIRECTORY = "model"
+#: What a consolidation has finished.
+JOURNAL_NAME = "journal.jsonl"
+
+_HOLDER = re.compile(r"holder-(?P<uuid>[0-9a-f]{32})\.(?P<end>json|new)")
+
+
+def holder_name(uuid: str) -> str:
+    """The file that says who holds a temporary directory."""
+    return f"holder-{uuid}.json"
+
+
+def unfinished_holder_name(uuid: str) -> str:
+    """The same while it is written."""
+    return f"holder-{uuid}.new"
+
+
+def holders(names: Iterable[str]) -> list[str]:
+    """Those of some names that :func:`holder_name` makes."""
+    return [n for n in names if (match := _HOLDER.fullmatch(n)) and match["end"] == "json"]
+
+
+def is_holder(name: str) -> bool:
+    """Whether a file says, or was about to say, who holds a directory."""
+    return bool(_HOLDER.fullmatch(name))
 
 
 def is_of_workplace(name: str) -> bool:
-    """Whether a consolidation puts something of this name where it works."""
-    return name == MODEL_DIRECTORY or name.startswith(JOURNAL_NAME)
+    """Whether something of this name is put into a temporary directory."""
+    return (
+        name in (CHECKPOINT_DIRECTORY, MODEL_DIRECTORY, LATEST_NAME)
+        or name.startswith(JOURNAL_NAME)
+        or is_holder(name)
+    )

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sharded_ema.checkpoint.files import (
+    URL,
     Directory,
     Location,
     OpenFiles,
     as_location,
     entries,
     exists,
+    gone,
     is_file,
     read_if_file,
 )
@@ -44,12 +46,15 @@ from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointGoneError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
 )
 
 # Larger than any name can be.
 _MAX_POINTER_BYTES = 4096
+# How often a checkpoint that is replaced while it is opened is opened again.
+_MAX_LOOKS = 20
 
 # ---------------------------------------------------------------------- the one that a path means
 
@@ -67,20 +72,40 @@ def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    where, names = find_checkpoint(path)
-    return open_directory(Directory(where, files), names)
+    for _ in range(_MAX_LOOKS - 1):
+        with suppress(CheckpointGoneError):
+            return _open_found(path, files)
+    return _open_found(path, files)
 
 
-def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
-    """The directory that holds a committed checkpoint, and the names in it.
+def _open_found(path: str | os.PathLike[str], files: OpenFiles | None) -> Checkpoint:
+    directory, names = find_checkpoint(path, files)
+    with directory.unless_gone():
+        return open_directory(directory, names)
+
+
+def find_checkpoint(
+    path: str | os.PathLike[str], files: OpenFiles | None = None
+) -> tuple[Directory, set[str]]:
+    """The directory that holds a committed checkpoint, held open, and the names in it.
 
     It is ``path`` itself, or what a file ``latest`` at ``path`` names, or what an interrupted
     replacement of ``path`` has set aside.
+
+    Args:
+        files: see :class:`~sharded_ema.checkpoint.files.Directory`.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
         CheckpointUncommittedError: a save that did not finish.
     """
+    for _ in range(_MAX_LOOKS - 1):
+        with suppress(CheckpointGoneError):
+            return _find(path, files)
+    return _find(path, files)
+
+
+def _find(path: str | os.PathLike[str], files: OpenFiles | None) -> tuple[Directory, set[str]]:
     where = follow(as_location(path))
     if isinstance(where, Path) and not where.is_dir():
         where = _interrupted_replacement(where)
@@ -89,9 +114,15 @@ def find_checkpoint(path: str | os.PathLike[str]) -> tuple[Location, set[str]]:
             f"{where} is the temporary directory of a save that did not finish; use an earlier "
             "checkpoint"
         )
-    names = entries(where)
+    try:
+        directory = Directory(where, files)
+    except CheckpointNotFoundError:
+        raise gone(where) from None
+    names = directory.names()
     if names & COMMITTED_NAMES:
-        return where, names
+        return directory, names
+    if directory.is_gone():
+        raise gone(where)
     if any(map(is_part, names)):
         raise CheckpointUncommittedError(
             f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
@@ -176,14 +207,24 @@ def find_set_aside(path: Path) -> Path | None:
         for sibling in _siblings(path)
         if is_set_aside(sibling.name)
         and without_mark(sibling.name) == path.name
+        and not sibling.is_symlink()
         and (sibling / MANIFEST_NAME).is_file()
     ]
-    return max(found, key=lambda p: p.stat().st_mtime_ns) if found else None
+    return max(found, key=_modified) if found else None
+
+
+def _modified(path: Path) -> int:
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # removed just now
+        return 0
 
 
 def _interrupted_replacement(path: Path) -> Path:
     """The checkpoint set aside for one at ``path`` that never came."""
     aside = None if os.path.lexists(path) else find_set_aside(path)
+    if aside is None and path.is_dir():  # the replacement has come in this moment
+        raise gone(path)
     if aside is None:
         unfinished = [
             p.name for p in _siblings(path) if p.name.startswith(path.name + TEMPORARY_MARK)
@@ -212,6 +253,8 @@ class Committed:
         saved_at: when it was committed, Unix time in milliseconds.
         uuid: of the save.
         num_bytes: size of its files, without the manifest.
+        run: what tells its average from others, and is kept through loads; ``""`` if unknown, as
+            of checkpoints by earlier versions.
     """
 
     path: Location
@@ -219,6 +262,7 @@ class Committed:
     saved_at: int
     uuid: str
     num_bytes: int
+    run: str = ""
 
     @property
     def name(self) -> str:
@@ -227,7 +271,10 @@ class Committed:
 
     @property
     def order(self) -> tuple[int, int]:
-        """What the checkpoints of a run are sorted by: after going back, steps fall."""
+        """What the checkpoints of a run are sorted by: after going back, steps fall.
+
+        No save has an earlier time than what lies beside it, whatever the clock says.
+        """
         return self.saved_at, self.step
 
 
@@ -247,7 +294,7 @@ def committed_at(path: Location) -> Committed | None:
     if not is_file(path / MANIFEST_NAME):
         return None
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(Directory(path))
     except CheckpointError:
         if is_file(path / MANIFEST_NAME):
             raise
@@ -256,7 +303,49 @@ def committed_at(path: Location) -> Committed | None:
     if not steps:
         return None
     num_bytes = sum(file.num_bytes for file in manifest.files)
-    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes)
+    runs = {meta.get("run") for meta in manifest.emas.values()}
+    run = ",".join(sorted(r for r in runs if isinstance(r, str)))
+    return Committed(path, max(steps), manifest.saved_at, manifest.uuid, num_bytes, run)
+
+
+# Of so many manifests beside a new checkpoint, those changed last, the time is looked at.
+_MAX_NEIGHBOURS = 4
+
+
+def saved_last_beside(path: Location) -> int:
+    """The latest time at which a checkpoint beside ``path`` says that it was saved, or 0.
+
+    Each is later than those before it. So on a file system the manifests that were changed last,
+    by its own clock, will do; and under a URL, where each look is a request, what ``latest`` names.
+    """
+    found = [0]
+    for neighbour in _neighbours(path):
+        with suppress(CheckpointError, OSError):
+            at = committed_at(neighbour)
+            found += [at.saved_at] if at else []
+    return max(found)
+
+
+def _neighbours(path: Location) -> list[Location]:
+    if isinstance(path, URL):
+        name = named_by_latest(path.parent)
+        return [path.parent / name] if name else []
+    changed = []
+    for name in entries(path.parent):
+        with suppress(OSError):
+            if not looks_temporary(name):
+                changed.append(((path.parent / name / MANIFEST_NAME).stat().st_mtime_ns, name))
+    return [path.parent / name for _, name in sorted(changed)[-_MAX_NEIGHBOURS:]]
+
+
+def named_by_latest(folder: Location) -> str | None:
+    """The name that the file ``latest`` in a directory holds; ``None`` without such a file."""
+    pointer = folder / LATEST_NAME
+    try:
+        named = follow(pointer)
+    except (CheckpointError, OSError):
+        return None
+    return named.name if named != pointer else None
 
 
 def committed(run: str | os.PathLike[str]) -> list[Committed]:
@@ -315,7 +404,8 @@ class Run:
 def read_run(run: str | os.PathLike[str]) -> Run:
     """Look at the manifests in a run; links are not followed."""
     root = as_location(run)
-    found = Run([], {}, [], _latest(root) or _latest(root / CHECKPOINTS_DIRECTORY))
+    latest = named_by_latest(root) or named_by_latest(root / CHECKPOINTS_DIRECTORY)
+    found = Run([], {}, [], latest)
     for path in _places(root, links=False):
         if _is_unfinished(path):
             found.leftovers.append(str(path).removeprefix(f"{root}/"))
@@ -376,12 +466,3 @@ def _is_unfinished(path: Location) -> bool:
         return True
     names = _names(path)
     return not names & COMMITTED_NAMES and any(map(is_part, names))
-
-
-def _latest(folder: Location) -> str | None:
-    pointer = folder / LATEST_NAME
-    try:
-        named = follow(pointer)
-    except CheckpointError:
-        return None
-    return named.name if named != pointer else None

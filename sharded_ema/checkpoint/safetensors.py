@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import Location, open_regular
-from sharded_ema.errors import CheckpointCorruptError
+from sharded_ema.checkpoint.files import Location, Member, OpenFile, open_regular
+from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
 #: Complex dtypes and those of their parts. C128 is a name of our own, which safetensors lacks.
@@ -40,6 +41,8 @@ ITEMSIZE: dict[str, int] = {
     "U8": 1,
     "BOOL": 1,
 }
+
+_DTYPE = re.compile(r"[A-Z]+[0-9]{0,3}(_[A-Z0-9]+)*")
 
 #: The limit of the reference implementation; a length beyond it is damage, not a header.
 MAX_HEADER_BYTES = 100_000_000
@@ -104,7 +107,7 @@ def build_header(
 
 
 def read_header(
-    path: Location,
+    path: Location | Member,
 ) -> tuple[dict[str, Entry], dict[str, str], int]:
     """Read and check the header of a safetensors file.
 
@@ -112,19 +115,29 @@ def read_header(
         The tensors by key, the texts of ``__metadata__``, and the byte where the data begins.
 
     Raises:
-        CheckpointCorruptError: the file is not valid safetensors; holes, overlaps, unknown dtypes
-            and a size that differs from what the header says included.
+        CheckpointCorruptError: the file is not valid safetensors; holes, overlaps and a size that
+            differs from what the header says included.
+        CheckpointMismatchError: it has a dtype that this version does not know.
     """
     with open_regular(path) as file:
-        size = file.size
-        prefix = file.read(0, 8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointCorruptError(
-                f"{path}: the header should take {length} bytes and the file has {size}; it is "
-                "truncated or no safetensors file"
-            )
-        text = file.read(8, length)
+        return parse_header(file)
+
+
+def parse_header(file: OpenFile) -> tuple[dict[str, Entry], dict[str, str], int]:
+    """The same of a file that is open.
+
+    Raises:
+        CheckpointCorruptError: see :func:`read_header`.
+    """
+    path, size = file.location, file.size
+    prefix = file.read(0, 8)
+    length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+    if length > min(size - 8, MAX_HEADER_BYTES):
+        raise CheckpointCorruptError(
+            f"{path}: the header should take {length} bytes and the file has {size}; it is "
+            "truncated or no safetensors file"
+        )
+    text = file.read(8, length)
     header = load_json(text, str(path))
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
@@ -147,13 +160,28 @@ def read_header(
     return entries, metadata, 8 + length
 
 
+def check_dtype(dtype: Any, key: str, where: object) -> None:
+    """Refuse a dtype that is not known here.
+
+    Raises:
+        CheckpointMismatchError: it may be known to others, as ``F8_E8M0`` and ``F4`` are.
+        CheckpointCorruptError: it cannot be the name of one.
+    """
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise CheckpointCorruptError(f"{where}: {key} cannot have the dtype {shown(dtype)}")
+    if dtype not in ITEMSIZE:
+        raise CheckpointMismatchError(
+            f"{where}: {key} has the dtype {dtype}, which this version of sharded_ema does not "
+            "know; update it, or convert the tensor"
+        )
+
+
 def _entry(key: str, value: Any, path: Location) -> Entry:
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-        raise CheckpointCorruptError(f"{path}: {key} has the unknown dtype {shown(dtype)}")
+    check_dtype(dtype, key, path)
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointCorruptError(f"{path}: the header entry of {key} is malformed")
     start, stop = offsets

@@ -7,6 +7,7 @@ loads into any other sharding.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.files import Directory, as_location
+from sharded_ema.checkpoint.files import Directory, as_location, gone
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.run import open_checkpoint
@@ -52,11 +53,12 @@ class SafetensorsStorageReader(StorageReader):
         self._path = as_location(path)
         self._verify = verify
         self._catalog: Checkpoint | None = None
+        self._metadata: Metadata | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
             self._path = as_location(checkpoint_id)
-            self._catalog = None
+            self._catalog = self._metadata = None
 
     @property
     def catalog(self) -> Checkpoint:
@@ -66,6 +68,11 @@ class SafetensorsStorageReader(StorageReader):
         return self._catalog
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        if self._metadata is None:
+            self._metadata = self._read_metadata()
+        return self._metadata
+
+    def _read_metadata(self) -> Metadata:
         stored = {}
         for key, tensor in self.catalog.tensors.items():
             stored[key] = TensorStorageMetadata(
@@ -84,13 +91,17 @@ class SafetensorsStorageReader(StorageReader):
         pass
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        return plan
+        manifest = self.catalog.manifest
+        return dataclasses.replace(plan, storage_data=manifest.uuid if manifest else None)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        # Every rank has opened the checkpoint for itself.
+        if len({plan.storage_data for plan in plans}) > 1:
+            raise gone(self._path)
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        with self.catalog as checkpoint:
+        with self.catalog as checkpoint, checkpoint.directory.unless_gone():
             chunks = self._chunks_of(plan)
             if self._verify:
                 # Several items may read from one chunk.

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -15,15 +16,24 @@ from sharded_ema.averaging.distance import partial_distances, relative_distance
 from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
 from sharded_ema.checkpoint.files import Location, as_location
+from sharded_ema.checkpoint.names import new_uuid
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.staging import Staging
 from sharded_ema.config import Settings
-from sharded_ema.errors import CheckpointExistsError, ConfigError
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointGoneError,
+    CheckpointNotFoundError,
+    ConfigError,
+)
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.world import world_size
+
+# How often a checkpoint that is replaced while it is read is read again, whole.
+_MAX_READS = 20
 
 
 class Store:
@@ -37,7 +47,9 @@ class Store:
     """
 
     # What a copy does not share: it has no save under way.
-    not_copied = ("_background", "_staging", "_writers")
+    not_copied = ("_background", "_staging", "_writers", "_run")
+    # What tells this average from all others, once it has been saved or loaded; a copy is another.
+    _run: str | None = None
 
     def __init__(
         self, average: Average, model: FollowedModel, settings: Settings, health: Health
@@ -71,7 +83,8 @@ class Store:
     # ------------------------------------------------------------------ state dicts
 
     def _meta(self) -> dict[str, Any]:
-        return snapshot.make_meta(self._settings, self._average, self._model.holdings.tensors)
+        meta = snapshot.make_meta(self._settings, self._average, self._model.holdings.tensors)
+        return meta if self._run is None else meta | {"run": self._run}
 
     def _averages(self) -> dict[str, Tensor]:
         return snapshot.make_averages(self._model, self._average)
@@ -91,6 +104,7 @@ class Store:
         self._check_fits(own, stored, strict=strict)
         self._average.broken = before or "load_state_dict() failed midway"
         snapshot.copy_state(own, state)
+        self._run = stored.meta.get("run", self._run)
         return stored.meta
 
     def _check_fits(
@@ -153,11 +167,13 @@ class Store:
             with ranks.interruptible():
                 state = self._staging.copy(state)
         handle = SaveHandle(target, step, wait)
+        # Whatever os.chdir() does while a thread writes.
+        place = target.absolute() if isinstance(target, Path) else target
 
         def write() -> None:
             handle.staged()
             save_state(
-                state, target, format=format, replace=replace, ranks=ranks,
+                state, place, format=format, replace=replace, ranks=ranks,
                 latest=latest, keep_last=keep_last,
             )  # fmt: skip
 
@@ -185,15 +201,19 @@ class Store:
             partial = partial_distances(self._average, self._model.live(), counted, sampled=True)
             drift = self._model.drift_record()
         gathered = self._model.ranks.gather(
-            (self._average.shadow.collect_skipped(), partial, drift), "ema.save()"
+            (self._average.shadow.collect_skipped(), partial, drift, self._run or new_uuid()),
+            "ema.save()",
         )
-        self._health.check_equal([drift for _, _, drift in gathered], self._model.ranks.members)
+        self._run = gathered[0][3]
+        drifts = [drift for _, _, drift, _ in gathered]
+        self._health.check_equal(drifts, self._model.ranks.members)
         distances = {
-            name: relative_distance([parts[name] for _, parts, _ in gathered]) for name in partial
+            name: relative_distance([parts[name] for _, parts, _, _ in gathered])
+            for name in partial
         }
         return self._meta() | {
             "step": step,
-            "nonfinite_elements": sum(skipped for skipped, _, _ in gathered),
+            "nonfinite_elements": sum(skipped for skipped, _, _, _ in gathered),
             # JSON has no NaN; a parameter that is not finite has no distance.
             "sampled_distance": {
                 name: value if math.isfinite(value) else None for name, value in distances.items()
@@ -215,6 +235,22 @@ class Store:
         """
         self._model.meet()
         reader = SafetensorsStorageReader(path, verify=verify)
+        for _ in range(_MAX_READS):
+            try:
+                return self._load(reader, path, strict=strict, ready=ready)
+            except CheckpointGoneError as error:  # all ranks are told the same
+                said = str(error)
+                reader.reset(path)
+        raise CheckpointNotFoundError(f"{said}; so it went {_MAX_READS} times")
+
+    def _load(
+        self,
+        reader: SafetensorsStorageReader,
+        path: str | PathLike[str],
+        *,
+        strict: bool,
+        ready: Callable[[], None],
+    ) -> Mapping[str, Any]:
         own: dict[str, Tensor] = {}
         found: list[snapshot.Stored] = []
 
@@ -224,6 +260,7 @@ class Store:
             own.update(self._averages())
             found.append(snapshot.stored_in_checkpoint(reader.catalog))
             self._check_fits(own, found[0], strict=strict)
+            reader.read_metadata()  # of what fails within DCP only the words come through
 
         def alike() -> dict[str, Any]:
             return {"path": str(path), "strict": strict, **self._average.settings()}
@@ -233,6 +270,7 @@ class Store:
         self._average.broken = f"loading {path} failed midway"
         state = {stored.prefix + key: own[key] for key in own if key in stored.shapes}
         load_state(state, reader, ranks=self._model.ranks)
+        self._run = stored.meta.get("run", self._run)
         return stored.meta
 
     # ------------------------------------------------------------------ the end

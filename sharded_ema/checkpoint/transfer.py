@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_ema.checkpoint.files import URL, Location
+from sharded_ema.checkpoint.names import is_marked
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.checkpoint.writing.target import make_target
@@ -44,6 +45,11 @@ def check_target(path: Location, *, format: str, replace: bool) -> None:
         raise ConfigError(f"format must be one of {', '.join(WRITERS)}, got {format!r}")
     if format == "dcp" and isinstance(path, URL):
         raise ConfigError(f'format="dcp" writes to file systems only, not to {path}')
+    if is_marked(path.name):
+        raise ConfigError(
+            f"{path.name!r} is a name that unfinished or replaced saves have, so nobody would read "
+            "what is saved under it; choose one without .tmp-<digits> or .old-<uuid> at its end"
+        )
     make_target(path).check(replace=replace)
 
 

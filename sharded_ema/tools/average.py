@@ -20,7 +20,7 @@ from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import NUMBERS
 from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.diff import comparable
-from sharded_ema.tools.huggingface import holds_model, open_model, read_model
+from sharded_ema.tools.huggingface import holds_model, open_model, read_like
 from sharded_ema.tools.plan import Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
@@ -70,6 +70,7 @@ def average(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     like: str | os.PathLike[str] | None = None,
+    trust_code: bool = False,
     jobs: int = 1,
     progress: bool = True,
 ) -> Report:
@@ -89,6 +90,7 @@ def average(
             checkpoint without one, such as ``"model"``; as for ``consolidate``.
         dtype: as for ``consolidate``; ``None`` keeps that of the last input.
         max_shard_size: bytes per output file.
+        trust_code: as for ``consolidate``.
         like: as for ``consolidate``; if the last input is a Hugging Face directory, that one.
         jobs: output files written at a time.
         progress: show a progress bar on standard error.
@@ -115,7 +117,7 @@ def average(
         report = Report("average", ", ".join(each.path for each in inputs))
         if like is None and last.average.checkpoint.format != "dcp" and not last.described:
             like = last.path if Path(last.path).is_dir() else None
-        model = read_model(as_path(like, "like")) if like is not None else None
+        model = read_like(like, trust_code=trust_code)
         wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)
         plan = plan_model(last.average, wanted, report)
         if not report.ok:

@@ -20,7 +20,7 @@ from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.contents import find_tensors
-from sharded_ema.tools.huggingface import open_model, read_model
+from sharded_ema.tools.huggingface import left_out_code, open_model, read_like
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Wanted, group_bytes, parse_size, plan_model
 from sharded_ema.tools.report import Report
@@ -40,6 +40,7 @@ def consolidate(
     max_shard_size: str | int = "5GB",
     prefix: str | None = None,
     like: str | os.PathLike[str] | None = None,
+    trust_code: bool = False,
     jobs: int = 1,
     tied: str | None = None,
     adapter: str | None = None,
@@ -67,9 +68,12 @@ def consolidate(
         max_shard_size: bytes per output file, such as ``"5GB"``; a larger tensor gets its own.
         prefix: key prefix of the average if the checkpoint holds several. If no average of this
             library lies under it, all tensors there are written as they are; ``""`` means all.
-        like: a Hugging Face directory. Its configuration and tokenizer files are copied; if it has
-            safetensors weights, names and shapes must be theirs. The directory of a PEFT adapter
-            makes the output one: ``adapter_model.safetensors``, with PEFT's names.
+        like: a Hugging Face directory. What a model needs beside weights is copied from it:
+            configuration, tokenizer, processor, chat template, licence, model card, and nothing
+            else, nor what a link out of it leads to. If it has safetensors weights, names and
+            shapes must be theirs. The directory of a PEFT adapter makes the output one:
+            ``adapter_model.safetensors``, with PEFT's names.
+        trust_code: copy Python files from ``like`` as well.
         jobs: output files written at a time.
         tied: ``"emit"`` writes tied weights under all their names, as ``load_state_dict`` wants
             them, ``"drop"`` under one. Default ``"emit"``; with ``like`` the names there, and
@@ -119,7 +123,7 @@ def consolidate(
             include=include,
             exclude=exclude,
             base=weights,
-            model=read_model(as_path(like, "like")) if like is not None else None,
+            model=read_like(like, trust_code=trust_code),
             format=format,
         )
         _check_shapes_known(checkpoint, wanted)
@@ -128,6 +132,12 @@ def consolidate(
             if left:
                 report.notes.append(f"{left} values that are no tensors are left out, unread")
         report.notes += average.notes()
+        code = left_out_code(wanted.model) if wanted.model is not None else []
+        if code:
+            report.notes.append(
+                f"Python files of the model are left out ({', '.join(code[:5])}"
+                f"{', ...' if len(code) > 5 else ''}); trust_code (--trust-code) copies them"
+            )
         planned = plan_model(average, wanted, report)
         report.facts |= {
             "output": str(target),

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from filecmp import cmp
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint.checked_json import load_json
-from sharded_ema.checkpoint.durable import fsync, write_durably
-from sharded_ema.checkpoint.files import Directory, OpenFiles, read_whole
+from sharded_ema.checkpoint.durable import new_small_file, write_durably
+from sharded_ema.checkpoint.files import Directory, OpenFiles, as_path, read_whole
 from sharded_ema.checkpoint.names import is_plain_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
 from sharded_ema.checkpoint.reading.opened import Checkpoint
@@ -25,7 +27,23 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_STEM = "adapter_model"
 ADAPTER_WEIGHTS = f"{ADAPTER_STEM}.safetensors"
 _MAX_INDEX_BYTES = 1 << 28
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+# What a model directory needs beside its weights, as shell patterns in lower case: configuration,
+# tokenizer, processor, chat template, licence, model card.
+_DESCRIPTION = (
+    "config.json", "generation_config.json", "adapter_config.json", "model_index.json",
+    "scheduler_config.json", "quantize_config.json", "modules.json",
+    "config_sentence_transformers.json", "sentence_bert_config.json",
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tokenizer.model.v*",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "spiece.model", "sentencepiece*.model", "source.spm", "target.spm", "*.tiktoken", "tekken.json",
+    "bpe.codes",
+    "preprocessor_config.json", "processor_config.json", "image_processor_config.json",
+    "video_preprocessor_config.json", "feature_extractor_config.json",
+    "chat_template.json", "chat_template.jinja",
+    "license", "license.*", "licence", "licence.*", "notice", "notice.*", "use_policy.md",
+    "readme.md",
+)  # fmt: skip
+_CODE = "*.py"
 
 
 class Named(Protocol):
@@ -45,15 +63,29 @@ class Model:
         path: the directory.
         shapes: of its tensors by name in file order; ``None`` if it holds no safetensors weights.
         is_adapter: whether it is a PEFT adapter, and no whole model.
+        trust_code: whether Python files belong to its description.
     """
 
     path: Path
     shapes: dict[str, Shape] | None
     is_adapter: bool = False
+    trust_code: bool = False
 
 
-def read_model(path: Path) -> Model:
+def read_like(like: str | os.PathLike[str] | None, *, trust_code: bool) -> Model | None:
+    """The model that an output is to be like, if it is to be like any.
+
+    Raises:
+        ConfigError, CheckpointError: see :func:`as_path` and :func:`read_model`.
+    """
+    return None if like is None else read_model(as_path(like, "like"), trust_code=trust_code)
+
+
+def read_model(path: Path, *, trust_code: bool = False) -> Model:
     """Names and shapes of a model directory, from file headers only.
+
+    Args:
+        trust_code: see :class:`Model`.
 
     Raises:
         CheckpointNotFoundError: it does not exist, or lacks a file of its index.
@@ -66,7 +98,7 @@ def read_model(path: Path) -> Model:
     shapes = {
         name: entry.shape for file in files for name, entry in read_header(path / file)[0].items()
     }
-    return Model(path, shapes if files else None, is_adapter)
+    return Model(path, shapes if files else None, is_adapter, trust_code)
 
 
 def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
@@ -106,7 +138,7 @@ def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
     index = KnownChunks(
         "adapter" if is_adapter else "safetensors", tensors, chunks, texts=texts.get(first, {})
     )
-    return Checkpoint(Directory(root, files), index)
+    return Checkpoint(Directory(root, files, links=True), index)
 
 
 def holds_model(path: Path) -> bool:
@@ -128,29 +160,47 @@ def _weight_files(path: Path, is_adapter: bool) -> list[str]:
 
 
 def copy_description(model: Model, target: Path) -> list[str]:
-    """Copy configuration, tokenizer and the like; everything but weights and their index."""
+    """Copy configuration, tokenizer and the like; what else lies there stays where it is."""
     copied = []
-    for source in _description(model.path):
-        shutil.copyfile(source, target / source.name)
-        fsync(target / source.name)
+    for source in _description(model.path, trust_code=model.trust_code):
+        with open(source, "rb") as opened, new_small_file(target / source.name) as file:
+            shutil.copyfileobj(opened, file)
         copied.append(source.name)
     return copied
 
 
-def has_description(path: Path, like: Path) -> bool:
+def has_description(path: Path, like: Path, *, trust_code: bool = False) -> bool:
     """Whether a directory has what :func:`copy_description` would copy there, byte for byte."""
     return all(
         (path / source.name).is_file() and cmp(source, path / source.name, shallow=False)
-        for source in _description(like)
+        for source in _description(like, trust_code=trust_code)
     )
 
 
-def _description(path: Path) -> list[Path]:
+def left_out_code(model: Model) -> list[str]:
+    """Names of Python files that belong to a model and are not copied."""
+    if model.trust_code:
+        return []
+    return [file.name for file in sorted(model.path.iterdir()) if fnmatchcase(file.name, _CODE)]
+
+
+def _description(path: Path, *, trust_code: bool) -> list[Path]:
+    patterns = (*_DESCRIPTION, _CODE) if trust_code else _DESCRIPTION
     return [
         file
         for file in sorted(path.iterdir())
-        if file.is_file() and file.name != INDEX and file.suffix not in _WEIGHTS
+        if any(fnmatchcase(file.name.lower(), pattern) for pattern in patterns)
+        and file.is_file()
+        and _belongs(file, path.resolve())
     ]
+
+
+def _belongs(file: Path, model: Path) -> bool:
+    """Whether a file lies in the model directory, or in the cache of the Hub that it is part of."""
+    homes = [model]
+    if model.parent.name == "snapshots":
+        homes.append(model.parents[1] / "blobs")
+    return any(file.resolve().is_relative_to(home) for home in homes)
 
 
 def write_index(target: Path, files: Mapping[str, Sequence[Named]]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sharded_ema.averaging.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
-from sharded_ema.checkpoint.files import as_location
+from sharded_ema.checkpoint.files import URL, as_location, unfinished_uploads
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, LATEST_NAME
 from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
@@ -47,13 +47,26 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     except CheckpointNotFoundError:
         run = read_run(path)
         if run.checkpoints or run.damaged or run.leftovers:
-            return _describe_run(run, report)
+            return _add_uploads(path, _describe_run(run, report))
         model = _find_model(path)
         if model is None:
             raise
         checkpoint = model
     with checkpoint:
-        return _describe_checkpoint(checkpoint, tensors, report)
+        return _add_uploads(path, _describe_checkpoint(checkpoint, tensors, report))
+
+
+def _add_uploads(path: str | os.PathLike[str], report: Report) -> Report:
+    """Say what a store keeps of objects that are not whole."""
+    where = as_location(path)
+    uploads = unfinished_uploads(where) if isinstance(where, URL) else []
+    if uploads:
+        report.facts["unfinished_uploads"] = [upload.name for upload in uploads]
+        report.notes.append(
+            f"{len(uploads)} uploads of several parts have not ended: of saves that are under way "
+            "or were killed; a rule of the bucket (AbortIncompleteMultipartUpload) ends them"
+        )
+    return report
 
 
 # ---------------------------------------------------------------------- a run

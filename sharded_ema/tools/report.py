@@ -51,7 +51,15 @@ class Report:
         lines += [f"  FAILED: {problem}" for problem in self.problems]
         if self.verdict:
             lines.append(f"ok: {self.verdict}" if self.ok else f"FAILED: {self._count()}")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """A text on one line, as names from a checkpoint may not be.
+
+    What a terminal takes for a command, or for the end of a line, is written as an escape.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def _lines(name: str, value: Any, *, indent: int) -> list[str]:

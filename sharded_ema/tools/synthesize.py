@@ -17,7 +17,7 @@ from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.contents import Average, find_average
-from sharded_ema.tools.huggingface import read_model
+from sharded_ema.tools.huggingface import read_like
 from sharded_ema.tools.plan import Plan, Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.snapshots import Chosen, choose, find_snapshots
@@ -41,6 +41,7 @@ def synthesize(
     dtype: str | None = None,
     max_shard_size: str | int = "5GB",
     like: str | os.PathLike[str] | None = None,
+    trust_code: bool = False,
     jobs: int = 1,
     progress: bool = True,
     max_residual: float = 0.05,
@@ -61,6 +62,7 @@ def synthesize(
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"``; ``None`` keeps what is stored.
         max_shard_size: bytes per output file.
         like: a Hugging Face or PEFT adapter directory, as for ``consolidate``.
+        trust_code: as for ``consolidate``.
         jobs: output files of a model written at a time.
         progress: show a progress bar on standard error.
         max_residual: refuse a width whose weighting is missed by more than this share of its norm,
@@ -96,7 +98,7 @@ def synthesize(
         folders = [f"sigma_rel_{width!r}" for width in widths]
         report.facts |= _facts(chosen, target, schedules, folders, found)
         _check_fit(chosen, widths, found, max_residual, report)
-        model = read_model(as_path(like, "like")) if like is not None else None
+        model = read_like(like, trust_code=trust_code)
         name = next(n for s, n, _ in chosen.columns if s is chosen.target)
         average = find_average(chosen.target.checkpoint, name, chosen.target.prefix)
         wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)

@@ -14,8 +14,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, inside
-from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME, META_KEY, METADATA_NAME
+from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, gone, inside
+from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, METADATA_NAME
 from sharded_ema.checkpoint.reading.chunks import ChunkTable, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.manifest import (
@@ -31,6 +31,7 @@ from sharded_ema.checkpoint.run import find_checkpoint, locate
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
+    CheckpointGoneError,
     CheckpointMismatchError,
     CheckpointUncommittedError,
 )
@@ -61,17 +62,18 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
             average itself.
         CheckpointCorruptError: ``model`` cannot be read.
     """
-    where, names = find_checkpoint(locate(path))
     report = Report("verify", str(path), verdict="no damage was found")
     with OpenFiles() as files:
+        directory, names = find_checkpoint(locate(path), files)
         weights = None if model is None else open_raw(model, files)
-        directory = Directory(where, files)
         checkpoint = None
         with _noting(report):
             if MANIFEST_NAME in names:
                 checkpoint = _verify_own(directory, names, report)
             else:
                 checkpoint = _verify_stock(directory, names, report)
+        if not report.ok and directory.is_gone():
+            raise gone(directory.location)
         if checkpoint is not None and report.ok:
             _verify_descriptions(checkpoint, report)
         if weights is not None and checkpoint is not None and report.ok:
@@ -87,7 +89,7 @@ def _noting(report: Report) -> Iterator[None]:
     """Turn damage that is met inside into a line of the report."""
     try:
         yield
-    except (CheckpointMismatchError, CheckpointUncommittedError):
+    except (CheckpointMismatchError, CheckpointUncommittedError, CheckpointGoneError):
         raise
     except (CheckpointError, OSError) as error:
         report.fail(str(error))
@@ -123,7 +125,7 @@ def _tell(report: Report, file: Location, damaged: Iterable[Span]) -> None:
 
 def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkpoint | None:
     root = directory.location
-    manifest = read_manifest(root)
+    manifest = read_manifest(directory)
     report.facts |= {
         "format": manifest.format,
         "metadata": "verified",
@@ -137,12 +139,12 @@ def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkp
     for record in manifest.files:
         before = len(report.problems)
         with _noting(report):
-            check_file(root, record, manifest.uuid)
+            check_file(directory, record, manifest.uuid)
         if len(report.problems) > before:
             faulty.add(record.name)
     checkpoint = table = None
     entries: dict[str, list[tuple[int, int, str]]] = {}
-    if not faulty & {CHUNKS_NAME, METADATA_NAME}:
+    if not faulty & {manifest.chunks_name, METADATA_NAME}:
         with _noting(report):
             checkpoint = open_listed(directory, manifest)
             if isinstance(checkpoint.index, DcpIndex):
@@ -160,7 +162,7 @@ def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkp
                 spans = _spans_of_entries(directory, record.name, entries[record.name], report)
         sound = record.name not in faulty and len(report.problems) == before
         try:
-            digest, damaged = scan_file(inside(root, record.name), spans, record.num_bytes)
+            digest, damaged = scan_file(directory / record.name, spans, record.num_bytes)
         except (CheckpointError, OSError) as error:
             digest, damaged = record.digest, list(spans)
             if record.name not in faulty:
@@ -233,7 +235,7 @@ def _verify_stock(directory: Directory, names: set[str], report: Report) -> Chec
             spans = _spans_of_entries(directory, name, places, report)
             checked = [span for span in spans if span.crc32 is not None]
             unchecked += len(spans) - len(checked)
-            _, damaged = scan_file(file, checked, checked[-1].stop if checked else 0)
+            _, damaged = scan_file(directory / name, checked, checked[-1].stop if checked else 0)
             _tell(report, file, damaged)
     if unchecked:
         report.facts["unchecked"] = unchecked

@@ -19,10 +19,12 @@ from typing import Protocol
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.durable import fsync
 from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import (
     LATEST_NAME,
     MANIFEST_NAME,
     is_temporary,
+    new_uuid,
     numbered,
     temporary,
     without_number,
@@ -41,6 +43,9 @@ from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.huggingface import has_description, read_model
 from sharded_ema.tools.report import Report
+
+# Of the directory by which a watch holds that of its exports.
+_WATCH_DIGITS = "0" * 32
 
 
 class Stop(Protocol):
@@ -62,6 +67,7 @@ def watch(
     dtype: str | None = None,
     profile: str = DEFAULT_PROFILE,
     like: str | os.PathLike[str] | None = None,
+    trust_code: bool = False,
     keep: int = 2,
     interval: float = 10.0,
     once: bool = False,
@@ -81,7 +87,7 @@ def watch(
             of its step (``run/step_100/ema``), or either in ``run/checkpoints``. It may be missing
             yet, unless ``once``.
         out: directory for the exports; made if it is missing. One watch at a time.
-        dtype, profile, like: see :func:`~sharded_ema.consolidate`.
+        dtype, profile, like, trust_code: see :func:`~sharded_ema.consolidate`.
         keep: number of exports; there is one more while it is written.
         interval: seconds between two looks.
         once: look once, export what is missing, end.
@@ -109,12 +115,13 @@ def watch(
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
     if like is not None:
-        read_model(as_path(like, "like"))
+        read_model(as_path(like, "like"), trust_code=trust_code)
     _check_run(as_location(run), once=once)
     link = Path(out, LATEST_NAME)
     if os.path.lexists(link) and not link.is_symlink():
         raise CheckpointExistsError(f"{link} is no symbolic link; move it elsewhere")
-    watcher = _Watcher(run, Path(out), dtype, profile, like, keep, stop or threading.Event())
+    stop = stop or threading.Event()
+    watcher = _Watcher(run, Path(out), dtype, profile, like, trust_code, keep, stop)
     return watcher.run(None if once else interval)
 
 
@@ -154,6 +161,7 @@ class _Watcher:
         dtype: str | None,
         profile: str,
         like: str | os.PathLike[str] | None,
+        trust_code: bool,
         keep: int,
         stop: Stop,
     ) -> None:
@@ -162,6 +170,7 @@ class _Watcher:
         self._dtype = dtype
         self._profile = profile
         self._like = like
+        self._trust_code = trust_code
         self._keep = keep
         self._stop = stop
         # Saves that cannot be exported with the state of their files, and damaged manifests, so
@@ -172,12 +181,11 @@ class _Watcher:
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
-        with _alone(self._out) as sure:
+        with _alone(self._out) as hold:
             while True:
                 # First, so that a consolidation which was killed is gone on with.
                 yield from self._look(once=interval is None)
-                if sure:
-                    removal.sweep(self._out)
+                removal.sweep(self._out, hold.place)
                 if interval is None or self._stop.is_set() or self._stop.wait(interval):
                     return
 
@@ -234,6 +242,7 @@ class _Watcher:
             profile=self._profile,
             dtype=self._dtype,
             like=self._like,
+            trust_code=self._trust_code,
             progress=False,
         )
         report.action = "watch"
@@ -280,7 +289,9 @@ class _Watcher:
             return True
         known = (path, source)
         if known not in self._alike:
-            self._alike[known] = has_description(path, Path(self._like))
+            self._alike[known] = has_description(
+                path, Path(self._like), trust_code=self._trust_code
+            )
         return self._alike[known]
 
     def _tidy(self, checkpoints: list[Committed]) -> None:
@@ -333,21 +344,18 @@ def _is_there(checkpoint: Committed) -> bool:
 
 
 @contextmanager
-def _alone(out: Path) -> Iterator[bool]:
-    """Keep other watches out, and leave nothing half-written behind.
-
-    Yields:
-        Whether this is sure: a file system without locks cannot tell.
-    """
-    descriptor = os.open(out, os.O_RDONLY | os.O_DIRECTORY)
+def _alone(out: Path) -> Iterator[Hold]:
+    """Keep other watches out, and leave nothing half-written behind."""
+    place = temporary(out / ".watch", new_uuid(_WATCH_DIGITS))
+    found = removal.occupy(place, out / ".watch")
+    if not isinstance(found, Hold):
+        raise ConfigError(
+            f"another watch is at work in {out}"
+            f"{f' ({found.holder})' if found.holder else f': {found.foreign} ({place})'}; give "
+            "each a directory of its own"
+        )
     try:
-        alone = removal.lock_alone(descriptor)
-        if alone is False:
-            raise ConfigError(f"another watch is at work in {out}; give each its own")
-        try:
-            yield alone is True
-        finally:
-            if alone:
-                removal.sweep(out)
+        yield found
     finally:
-        os.close(descriptor)
+        removal.sweep(out, place)
+        removal.discard(found)

@@ -5,7 +5,8 @@ the bytes of the output, so the same command finds it again and no other one doe
 files wait in ``model/`` and ``journal.jsonl`` has a line for each of them: a file has its name only
 once it is on disk, and counts only once its line is. ``model/`` becomes the target by one rename.
 
-Whoever works there holds a lock on the directory, which the system drops when the process dies.
+Whoever works there holds the directory, see :mod:`sharded_ema.checkpoint.holding`; the next one
+takes it over once that process is dead. One with a link in it, or of another user, is refused.
 """
 
 from __future__ import annotations
@@ -18,12 +19,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Self
-from uuid import uuid4
 
 from sharded_ema.checkpoint import removal
-from sharded_ema.checkpoint.durable import replace_durably
+from sharded_ema.checkpoint.durable import make_directories, write_durably
 from sharded_ema.checkpoint.files import Location
-from sharded_ema.checkpoint.names import JOURNAL_NAME, MODEL_DIRECTORY, is_plain_name, temporary
+from sharded_ema.checkpoint.holding import DEAD_AFTER_SECONDS, DIRECTORY, Hold
+from sharded_ema.checkpoint.names import (
+    JOURNAL_NAME,
+    MODEL_DIRECTORY,
+    is_plain_name,
+    new_uuid,
+    temporary,
+)
 from sharded_ema.checkpoint.reading.stream import verify_file
 from sharded_ema.checkpoint.writing.target import publish
 from sharded_ema.errors import (
@@ -31,7 +38,11 @@ from sharded_ema.errors import (
     CheckpointExistsError,
     CheckpointWriteError,
     ConfigError,
+    EMAError,
 )
+
+# Lines of a journal take some 250 bytes.
+_MAX_JOURNAL_BYTES = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +68,8 @@ class Finished:
 class Workplace:
     """The directory in which one consolidation works; a context manager.
 
-    Leaving it removes the directory. Only a process that dies, or is interrupted from the keyboard,
-    leaves it to the next one.
+    Leaving it removes the directory. A process that dies, is interrupted from the keyboard, or
+    meets an error of the disk when some files are finished, leaves it to the next one.
 
     Args:
         target: directory to be made.
@@ -71,31 +82,54 @@ class Workplace:
 
     Raises:
         CheckpointExistsError: another process is at work on the same target.
+        CheckpointWriteError: somebody else's directory has the name of this one.
         OSError: the directory cannot be made.
     """
 
     def __init__(self, target: Path, plan: str | None) -> None:
         self._target = target
         self._goes_on = plan is not None
-        self._plan = plan or uuid4().hex
-        self._path = temporary(target, self._plan)
-        self.model = self._path / MODEL_DIRECTORY
+        self._plan = plan or new_uuid()
+        self._path = temporary(target, new_uuid(self._plan))
         self._lock = threading.Lock()
+        self._model_folder: int | None = None
+        make_directories(target.parent)
         removal.remove_workplaces(target, but=self._path)
-        self._descriptor = self._occupy()
+        self._hold = self._occupy()
         try:
+            if MODEL_DIRECTORY not in self._hold.names():
+                os.mkdir(MODEL_DIRECTORY, dir_fd=self._hold.descriptor)
+            self._model_folder = os.open(MODEL_DIRECTORY, DIRECTORY, dir_fd=self._hold.descriptor)
+            # Whatever takes the name of the directory, files are written into this one.
+            self.model = _by_descriptor(self._model_folder, self._path / MODEL_DIRECTORY)
             self.finished = {line.file: line for line in self._take_over()}
-        except OSError:
-            os.close(self._descriptor)
+        except BaseException:
+            self._close()
             raise
+
+    def _close(self) -> None:
+        if self._model_folder is not None:
+            os.close(self._model_folder)
+            self._model_folder = None
+        self._hold.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if not self._goes_on or kind is None or issubclass(kind, Exception):
-            removal.remove(self._path)
-        os.close(self._descriptor)
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        if isinstance(error, OSError) and isinstance(error.filename, str):
+            error.filename = error.filename.replace(
+                str(self.model), str(self._path / MODEL_DIRECTORY)
+            )
+        # What the disk refuses today may work tomorrow: what is finished stays, as after a kill.
+        of_the_disk = isinstance(error, CheckpointWriteError) or not isinstance(error, EMAError)
+        interrupted = kind is not None and not issubclass(kind, Exception)
+        stays = self._goes_on and (interrupted or (error and of_the_disk and self.finished))
+        if not stays:
+            removal.discard(self._hold)
+        self._close()
 
     def record(self, file: str, size: int, digest: str, unchecked: int, overflowed: int) -> None:
         """Note, for good, that a file is whole and on disk; see :class:`Finished`."""
@@ -104,10 +138,14 @@ class Workplace:
         line = Finished(file, size, digest, self._plan, unchecked, overflowed)
         with self._lock:
             self.finished[file] = line
-            with open(self._path / JOURNAL_NAME, "ab") as journal:
-                journal.write(_line(line))
-                journal.flush()
-                os.fsync(journal.fileno())
+            self._hold.check()
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            journal = os.open(JOURNAL_NAME, flags, 0o666, dir_fd=self._hold.descriptor)
+            try:
+                os.write(journal, _line(line))
+                os.fsync(journal)
+            finally:
+                os.close(journal)
 
     def publish(self) -> None:
         """Make what was written the target.
@@ -118,37 +156,31 @@ class Workplace:
         if self._target.is_dir() and not any(self._target.iterdir()):
             removal.remove_empty(self._target)
         try:
-            publish(self.model, self._target, replace=False)
+            publish(self._hold, MODEL_DIRECTORY, self._target)
         except CheckpointExistsError:
             raise _taken(self._target) from None
 
-    def _occupy(self) -> int:
-        """Make the directory, or take over one that a dead process has left; the lock on it."""
-        while True:
-            self._path.mkdir(parents=True, exist_ok=True)
-            try:
-                descriptor = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
-            except FileNotFoundError:  # removed by whoever held it
-                continue
-            if removal.lock_alone(descriptor) is False:
-                os.close(descriptor)
-                raise CheckpointExistsError(
-                    f"another process is consolidating into {self._target} (in {self._path}); "
-                    "nothing was written"
-                )
-            try:
-                self.model.mkdir(exist_ok=True)
-                if os.path.samestat(os.fstat(descriptor), os.stat(self._path)):
-                    return descriptor
-            except FileNotFoundError:
-                pass
-            os.close(descriptor)
+    def _occupy(self) -> Hold:
+        """Make the directory, or take over one that a dead process has left."""
+        found = removal.occupy(self._path, self._target)
+        if isinstance(found, Hold):
+            return found
+        if found.foreign:
+            raise CheckpointWriteError(
+                f"{self._path} is where this would be made, but {found.foreign}; nothing was "
+                "touched. Look at it and remove it, or write to another path"
+            )
+        raise CheckpointExistsError(
+            f"another process is consolidating into {self._target}"
+            f"{f' ({found.holder})' if found.holder else ''}, in {self._path}; nothing was "
+            f"written. Of a process that died on another machine that is known "
+            f"{DEAD_AFTER_SECONDS:.0f} s later"
+        )
 
     def _take_over(self) -> list[Finished]:
         """What is finished; whatever else lies there goes."""
-        journal = self._path / JOURNAL_NAME
         kept = []
-        for line in _read(journal, self._plan):
+        for line in _read(self._hold, self._plan):
             path = self.model / line.file
             try:
                 verify_file(path, line.digest)
@@ -156,9 +188,29 @@ class Workplace:
                 continue
             kept.append(line)
         names = {line.file for line in kept}
-        removal.remove_files([path for path in self.model.iterdir() if path.name not in names])
-        replace_durably(journal, b"".join(map(_line, kept)))
+        for path in list(self.model.iterdir()):
+            if path.name not in names:
+                removal.remove_inside(path)
+        if not self._goes_on:
+            return kept
+        new = f"{JOURNAL_NAME}-new"
+        if new in self._hold.names():
+            os.unlink(new, dir_fd=self._hold.descriptor)
+        write_durably(Path(new), b"".join(map(_line, kept)), self._hold.descriptor)
+        os.rename(
+            new,
+            JOURNAL_NAME,
+            src_dir_fd=self._hold.descriptor,
+            dst_dir_fd=self._hold.descriptor,
+        )
+        os.fsync(self._hold.descriptor)
         return kept
+
+
+def _by_descriptor(folder: int, path: Path) -> Path:
+    """A path that leads to an open directory, whatever its own path leads to by now."""
+    found = Path(f"/proc/self/fd/{folder}")
+    return found if found.is_dir() else path
 
 
 def check_target(target: Path, source: Location) -> None:
@@ -194,10 +246,14 @@ def _line(finished: Finished) -> bytes:
     return f"{json.dumps(asdict(finished))}\n".encode()
 
 
-def _read(journal: Path, plan: str) -> list[Finished]:
-    """The lines of a journal that are whole and belong to the plan."""
-    found = []
-    lines = journal.read_bytes().splitlines() if journal.is_file() else []
+def _read(hold: Hold, plan: str) -> list[Finished]:
+    """The lines of the journal in a directory that are whole and belong to the plan."""
+    found: list[Finished] = []
+    if JOURNAL_NAME not in hold.names():
+        return found
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    with open(os.open(JOURNAL_NAME, flags, dir_fd=hold.descriptor), "rb") as opened:
+        lines = opened.read(_MAX_JOURNAL_BYTES).splitlines()
     for line in lines:
         with suppress(ValueError, TypeError):  # the last one may be half written
             finished = Finished(**json.loads(line))

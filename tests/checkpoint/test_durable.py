@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -116,13 +118,21 @@ def test_nothing_goes_on_after_an_exception(
 
 
 def test_room_comes_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(descriptor: int, start: int, length: int) -> None:
-        assert (start, length) == (0, SIZE)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def says(code: int) -> Callable[[], Callable[..., int]]:
+        def fallocate(descriptor: int, mode: int, start: int, length: int) -> int:
+            assert (mode, start, length) == (0, 0, SIZE)
+            ctypes.set_errno(code)
+            return -1
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+        return lambda: fallocate
+
+    monkeypatch.setattr(durable, "_fallocate", says(errno.ENOSPC))
     with pytest.raises(OSError, match="No space"), new_file(tmp_path / "x", SIZE):
         raise AssertionError("nothing may be written")
+    # Where it cannot be had, nobody writes the file once more for it.
+    monkeypatch.setattr(durable, "_fallocate", says(errno.EOPNOTSUPP))
+    with new_file(tmp_path / "y", SIZE):
+        assert not (tmp_path / "y").stat().st_size
 
 
 def test_an_error_ends_the_writing_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,10 +52,11 @@ def test_so_many_stay_open_and_those_used_last(folder: Path) -> None:
 
 def test_a_file_has_one_reader_at_a_time(folder: Path) -> None:
     with OpenFiles() as files:
-        with files.open(folder, "3") as first, files.open(folder, "3") as second:
+        one = Directory(folder, files)
+        with files.open(one, "3") as first, files.open(one, "3") as second:
             assert first is not second
             assert held(folder) == 2
-        with files.open(folder, "3") as again:
+        with files.open(one, "3") as again:
             assert again in (first, second)
         assert held(folder) == 2
     assert held(folder) == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 
@@ -21,6 +22,19 @@ def test_marks_are_recognised_and_taken_off() -> None:
     both = names.temporary(aside)
     assert names.is_temporary(both.name) and names.without_mark(both.name) == aside.name
     assert names.temporary(PLACE, "0" * 32).name == f"step_100.tmp-{'0' * 32}"
+
+
+def test_digits_tell_whose_a_name_is() -> None:
+    marked = [names.temporary(PLACE), names.set_aside(PLACE), names.doomed(names.temporary(PLACE))]
+    for path, mark in zip(marked, (".tmp-", ".old-", ".tmp-dead-"), strict=True):
+        parsed = names.parse_marked(path.name)
+        assert parsed is not None
+        assert (parsed.name, parsed.mark, parsed.is_own) == (PLACE.name, mark, True)
+        assert names.is_marked(path.name)
+    for _ in range(100):
+        stranger = names.parse_marked(f"data.tmp-{uuid4().hex}")
+        assert stranger is not None and not stranger.is_own
+    assert names.new_uuid("0" * 32) == names.new_uuid("0" * 24 + "12345678")
 
 
 @pytest.mark.parametrize(

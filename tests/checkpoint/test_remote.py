@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import known_implementations
 from safetensors.torch import load_file
 
@@ -25,10 +27,12 @@ from sharded_ema import (
     synthesize,
     verify,
 )
+from sharded_ema.checkpoint import files
 from sharded_ema.checkpoint.run import committed
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
@@ -66,8 +70,9 @@ def test_round_trip(store: Any, ema: ShardedEMA, asynchronous: bool, tmp_path: P
     ema.update()
     handle = ema.save(url, step=1, asynchronous=asynchronous)
     assert handle.result() == "memory://run/step_1"
+    uuid = json.loads(store.cat_file("/run/step_1/manifest.json"))["uuid"]
     assert names(store, "/run/step_1") == {
-        "manifest.json", "chunks.safetensors", "shard-00000.safetensors",
+        "manifest.json", f"chunks-{uuid}.safetensors", f"shard-00000-{uuid}.safetensors",
     }  # fmt: skip
     other = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
     assert other.load(url, verify=True) == 1
@@ -115,9 +120,14 @@ def test_without_its_manifest_it_is_no_checkpoint(store: Any, ema: ShardedEMA) -
     store.rm_file("/run/step_1/manifest.json")
     with pytest.raises(CheckpointUncommittedError):
         ema.load("memory://run/step_1")
-    ema.save("memory://run/step_1", step=2)  # what a killed save has left is in nobody's way
-    assert "shard-00007.safetensors" not in names(store, "/run/step_1")
+    left = names(store, "/run/step_1")
+    ema.save("memory://run/step_1", step=2)
+    # In nobody's way, and nobody can tell whether the save that wrote it is dead.
+    assert left < names(store, "/run/step_1")
     assert ema.load("memory://run/step_1", verify=True) == 2
+    assert verify("memory://run/step_1").ok
+    ema.save("memory://run/step_2", step=3, keep_last=1)
+    assert names(store, "/run/step_1") == left
 
 
 def test_a_save_that_fails_leaves_nothing(
@@ -126,7 +136,7 @@ def test_a_save_that_fails_leaves_nothing(
     pipe = type(store).pipe_file
 
     def full(self: Any, path: str, value: bytes, **options: Any) -> None:
-        if path.endswith("chunks.safetensors"):
+        if "/chunks-" in path:
             raise OSError("the bucket is full")
         pipe(self, path, value, **options)
 
@@ -140,7 +150,8 @@ def test_a_save_that_fails_leaves_nothing(
 
 def test_damage_is_found(store: Any, ema: ShardedEMA) -> None:
     ema.save("memory://run/step_1", step=1)
-    path = "/run/step_1/shard-00000.safetensors"
+    (name,) = (n for n in names(store, "/run/step_1") if n.startswith("shard-00000"))
+    path = f"/run/step_1/{name}"
     good = store.cat_file(path)
     for position in (10, 4097, len(good) - 1):
         data = bytearray(good)
@@ -150,8 +161,112 @@ def test_damage_is_found(store: Any, ema: ShardedEMA) -> None:
     store.pipe_file(path, good[:-1])
     assert verify_fails("memory://run/step_1")
     store.rm_file(path)
-    with pytest.raises(CheckpointCorruptError, match=r"shard-00000\.safetensors is missing"):
+    with pytest.raises(CheckpointCorruptError, match=r"shard-00000-.*is missing"):
         ema.load("memory://run/step_1")
+
+
+def race(ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch) -> ShardedEMA:
+    """Let another job save to the URL in the moment before the manifest of ``ema`` is put there."""
+    first = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
+    pipe = MemoryFileSystem.pipe_file
+    waiting = [lambda: first.save("memory://run/step_1", step=1)]
+
+    def meanwhile(self: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
+        if "manifest" in path and waiting:
+            waiting.pop()()
+        pipe(self, path, value, mode=mode)
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", meanwhile)
+    with pytest.raises(CheckpointExistsError, match="another job has saved to"):
+        ema.save("memory://run/step_1", step=2)
+    return first
+
+
+def test_of_two_jobs_that_save_to_one_url_the_first_one_commits(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = race(ema, monkeypatch)
+    other = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
+    assert other.load("memory://run/step_1", verify=True) == 1
+    for key, value in first.state_dict().items():
+        assert torch.equal(other.state_dict()[key], value)
+    assert len(names(store, "/run/step_1")) == 3, "who gives up takes its own objects away"
+
+
+def test_a_save_does_not_touch_what_another_one_is_writing(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.pipe_file(f"/run/step_1/shard-00000-{'a' * 32}.safetensors", b"of a living one")
+    ema.save("memory://run/step_1", step=1)
+    assert verify("memory://run/step_1").ok
+    assert len(names(store, "/run/step_1")) == 4
+
+    def refuses(self: Any, path: str, value: bytes, **options: Any) -> None:
+        raise OSError("no room for it")
+
+    store.pipe_file(f"/run/step_2/chunks-{'a' * 32}.safetensors", b"of a living one")
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", refuses)
+    with pytest.raises(CheckpointWriteError, match="no room for it"):
+        ema.save("memory://run/step_2", step=2)
+    assert names(store, "/run/step_2") == {f"chunks-{'a' * 32}.safetensors"}
+
+
+def test_a_manifest_that_was_put_in_spite_of_an_error_is_a_commit(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = MemoryFileSystem.pipe_file
+
+    def lost_answer(self: Any, path: str, value: bytes, mode: str = "overwrite") -> None:
+        pipe(self, path, value, mode=mode)
+        if "manifest" in path:
+            raise FileExistsError("412: sent again by the client")
+
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", lost_answer)
+    ema.save("memory://run/step_1", step=1)
+    assert ema.load("memory://run/step_1", verify=True) == 1
+
+
+def test_an_object_that_marks_a_folder_is_no_file(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ls = MemoryFileSystem.ls
+
+    def with_marker(self: Any, path: str, detail: bool = True, **options: Any) -> Any:
+        """As drivers of stores list a folder that has one."""
+        found = ls(self, path, detail=detail, **options)
+        return found if detail else [f"{self._strip_protocol(path)}/", *found]
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", with_marker)
+    ema.save("memory://run/step_1", step=1)
+    assert verify("memory://run/step_1").ok
+    assert ema.load("memory://run/step_1") == 1
+
+
+def test_what_a_client_of_a_store_raises_is_an_error_of_this_library(
+    store: Any,
+    ema: ShardedEMA,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    class NoCredentialsError(Exception):
+        __module__ = "botocore.exceptions"
+
+    def fails(self: Any, path: str, **options: Any) -> bool:
+        raise NoCredentialsError("no\ncredentials")
+
+    monkeypatch.setattr(MemoryFileSystem, "isdir", fails)
+    assert main(["inspect", "memory://run/step_1"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "memory://run/step_1 cannot be reached: no credentials" in line
+    with pytest.raises(CheckpointError, match="cannot be reached"):
+        ema.save("memory://run/step_1", step=1)
+
+
+def test_no_bucket_is_made(store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "_BUCKETS", {"memory"})
+    with pytest.raises(CheckpointWriteError, match="there is no bucket 'bukket'"):
+        ema.save("memory://bukket/step_1", step=1)
+    assert not store.exists("/bukket")
 
 
 def verify_fails(url: str) -> bool:

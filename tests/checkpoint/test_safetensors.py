@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from sharded_ema.checkpoint.safetensors import ITEMSIZE, build_header, read_header
-from sharded_ema.errors import CheckpointCorruptError
+from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 
 TENSORS = [("a", "F64", (2, 3)), ("ü.b", "F32", ()), ("empty", "F32", (0, 3)), ("c", "U8", (5,))]
 
@@ -78,7 +78,9 @@ def entry(start: int, stop: int, **changes: object) -> dict[str, object]:
         forged({"a": entry(0, 12)}),
         forged({"a": entry(4, 8)}),
         forged({"a": entry(0, 4), "b": entry(0, 8)}),
-        forged({"a": entry(0, 8, dtype="F99")}),
+        forged({"a": entry(0, 8, dtype="f32!")}),
+        forged({"a": entry(0, 8, dtype="")}),
+        forged({"a": entry(0, 8, dtype=["F32"])}),
         forged({"a": entry(0, 8, shape=[-2])}),
         forged({"a": entry(0, 8, shape=[3])}),
         forged({"a": entry(0, 8, shape=[1 << 62, 1 << 62])}),
@@ -89,6 +91,13 @@ def entry(start: int, stop: int, **changes: object) -> dict[str, object]:
 def test_malformed_headers_are_refused(tmp_path: Path, header: bytes) -> None:
     with pytest.raises(CheckpointCorruptError, match="f"):
         read_header(write(tmp_path / "f", header, bytes(8)))
+
+
+@pytest.mark.parametrize("dtype", ["F8_E8M0", "F4", "F6_E2M3", "F8_E4M3FNUZ"])
+def test_dtypes_that_came_later_are_no_damage(tmp_path: Path, dtype: str) -> None:
+    file = write(tmp_path / "f", forged({"a": entry(0, 8, dtype=dtype)}), bytes(8))
+    with pytest.raises(CheckpointMismatchError, match=f"a has the dtype {dtype}, which this vers"):
+        read_header(file)
 
 
 def test_the_forgeries_are_sound_but_for_what_they_change(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
 import subprocess
@@ -363,6 +364,10 @@ def test_ranks_save_to_a_url(worlds: Worlds, tmp_path: Path) -> None:
     found = worlds[2].run(save_to_url, f"file://{tmp_path}/run")
     assert len(set(found)) == 1 and found[0].startswith("CheckpointExistsError")
     assert {p.name for p in (tmp_path / "run").iterdir()} == {"step_2", "latest"}
-    assert {p.name for p in (tmp_path / "run" / "step_2").iterdir()} == {
-        "manifest.json", "chunks.safetensors", "shard-00000.safetensors", "shard-00001.safetensors",
-    }  # fmt: skip
+    place = tmp_path / "run" / "step_2"
+    uuid = json.loads((place / "manifest.json").read_bytes())["uuid"]
+    assert {p.name for p in place.iterdir()} == {
+        "manifest.json",
+        f"chunks-{uuid}.safetensors",
+        *(f"shard-0000{rank}-{uuid}.safetensors" for rank in range(2)),
+    }

@@ -1,7 +1,7 @@
 """Checkpoints of every format version and kind, kept so that later versions can be tried on them.
 
-``python -m tests.data.make`` writes them anew with the code as it is, which is meant for a new
-format version only: what is committed stays. Two ranks write them; values follow a formula.
+``python -m tests.data.make`` writes those that are not there yet, with the code as it is: what is
+committed stays. Two ranks write them; values follow a formula.
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ from tests.helpers.pool import WorkerPool
 
 FOLDER = Path(__file__).parent
 #: By name of the archive.
-KINDS = ("v1-safetensors", "v1-dcp", "v1-nested-safetensors", "v1-nested-stock")
+KINDS = (
+    "v1-safetensors", "v1-dcp", "v1-nested-safetensors", "v1-nested-stock",
+    # With the identity of the average in it; at a URL, with the uuid in the names of files.
+    "v1-run-safetensors", "v1-run-dcp", "v2-safetensors",
+)  # fmt: skip
 STEP = 2
 
 
@@ -73,6 +77,9 @@ def save(folder: str) -> None:
     root = Path(folder)
     ema.save(root / "v1-safetensors", step=STEP)
     ema.save(root / "v1-dcp", step=STEP, format="dcp")
+    ema.save(root / "v1-run-safetensors", step=STEP)
+    ema.save(root / "v1-run-dcp", step=STEP, format="dcp")
+    ema.save(f"file://{root}/v2-safetensors", step=STEP)
     state = {"model": model.module.state_dict(), "ema": ema}
     writer = SafetensorsStorageWriter(root / "v1-nested-safetensors")
     dcp.save(state, storage_writer=writer)
@@ -103,7 +110,8 @@ def main() -> None:
     pool.run(save, str(folder))
     pool.stop()
     for kind in KINDS:
-        pack(folder / kind, FOLDER / f"{kind}.tar.xz")
+        if not (FOLDER / f"{kind}.tar.xz").exists():
+            pack(folder / kind, FOLDER / f"{kind}.tar.xz")
     shutil.rmtree(folder)
 
 

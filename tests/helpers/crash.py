@@ -46,7 +46,7 @@ PRELOADED = ["tests.helpers.crash", "torch._dynamo"]
 # Module and name of the functions through which a save reaches the file system.
 CALLS = [
     *((os, n) for n in ("mkdir", "rename", "replace", "fsync", "fdatasync", "write")),
-    *((os, n) for n in ("posix_fallocate", "unlink", "rmdir", "open")),
+    *((os, n) for n in ("unlink", "rmdir", "open")),
     (builtins, "open"),
 ]
 

@@ -214,13 +214,55 @@ def like_directory(path: Path, arrays: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def test_like_copies_everything_but_weights(tmp_path: Path) -> None:
+def test_like_copies_the_description_and_no_weights(tmp_path: Path) -> None:
     like = like_directory(tmp_path / "like", expected())
     assert run(checkpoint(tmp_path / "c"), tmp_path / "out", like=like).ok
     names = {p.name for p in (tmp_path / "out").iterdir()}
     assert names == {"config.json", "tokenizer.json", "generation_config.json", "model.safetensors"}
     assert (tmp_path / "out" / "config.json").read_text() == "config.json"
     assert equal(load_file(tmp_path / "out" / "model.safetensors"), expected())
+
+
+DESCRIPTION = (
+    "LICENSE.txt", "README.md", "added_tokens.json", "chat_template.jinja", "config.json",
+    "generation_config.json", "merges.txt", "preprocessor_config.json", "processor_config.json",
+    "special_tokens_map.json", "spiece.model", "tokenizer.json", "tokenizer.model",
+    "tokenizer_config.json", "vocab.json",
+)  # fmt: skip
+THE_USERS = (
+    ".env", ".gitattributes", "config.json.bak", "events.out.tfevents.1", "model.onnx", "notes.txt",
+    "optimizer.npz", "optimizer.pt", "passwords.json", "rng_state.pth", "train.log",
+    "training_args.bin",
+)  # fmt: skip
+CODE = ("modeling_mine.py", "configuration_mine.py")
+
+
+@pytest.mark.parametrize("trust_code", [False, True])
+def test_like_copies_what_a_model_needs(tmp_path: Path, trust_code: bool) -> None:
+    like = tmp_path / "like"
+    like.mkdir()
+    for name in (*DESCRIPTION, *THE_USERS, *CODE):
+        (like / name).write_text(name)
+    report = run(checkpoint(tmp_path / "c"), tmp_path / "out", like=like, trust_code=trust_code)
+    names = {p.name for p in (tmp_path / "out").iterdir()}
+    wanted = {*DESCRIPTION, *(CODE if trust_code else ())}
+    assert names == {*wanted, "model.safetensors"}
+    assert all((tmp_path / "out" / name).read_text() == name for name in wanted)
+    assert any("modeling_mine.py" in note for note in report.notes) is not trust_code
+
+
+def test_like_follows_links_into_the_cache_of_the_hub_alone(tmp_path: Path) -> None:
+    like, blobs = tmp_path / "models--a--b" / "snapshots" / "1", tmp_path / "models--a--b" / "blobs"
+    like.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "0").write_text("{}")
+    (like / "config.json").symlink_to("../../blobs/0")
+    (tmp_path / "id_rsa").write_text("secret")
+    (like / "tokenizer.json").symlink_to(tmp_path / "id_rsa")
+    (like / "vocab.json").symlink_to(like / "vocab.json")
+    assert run(checkpoint(tmp_path / "c"), tmp_path / "out", like=like).ok
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors"}
+    assert (tmp_path / "out" / "config.json").read_text() == "{}"
 
 
 @pytest.mark.parametrize("change", [{"missing.w": np.zeros(3, "f4")}, {"bias": np.zeros(12, "f4")}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -21,6 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from sharded_ema import watch
 from sharded_ema.checkpoint import removal
+from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
 from sharded_ema.cli import main
@@ -28,6 +28,7 @@ from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, C
 from sharded_ema.tools import watch as module
 from sharded_ema.tools import workplace
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.watch import _alone
 from tests.helpers.checkpoints import flip, make, meta, rows
 
 
@@ -44,6 +45,7 @@ def shown(out: Path) -> dict[str, float]:
     return {
         path.name: float(load_file(path / "model.safetensors")["w"][0, 0])
         for path in sorted(out.iterdir())
+        if not path.name.startswith(".watch.")  # who is at work here
     }
 
 
@@ -247,9 +249,11 @@ def test_what_a_killed_watch_has_left(tmp_path: Path, monkeypatch: pytest.Monkey
     once(run, out)
     (out / "latest").unlink()  # killed between the export and the link
     temporary(out / "latest").symlink_to("step_1")
-    half = temporary(out / "step_2")
-    half.mkdir()
-    (half / "model.safetensors").write_bytes(b"half")
+    hold = Hold.make(temporary(out / "step_2"))
+    half = hold.place
+    (half / "model").mkdir()
+    (half / "model" / "model.safetensors").write_bytes(b"half")
+    hold.close()  # as by its death
     (out / "notes").mkdir()
     save(run / "step_2", 2)
 
@@ -260,7 +264,7 @@ def test_what_a_killed_watch_has_left(tmp_path: Path, monkeypatch: pytest.Monkey
     consolidate = module.consolidate
     monkeypatch.setattr(module, "consolidate", looking)
     seen: list[set[str]] = []
-    script = Script(lambda: seen.append({path.name for path in out.iterdir()}))
+    script = Script(lambda: seen.append({p.name for p in out.iterdir() if "watch" not in p.name}))
     assert len(list(watch(run, out, stop=script))) == 1
     assert seen == [{"step_1", "step_2", "latest", "notes"}]
 
@@ -333,11 +337,8 @@ def test_wrong_use(tmp_path: Path) -> None:
     with pytest.raises(CheckpointExistsError, match="symbolic link"):
         watch(run, out)
     assert main(["watch", str(run), "--out", str(out), "--once"]) == 2
-    descriptor = os.open(tmp_path / "run", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(ConfigError, match="another watch"):
+    with _alone(run), pytest.raises(ConfigError, match="another watch"):
         once(tmp_path / "empty", run)
-    os.close(descriptor)
 
 
 def test_like_a_model(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,8 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from sharded_ema.checkpoint import removal
-from sharded_ema.errors import CheckpointExistsError
+from sharded_ema.checkpoint.holding import Hold
+from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.workplace import Workplace
 from tests.helpers.checkpoints import make, rows
@@ -87,8 +89,8 @@ def kill_at(
 ) -> str:
     """One kill and what follows; what it met."""
     source(folder / "c")
-    ((code, _),) = server.run((folder, call, after, {}))
-    assert code == -signal.SIGKILL
+    ((code, said),) = server.run((folder, call, after, {}))
+    assert code == -signal.SIGKILL, said
     if (folder / "out").exists():
         assert contents(folder / "out") == wanted, "what is there is whole"
         with pytest.raises(CheckpointExistsError):
@@ -262,28 +264,134 @@ def test_two_at_once(tmp_path: Path, other: dict[str, Any], consolidations: Cons
         assert not leftover(folder)
 
 
-def test_a_directory_that_went_while_waiting_for_its_lock(
+def test_of_a_dead_one_s_directory_only_one_gets_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process may have finished, or cleaned up, and a third begun, at this very moment."""
-    plan, lock = "0" * 32, removal.lock_alone
-    path = tmp_path / f"out.tmp-{plan}"
-    calls = []
+    """Another process may have taken it over, or have removed it, at this very moment."""
+    look, others = removal.look_at, []
+    with monkeypatch.context() as patch:
+        patch.setattr(Workplace, "__exit__", lambda *_: None)
+        with Workplace(tmp_path / "out", "0" * 32) as dead:
+            pass
+    dead._close()
 
-    def late(descriptor: int) -> bool | None:
-        calls.append(descriptor)
-        if len(calls) == 1:
-            path.rename(tmp_path / "gone")
-            (path / "model").mkdir(parents=True)
-        return lock(descriptor)
+    def late(path: Path, clock: Any) -> Any:
+        found = look(path, clock)
+        if not others:
+            others.append(None)
+            others.append(Workplace(tmp_path / "out", "0" * 32))
+        return found
 
-    monkeypatch.setattr(removal, "lock_alone", late)
-    with Workplace(tmp_path / "out", plan) as place:
-        assert len(calls) == 2
-        assert not lock(os.open(path, os.O_RDONLY)), "what is locked is what has the name"
-        with pytest.raises(CheckpointExistsError, match="another process"):
-            Workplace(tmp_path / "out", plan)
-        assert place.model.is_dir()
+    monkeypatch.setattr(removal, "look_at", late)
+    with pytest.raises(CheckpointExistsError, match="another process is consolidating"):
+        Workplace(tmp_path / "out", "0" * 32)
+    assert others[1]._hold.is_mine and len(leftover(tmp_path)) == 1
+
+
+def test_who_comes_when_another_one_has_just_ended_begins(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The directory that was in the way is gone by the time of the next look."""
+    move, refused = Hold.move, []
+
+    def late(self: Hold, place: Path) -> None:
+        if not refused:
+            refused.append(place)
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(place))
+        move(self, place)
+
+    monkeypatch.setattr(Hold, "move", late)
+    source(tmp_path / "c")
+    assert consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS).ok
+    assert refused and not leftover(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["link inside", "link", "file", "owner"])
+def test_a_planted_directory_is_refused(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever may read the checkpoint knows the name; see CWE-59."""
+    place = stopped_midway(tmp_path, monkeypatch)
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    (home / "model" / "thesis").write_text("precious")
+    if kind == "owner":
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a directory away")
+        os.chown(place, 4711, -1)
+    elif kind == "link inside":
+        (place / "model").rename(tmp_path / "away")
+        (place / "model").symlink_to(home / "model")
+    else:
+        place.rename(tmp_path / "away")
+        if kind == "link":
+            place.symlink_to(home)
+        else:
+            place.write_text("precious")
+    with pytest.raises(CheckpointWriteError, match="nothing was touched"):
+        consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+    assert (home / "model" / "thesis").read_text() == "precious"
+    assert kind != "file" or place.read_text() == "precious"
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_one_on_another_machine_is_taken_over_once_it_is_silent(
+    tmp_path: Path, silent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = stopped_midway(tmp_path, monkeypatch)
+    (marker,) = place.glob("holder-*.json")
+    marker.write_text(json.dumps(json.loads(marker.read_text()) | {"host": "elsewhere"}))
+    if silent:
+        for path in (*place.rglob("*"), place):
+            os.utime(path, (1e9, 1e9))
+        assert consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS).facts["taken_over"] == 2
+        assert not leftover(tmp_path)
+    else:
+        with pytest.raises(CheckpointExistsError, match=r"process \d+ on elsewhere"):
+            consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+        assert len(finished_files(tmp_path)) == 2
+
+
+def test_what_goes_where_a_directory_was_is_not_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that takes the name of the directory while it is written to."""
+    source(tmp_path / "c")
+    home = tmp_path / "home"
+    (home / "model").mkdir(parents=True)
+    (home / "model" / "model-00003-of-00003.safetensors").write_text("precious")
+    record = Workplace.record
+
+    def exchanged(place: Workplace, *line: Any) -> None:
+        if len(place.finished) == 1:
+            (path,) = leftover(tmp_path)
+            path.rename(tmp_path / "away")
+            path.symlink_to(home)
+        record(place, *line)
+
+    monkeypatch.setattr(Workplace, "record", exchanged)
+    with pytest.raises(CheckpointWriteError, match="was taken away"):
+        consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+    assert contents(home / "model") == {"model-00003-of-00003.safetensors": b"precious"}
+
+
+def test_what_is_finished_stays_if_the_disk_refuses_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source(tmp_path / "c")
+    rename = os.rename
+
+    def refuses(old: Path, new: Path, **options: Any) -> None:
+        if Path(new).name == "model-00003-of-00003.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(old))
+        rename(old, new, **options)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    with pytest.raises(CheckpointWriteError, match=r"Input/output error.*out\.tmp-") as told:
+        consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS)
+    assert "/proc/" not in str(told.value)
+    monkeypatch.undo()
+    assert consolidate(tmp_path / "c", tmp_path / "out", **OPTIONS).facts["taken_over"] == 2
 
 
 def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,9 +410,9 @@ def test_what_the_journal_says_is_on_disk(tmp_path: Path, monkeypatch: pytest.Mo
 
         return call
 
-    def noted_rename(old: Path, new: Path) -> None:
+    def noted_rename(old: Path, new: Path, **options: Any) -> None:
         log.append((f"renamed {Path(old).name}", Path(new).name))
-        rename(old, new)
+        rename(old, new, **options)
 
     def noted_record(place: Workplace, file: str, *rest: Any) -> None:
         log.append(("recorded", file))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.files import Directory, OpenFile
 from sharded_ema.checkpoint.names import CHUNKS_NAME
 from sharded_ema.checkpoint.reading.manifest import Manifest
-from sharded_ema.checkpoint.safetensors import Entry, build_header, read_header
+from sharded_ema.checkpoint.safetensors import Entry, build_header, parse_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
 
@@ -149,6 +149,7 @@ class ChunkTable:
     Args:
         directory: where it lies; its digest has been checked by the caller.
         files: names by file id.
+        name: of the table.
 
     Attributes:
         uuid: of the save that wrote it.
@@ -158,11 +159,13 @@ class ChunkTable:
         CheckpointCorruptError: it has not the columns that it should have.
     """
 
-    def __init__(self, directory: Directory, files: Sequence[str]) -> None:
+    def __init__(self, directory: Directory, files: Sequence[str], name: str = CHUNKS_NAME) -> None:
         self._directory = directory
-        self._path = path = directory.location / CHUNKS_NAME
+        self._name = name
+        self._path = path = directory.location / name
         self._files = files
-        self._entries, metadata, self._data_start = read_header(path)
+        with directory.open(name) as file:
+            self._entries, metadata, self._data_start = parse_header(file)
         self.uuid = metadata.get("uuid", "")
         entry = self._entries.get("offsets", Entry("", "", (), 0, 0))
         if len(entry.shape) != 2 or entry.shape[1] < 1:
@@ -193,7 +196,7 @@ class ChunkTable:
                 f"{self._path} has {self.num_rows} rows of {self._width} dimensions, the manifest "
                 f"asks for rows {first} to {first + count} of {ndim}"
             )
-        with self._directory.open(CHUNKS_NAME) as file:
+        with self._directory.open(self._name) as file:
             columns = {name: self._read(file, name, first, count) for name in _COLUMNS}
         padding = (columns["offsets"][:, ndim:] != 0) | (columns["sizes"][:, ndim:] != 1)
         integers = [columns[name] for name in _COLUMNS if name != "digest"]
@@ -222,7 +225,7 @@ class ChunkTable:
         Unchecked; 48 bytes a row.
         """
         names = ("tensor", "file", "byte_offset", "num_bytes", "digest")
-        with self._directory.open(CHUNKS_NAME) as file:
+        with self._directory.open(self._name) as file:
             return {name: self._read(file, name, 0, self.num_rows) for name in names}
 
     def _read(
@@ -258,12 +261,13 @@ class TableIndex:
     def __init__(self, directory: Directory, manifest: Manifest) -> None:
         self._path = directory.location
         self._files = {file.name: file for file in manifest.files}
-        if CHUNKS_NAME not in self._files:
-            raise CheckpointCorruptError(f"the manifest of {self._path} lists no {CHUNKS_NAME}")
-        self.table = ChunkTable(directory, list(self._files))
+        name = manifest.chunks_name
+        if name not in self._files:
+            raise CheckpointCorruptError(f"the manifest of {self._path} lists no {name}")
+        self.table = ChunkTable(directory, list(self._files), name)
         rows = sum(t.num_chunks for t in manifest.tensors)
         if self.table.uuid != manifest.uuid or self.table.num_rows != rows:
-            raise CheckpointCorruptError(f"{self._path / CHUNKS_NAME} belongs to another save")
+            raise CheckpointCorruptError(f"{self._path / name} belongs to another save")
         self._records = {record.key: (i, record) for i, record in enumerate(manifest.tensors)}
 
     @property

@@ -97,11 +97,11 @@ class DcpIndex:
         self._directory = directory
         self._listed = listed
         self._root = directory.location
-        self._path = inside(self._root, METADATA_NAME)
+        self._path = self._root / METADATA_NAME
         self._tensors: dict[str, _Tensor] = {}
         self.values: dict[str, StoredAt] = {}
         self.unsupported: dict[str, str] = {}
-        data = read_whole(self._path, _MAX_METADATA_BYTES)
+        data = read_whole(directory / METADATA_NAME, _MAX_METADATA_BYTES)
         # Chunks may be shared by many tensors in a forged pickle; a true one has bytes for each.
         self._chunks_left = len(data)
         self._take(take_apart(data, _allowed, str(self._path)))

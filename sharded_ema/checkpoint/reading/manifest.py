@@ -17,13 +17,23 @@ import xxhash
 
 from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import Location, inside, open_regular, read_whole
-from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, META_VERSION, is_plain_name
-from sharded_ema.checkpoint.safetensors import ITEMSIZE, MAX_HEADER_BYTES, read_header
+from sharded_ema.checkpoint.files import URL, Directory, Location, read_whole
+from sharded_ema.checkpoint.names import (
+    CHUNKS_NAME,
+    MANIFEST_NAME,
+    META_KEY,
+    META_VERSION,
+    is_chunks,
+    is_part,
+    is_plain_name,
+)
+from sharded_ema.checkpoint.safetensors import MAX_HEADER_BYTES, check_dtype, parse_header
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.layout import Shape
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+# Of what is written with the names of files that the first version of the format knows.
+_FIRST_VERSION = 1
 FORMATS = ("safetensors", "dcp")
 
 # A model of 300,000 tensors takes a quarter of it.
@@ -95,12 +105,22 @@ class Manifest:
     libraries: dict[str, str]
     saved_at: int = 0
 
+    @property
+    def chunks_name(self) -> str:
+        """The file with the chunk table."""
+        return next((file.name for file in self.files if is_chunks(file.name)), CHUNKS_NAME)
+
+    @property
+    def format_version(self) -> int:
+        """The first version of the format whose readers can read it."""
+        return _FIRST_VERSION if self.chunks_name == CHUNKS_NAME else FORMAT_VERSION
+
 
 def dump_manifest(m: Manifest) -> bytes:
     """The bytes of ``manifest.json``."""
     body = _canonical(
         {
-            "format_version": FORMAT_VERSION,
+            "format_version": m.format_version,
             "kind": "ema",
             "format": m.format,
             "uuid": m.uuid,
@@ -151,9 +171,9 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
         raise CheckpointCorruptError(f"{where} is damaged: its digest does not fit its bytes")
     fields = _Fields(load_json(data, where), where)
     version = fields.get("format_version", _is_count)
-    if version != FORMAT_VERSION:
+    if not _FIRST_VERSION <= version <= FORMAT_VERSION:
         raise CheckpointMismatchError(
-            f"{where} has format version {version}, this version of sharded_ema reads "
+            f"{where} has format version {version}, this version of sharded_ema reads up to "
             f"{FORMAT_VERSION}; update it"
         )
     fields.get("kind", lambda v: v == "ema")
@@ -179,15 +199,17 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 # ---------------------------------------------------------------------- the files it lists
 
 
-def read_manifest(path: Location) -> Manifest:
-    """The manifest of the checkpoint in the directory ``path``.
+def read_manifest(directory: Directory) -> Manifest:
+    """The manifest of the checkpoint in a directory.
 
     Raises:
         CheckpointCorruptError: damaged, or fields that cannot be.
         CheckpointMismatchError: of a later version of the format.
     """
-    file = inside(path, MANIFEST_NAME)
-    manifest = parse_manifest(read_whole(file, _MAX_MANIFEST_BYTES), str(file))
+    file = directory / MANIFEST_NAME
+    data = read_whole(file, _MAX_MANIFEST_BYTES)
+    directory.remember(MANIFEST_NAME, data)
+    manifest = parse_manifest(data, str(file))
     kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
     for prefix in manifest.emas:
         if kinds.get(prefix + META_KEY) != ("U8", 1):
@@ -198,10 +220,15 @@ def read_manifest(path: Location) -> Manifest:
 def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
     """Refuse entries of the directory that do not belong to the checkpoint.
 
+    Under a URL what other saves have left, or are writing, is in nobody's way: names there tell to
+    which save an object belongs.
+
     Raises:
         CheckpointCorruptError: there are such.
     """
     unlisted = names - {file.name for file in manifest.files} - {MANIFEST_NAME}
+    if isinstance(path, URL):
+        unlisted = {name for name in unlisted if not is_part(name)}
     if unlisted:
         raise CheckpointCorruptError(
             f"{path} has {len(unlisted)} files that its manifest does not list, such as "
@@ -209,14 +236,14 @@ def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
         )
 
 
-def check_file(path: Location, record: FileRecord, uuid: str) -> None:
+def check_file(directory: Directory, record: FileRecord, uuid: str) -> None:
     """Check a file by everything but its data: kind, size and header.
 
     Raises:
         CheckpointCorruptError: it is not the file that was written.
     """
-    file = inside(path, record.name)
-    with open_regular(file) as opened:
+    file = directory / record.name
+    with directory.open(record.name) as opened:
         if opened.size != record.num_bytes:
             raise CheckpointCorruptError(
                 f"{file} has {opened.size} bytes, {record.num_bytes} were written: it is truncated "
@@ -227,12 +254,12 @@ def check_file(path: Location, record: FileRecord, uuid: str) -> None:
         if record.header_bytes > MAX_HEADER_BYTES:
             raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
         header = opened.read(0, record.header_bytes)
-    if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
-        raise CheckpointCorruptError(
-            f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "
-            "save"
-        )
-    _, metadata, start = read_header(file)
+        if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
+            raise CheckpointCorruptError(
+                f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of "
+                "another save"
+            )
+        _, metadata, start = parse_header(opened)
     if metadata.get("uuid") != uuid or start != record.header_bytes:
         raise CheckpointCorruptError(f"{file} belongs to another save")
 
@@ -293,6 +320,8 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
         profile.get("schedule", lambda v: isinstance(v, dict))
         profile.get("decay", lambda v: _is_number(v) and v <= 1)
         profile.get("seed_weight", lambda v: _is_number(v) and v <= 1)
+    if "run" in meta:
+        fields.get("run", is_text)
     if "adapters" in meta:
         fields.get("adapters", _is_names)
     if "sampled_distance" in meta:
@@ -322,26 +351,27 @@ class _Fields:
         if not isinstance(values, dict):
             raise CheckpointCorruptError(f"{where} is malformed: {shown(values)} is no object")
         self._values = values
-        self._where = where
+        self.where = where
 
     def get(self, name: str, check: Callable[[Any], bool], default: Any = _MISSING) -> Any:
         value = self._values.get(name, default)
         if value is _MISSING or not check(value):
             raise CheckpointCorruptError(
-                f"{self._where} is malformed: {name!r} cannot be {shown(value)}"
+                f"{self.where} is malformed: {name!r} cannot be {shown(value)}"
             )
         return value
 
     def inner(self, values: Any) -> _Fields:
-        return _Fields(values, self._where)
+        return _Fields(values, self.where)
 
 
 def _tensor(fields: _Fields) -> TensorRecord:
     first, count = fields.get("chunks", lambda v: is_sizes(v) and len(v) == 2)
+    check_dtype(fields.get("dtype", lambda _: True), fields.get("key", is_text), fields.where)
     return TensorRecord(
         key=fields.get("key", is_text),
         shape=tuple(fields.get("shape", is_sizes)),
-        dtype=fields.get("dtype", lambda v: isinstance(v, str) and v in ITEMSIZE),
+        dtype=fields.get("dtype", is_text),
         first_chunk=first,
         num_chunks=count,
     )

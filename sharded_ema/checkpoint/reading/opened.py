@@ -17,7 +17,6 @@ import xxhash
 
 from sharded_ema.checkpoint.files import Bytes, Directory, Location
 from sharded_ema.checkpoint.names import (
-    CHUNKS_NAME,
     MANIFEST_NAME,
     META_KEY,
     METADATA_NAME,
@@ -253,7 +252,7 @@ class Checkpoint:
         """
         for record in self.manifest.files if self.manifest is not None else ():
             if names is None or record.name in names:
-                verify_file(self.path / record.name, record.digest)
+                verify_file(self.directory / record.name, record.digest)
 
     def identity(self, keys: Iterable[str]) -> str:
         """A digest that tells these tensors of this save from those of another.
@@ -299,10 +298,10 @@ def open_directory(directory: Directory, names: set[str]) -> Checkpoint:
     """
     if MANIFEST_NAME not in names:
         return Checkpoint(directory, DcpIndex(directory))
-    manifest = read_manifest(directory.location)
+    manifest = read_manifest(directory)
     check_listing(directory.location, names, manifest)
     for record in manifest.files:
-        check_file(directory.location, record, manifest.uuid)
+        check_file(directory, record, manifest.uuid)
     return open_listed(directory, manifest)
 
 
@@ -313,8 +312,8 @@ def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
         CheckpointCorruptError: the chunk table, or ``.metadata``, is damaged.
     """
     for record in manifest.files:
-        if record.name in (CHUNKS_NAME, METADATA_NAME):
-            verify_file(directory.location / record.name, record.digest)
+        if record.name in (manifest.chunks_name, METADATA_NAME):
+            verify_file(directory / record.name, record.digest)
     if manifest.format == "safetensors":
         return Checkpoint(directory, TableIndex(directory, manifest), manifest)
     index = DcpIndex(directory, {file.name for file in manifest.files})

@@ -3,9 +3,10 @@
 A pickle is a program. Here a small machine follows the few instructions that descriptions of
 tensors need, and makes plain data of them: texts, numbers, tuples, lists, dicts, and *notes* of
 what would have been made. A global stays a name and a call stays a note of a call, so nothing is
-imported and nothing runs. No instruction makes more than it takes from the stack or the file: time
-and memory stay in proportion to the bytes read. That would not hold of ``pickle.Unpickler``, even
-with an allow-list: hashing shared tuples or one large memo index is enough to stall it.
+imported and nothing runs. What instructions make is counted, by the memory that it takes, and may
+not exceed some multiple of the bytes read, which descriptions of tensors stay far below: a pickle
+of empty dicts would take 64 bytes for each of its own. That would not hold of ``pickle.Unpickler``,
+even with an allow-list: hashing shared tuples or one large memo index is enough to stall it.
 
 The instructions are described in the source of Python's ``pickletools``, which reads them here.
 """
@@ -20,6 +21,12 @@ from typing import Any, NoReturn
 from sharded_ema.errors import CheckpointCorruptError
 
 _HIGHEST_PROTOCOL = 5
+# Bytes of memory for each byte of a pickle, and for the shortest ones.
+_MEMORY_PER_BYTE = 20
+_MEMORY_FOR_ALL = 1 << 16
+# What objects take: an empty dict, with its first item, a list, a tuple, a note; a number, a text.
+_DICT, _ITEMS, _LIST, _TUPLE, _NOTE, _NUMBER, _TEXT = 64, 168, 56, 56, 56, 32, 49
+_POINTER = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,7 @@ def take_apart(data: bytes, allowed: Callable[[Global], bool], where: str) -> An
         CheckpointCorruptError: no pickle, or one with other instructions or globals.
     """
     try:
-        return _Machine(allowed).run(data)
+        return _Machine(allowed, _MEMORY_FOR_ALL + _MEMORY_PER_BYTE * len(data)).run(data)
     except (ValueError, IndexError, KeyError) as error:
         refuse(where, str(error) if isinstance(error, _Refused) else "it is damaged")
 
@@ -73,11 +80,18 @@ class _Refused(ValueError):
 
 
 class _Machine:
-    def __init__(self, allowed: Callable[[Global], bool]) -> None:
+    def __init__(self, allowed: Callable[[Global], bool], memory: int) -> None:
         self._allowed = allowed
+        self._memory = memory
         self._stack: list[Any] = []
         self._marks: list[int] = []
-        self._memo: dict[int, Any] = {}
+        self._memo: list[Any] = []
+
+    def _take(self, num_bytes: int) -> None:
+        """Count what is about to be made."""
+        self._memory -= num_bytes
+        if self._memory < 0:
+            raise _Refused("it makes more of its bytes than any description of tensors does")
 
     def run(self, data: bytes) -> Any:
         table = _TABLE
@@ -109,12 +123,18 @@ class _Machine:
             raise _Refused("it is of a later protocol")
 
     def _mark(self, _: None) -> None:
+        self._take(_NUMBER + _POINTER)
         self._marks.append(len(self._stack))
 
     def _push(self, value: Any) -> None:
+        self._take(_POINTER + _NUMBER)
         self._stack.append(value)
 
+    def _small(self, value: Any) -> None:
+        self._stack.append(value)  # which Python has once
+
     def _text(self, text: str) -> None:
+        self._take(_POINTER + _TEXT)
         # pickletools lets halves of surrogate pairs through, which cannot be written anywhere.
         if not text.isascii():
             text.encode()
@@ -133,30 +153,42 @@ class _Machine:
         self._stack.append(())
 
     def _empty_list(self, _: None) -> None:
+        self._take(_LIST + _POINTER)
         self._stack.append([])
 
     def _empty_dict(self, _: None) -> None:
+        self._take(_DICT + _POINTER)
         self._stack.append({})
 
     def _tuple(self, _: None) -> None:
-        self._stack.append(tuple(self._since_mark()))
+        items = self._since_mark()
+        self._take(_TUPLE + _POINTER * len(items))
+        self._stack.append(tuple(items))
 
     def _tuple1(self, _: None) -> None:
+        self._take(_TUPLE)
         self._stack[-1] = (self._stack[-1],)
 
     def _tuple2(self, _: None) -> None:
+        self._take(_TUPLE)
         last = self._stack.pop()
         self._stack[-1] = (self._stack[-1], last)
 
     def _tuple3(self, _: None) -> None:
+        self._take(_TUPLE)
         last, middle = self._stack.pop(), self._stack.pop()
         self._stack[-1] = (self._stack[-1], middle, last)
 
     def _put(self, number: int) -> None:
-        self._memo[number] = self._stack[-1]
+        # Picklers number from zero on.
+        if number > len(self._memo):
+            raise _Refused("it leaves numbers out")
+        self._take(_POINTER)
+        self._memo[number : number + 1] = [self._stack[-1]]
 
     def _memoize(self, _: None) -> None:
-        self._memo[len(self._memo)] = self._stack[-1]
+        self._take(_POINTER)
+        self._memo.append(self._stack[-1])
 
     def _get(self, number: int) -> None:
         self._stack.append(self._memo[number])
@@ -171,6 +203,7 @@ class _Machine:
         target = self._stack[-1]
         if not isinstance(target, list):
             raise _Refused("it appends to what is no list")
+        self._take(4 * _POINTER * (not target) + _POINTER * len(items))
         target += items
 
     def _set_item(self, _: None) -> None:
@@ -186,6 +219,7 @@ class _Machine:
             return  # an OrderedDict; nothing that is read here is in one
         if not isinstance(target, dict):
             raise _Refused("it sets an item of what is no dict")
+        self._take(_ITEMS * (not target and bool(items)) + 2 * _POINTER * len(items))
         for key, value in zip(items[::2], items[1::2], strict=True):
             # The hash of nested tuples takes time exponential in their depth.
             if not isinstance(key, (str, Note)):
@@ -203,6 +237,7 @@ class _Machine:
     def _name(self, module: Any, name: Any) -> None:
         if not isinstance(module, str) or not isinstance(name, str):
             raise _Refused("it names a global that is no text")
+        self._take(_NOTE)
         found = Global(module, name)
         self._permit(found)
         self._stack.append(found)
@@ -217,10 +252,12 @@ class _Machine:
             raise _Refused("it calls what is no global")
         if called == MEMBER and [type(a) for a in arguments] != [Global, str]:
             raise _Refused("it takes an attribute of what is no enumeration")
+        self._take(_NOTE)
         self._stack.append(Note(called, arguments))
 
     def _persistent(self, _: None) -> None:
         self._permit(PERSISTENT)
+        self._take(_NOTE + _TUPLE)
         self._stack.append(Note(PERSISTENT, (self._stack.pop(),)))
 
     def _build(self, _: None) -> None:
@@ -242,7 +279,7 @@ _TABLE: dict[str, Callable[[_Machine, Any], None]] = {
     "BINUNICODE": _Machine._text,
     "SHORT_BINBYTES": _Machine._push,
     "BINBYTES": _Machine._push,
-    "BININT1": _Machine._push,
+    "BININT1": _Machine._small,
     "BININT2": _Machine._push,
     "BININT": _Machine._push,
     "LONG1": _Machine._push,

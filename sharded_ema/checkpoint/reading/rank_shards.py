@@ -41,7 +41,7 @@ def read_rank_shards(directory: Directory, names: Iterable[str]) -> KnownChunks:
     dtypes: dict[str, str] = {}
     chunks: dict[str, list[Chunk]] = {}
     for file in rank_shards(names):
-        entries, metadata, start = read_header(path / file)
+        entries, metadata, start = read_header(directory / file)
         sharding = load_json(
             metadata.get(_SHARDING, "{}").encode(), f"{_SHARDING} of {path / file}"
         )

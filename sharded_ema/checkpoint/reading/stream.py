@@ -18,7 +18,7 @@ import xxhash
 from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.files import Bytes, Directory, Location, open_regular
+from sharded_ema.checkpoint.files import Bytes, Directory, Location, Member, open_regular
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape
@@ -72,7 +72,7 @@ def verify_chunk(directory: Directory, chunk: Chunk, key: str) -> None:
         pass
 
 
-def verify_file(path: Location, digest: str) -> None:
+def verify_file(path: Location | Member, digest: str) -> None:
     """Compare the xxh3-128 of a whole file with its hex ``digest``.
 
     Raises:
@@ -102,7 +102,7 @@ class Span:
 
 
 def scan_file(
-    path: Location, spans: Iterable[Span] = (), num_bytes: int | None = None
+    path: Location | Member, spans: Iterable[Span] = (), num_bytes: int | None = None
 ) -> tuple[str, list[Span]]:
     """Read a file once, from its first byte on.
 

@@ -25,6 +25,10 @@ from sharded_ema.model.layout import Shape, c_strides
 # zipfile says NotImplementedError of archives with features (encryption, versions) it lacks.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error)
 _MAX_PICKLE_BYTES = 1 << 20
+# Some 50,000 records, of which a tensor has seven and an optimizer's state as many as tensors.
+_MAX_DIRECTORY_BYTES = 1 << 22
+_END_BYTES = 22
+_TAIL_BYTES = _END_BYTES + 20 + 56
 _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 
@@ -151,6 +155,7 @@ def _directory(file: OpenFile, offset: int, length: int, where: str) -> dict[str
         raise CheckpointCorruptError(
             f"{where}: its file ends before byte {offset + length}; it is truncated or replaced"
         )
+    _check_directory_size(file, offset, length, where)
     window = _Window(file, offset, length)
     try:
         with zipfile.ZipFile(io.BufferedReader(window)) as archive:
@@ -171,6 +176,28 @@ def _directory(file: OpenFile, offset: int, length: int, where: str) -> dict[str
             raise CheckpointCorruptError(f"{where} has two records {name!r}")
         found[name] = info
     return found
+
+
+def _check_directory_size(file: OpenFile, offset: int, length: int, where: str) -> None:
+    """Refuse an archive whose directory, which is held whole, is larger than any can be.
+
+    That it lies at its end, without a comment, ``zipfile`` would look for in vain otherwise.
+    """
+    tail = file.read(offset + max(0, length - _TAIL_BYTES), min(length, _TAIL_BYTES))
+    end = tail[-_END_BYTES:]
+    if len(end) != _END_BYTES or end[:4] != b"PK\x05\x06":
+        raise CheckpointCorruptError(
+            f"{where} cannot be read as a saved tensor: no archive ends with it"
+        )
+    (size,) = struct.unpack("<L", end[12:16])
+    # Behind a locator of 20 bytes, what has its numbers in 64 bits takes 56.
+    locator, end64 = tail[-_END_BYTES - 20 : -_END_BYTES], tail[-_TAIL_BYTES:]
+    if locator[:4] == b"PK\x06\x07" and len(end64) == _TAIL_BYTES and end64[:4] == b"PK\x06\x06":
+        (size,) = struct.unpack("<Q", end64[40:48])
+    if size > min(length, _MAX_DIRECTORY_BYTES):
+        raise CheckpointCorruptError(
+            f"{where} claims a directory of {size} bytes, more than a saved tensor can have"
+        )
 
 
 class _Window(io.RawIOBase):

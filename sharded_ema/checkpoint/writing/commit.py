@@ -25,6 +25,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     decode_meta,
     dump_manifest,
 )
+from sharded_ema.checkpoint.run import saved_last_beside
 from sharded_ema.checkpoint.writing.target import make_target
 from sharded_ema.errors import CheckpointWriteError
 from sharded_ema.version import __version__
@@ -32,11 +33,15 @@ from sharded_ema.version import __version__
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a rank writes: directory of the save, its uuid, and this rank's position."""
+    """Where a rank writes: directory of the save, its uuid, this rank's position.
+
+    ``mark`` is what names of files have of the uuid, ``inner`` what DCP's own writer wants.
+    """
 
     directory: str
     uuid: str
     position: int
+    mark: str = ""
     inner: Any = None
 
 
@@ -79,7 +84,10 @@ class Commit:
         self.world_size = len(plans)
         return [
             dataclasses.replace(
-                plan, storage_data=Place(directory, self.target.uuid, i, plan.storage_data)
+                plan,
+                storage_data=Place(
+                    directory, self.target.uuid, i, self.target.mark, plan.storage_data
+                ),
             )
             for i, plan in enumerate(plans)
         ]
@@ -109,7 +117,8 @@ class Commit:
             files=(*files_of(written).values(), *tables),
             world_size=self.world_size,
             libraries=_libraries(),
-            saved_at=time.time_ns() // 1_000_000,
+            # The clock may have gone back, or be another machine's.
+            saved_at=max(time.time_ns() // 1_000_000, 1 + saved_last_beside(self.target.location)),
         )
         self.target.publish(dump_manifest(manifest), replace=self.replace)
 

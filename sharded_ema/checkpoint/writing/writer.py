@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
-from sharded_ema.checkpoint.names import CHUNKS_NAME, shard_name
+from sharded_ema.checkpoint.names import chunks_name, shard_name
 from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
 from sharded_ema.checkpoint.reading.manifest import FileRecord, TensorRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
@@ -40,7 +40,7 @@ from sharded_ema.checkpoint.writing.commit import (
     is_meta,
 )
 from sharded_ema.checkpoint.writing.target import new_file
-from sharded_ema.errors import CheckpointWriteError
+from sharded_ema.errors import CheckpointError, CheckpointWriteError
 from sharded_ema.model.layout import Box
 
 
@@ -105,8 +105,9 @@ class SafetensorsStorageWriter(StorageWriter):
             rows += [(len(tensors) - 1, chunk) for chunk in mine]
         file_ids = {name: i for i, name in enumerate(files_of(written))}
         table = write_chunk_table(rows, file_ids, self._save.target.uuid)
-        self._save.target.write(CHUNKS_NAME, table)
-        record = FileRecord(CHUNKS_NAME, len(table), _hex(table))
+        name = chunks_name(self._save.target.mark)
+        self._save.target.write(name, table)
+        record = FileRecord(name, len(table), _hex(table))
         self._save.commit("safetensors", written, tensors, record)
 
     def abandon(self) -> None:
@@ -133,7 +134,7 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
         parts = in_parts(name, tuple(tensor.shape))  # type: ignore[union-attr]
         described.append((f"{item.index.fqn}@{number}", *parts))
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
-    file_name = shard_name(place.position)
+    file_name = shard_name(place.position, place.mark)
     total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
     written: list[Written] = []
@@ -155,7 +156,9 @@ def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place)
                 chunk = Chunk(box, file_name, offset, data.nbytes, own.digest())
                 meta = data.tobytes() if is_meta(item) else None
                 written.append(Written(item.index, data.nbytes, None, chunk=chunk, meta=meta))
-    except OSError as error:
+    except CheckpointWriteError:
+        raise
+    except (OSError, CheckpointError) as error:
         raise CheckpointWriteError(
             f"cannot write {place.directory}/{file_name}: {error}"
         ) from error

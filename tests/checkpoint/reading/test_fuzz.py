@@ -1,8 +1,9 @@
 """Random changes under digests that are computed anew, so that every check behind them is met.
 
 Whatever is done to a manifest, a chunk table, a header, a pickle or an archive: the readers answer,
-or raise an error of this library, and never another one. ``make test`` runs a fixed
-400 changes; ``make test-long`` goes on for ten minutes.
+or raise an error of this library, and never another one; they take little memory for it, and open
+nothing outside the directory. ``make test`` runs a fixed 400 changes; ``make test-long`` goes on
+for ten minutes.
 """
 
 from __future__ import annotations
@@ -13,10 +14,11 @@ import os
 import pickletools
 import shutil
 import struct
+import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from sharded_ema import ShardedEMA, consolidate, inspect, verify
-from sharded_ema.checkpoint.names import MANIFEST_NAME
+from sharded_ema.checkpoint.names import MANIFEST_NAME, is_plain_name
 from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import EMAError
 from tests.checkpoint.reading.test_hostile import signed, zipped
@@ -282,6 +284,70 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     BASES.clear()
 
 
+# ---------------------------------------------------------------------- the watch
+
+# More than a reader of such small files needs, whatever they claim.
+MAX_BYTES = 256 << 20
+#: What Python and its packages open on their own.
+THEIRS = (sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1]), "/proc/", "/dev/null")
+OPENED: list[Any] | None = None
+HOOKED: list[bool] = []
+
+
+def note(event: str, arguments: tuple[Any, ...]) -> None:
+    if OPENED is not None and event == "open":
+        OPENED.append(arguments[0])
+
+
+@contextmanager
+def watched(root: Path) -> Iterator[None]:
+    """Nothing outside ``root`` is opened in the block, and memory does not grow by much."""
+    global OPENED
+    if not HOOKED:
+        sys.addaudithook(note)  # which nobody can remove again
+        HOOKED.append(True)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = status("VmRSS")
+    OPENED = opened = []
+    try:
+        yield
+    finally:
+        OPENED = None
+    grown = status("VmHWM") - before
+    assert grown < MAX_BYTES, f"{grown >> 20} MB"
+    outside = [path for path in opened if leads_out(path, root)]
+    assert not outside, outside
+
+
+def status(name: str) -> int:
+    """Bytes, as the system counts them."""
+    text = Path("/proc/self/status").read_text()
+    return int(text.split(f"{name}:")[1].split()[0]) << 10
+
+
+def leads_out(path: Any, root: Path) -> bool:
+    """Names alone are opened in a directory that is held."""
+    if isinstance(path, int):
+        return False
+    text = os.fsdecode(path)
+    if is_plain_name(text):
+        return False
+    return ".." in Path(text).parts or not text.startswith((str(root), *THEIRS))
+
+
+@pytest.mark.parametrize("how", ["outside", "above", "memory"])
+def test_the_watch_sees(tmp_path: Path, how: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").touch()
+    with pytest.raises(AssertionError), watched(tmp_path / "a"):
+        if how == "memory":
+            np.ones(MAX_BYTES + (1 << 24), "u1")
+        else:
+            (tmp_path / "b" if how == "outside" else tmp_path / "a" / ".." / "b").read_bytes()
+    with watched(tmp_path / "a"):
+        (tmp_path / "a" / "c").touch()
+
+
 def read_in_every_way(path: Path, out: Path) -> None:
     """Nothing but errors of this library may come out."""
     with suppress(EMAError):
@@ -319,7 +385,8 @@ def fuzz(root: Path, examples: int, number: int) -> None:
         path.mkdir()
         for name, content in files.items():
             (path / name).write_bytes(content)
-        read_in_every_way(path, root / "out")
+        with watched(root):
+            read_in_every_way(path, root / "out")
 
     change_and_read()
 

@@ -10,9 +10,11 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from collections.abc import Callable
 from contextlib import chdir, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,11 +22,21 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from sharded_ema import consolidate, inspect, verify
 from sharded_ema.checkpoint.checked_json import load_json
+from sharded_ema.checkpoint.files import Directory
 from sharded_ema.checkpoint.names import MANIFEST_NAME
+from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.pickles import take_apart
 from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.cli import main
@@ -475,6 +487,9 @@ JSONS = {
     "repeated_inside": b'{"a":[{"b":1,"b":1}]}',
     "nan": b'{"a":NaN}',
     "infinity": b'{"a":-Infinity}',
+    "beyond": b'{"a":1e999}',
+    "far beyond": b'{"a":[-1e' + b"9" * 400 + b"]}",
+    "deep": b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     "digits": b'{"a":' + b"9" * 10_000 + b"}",
     "not_utf8": b'{"a":"\xff"}',
     "half": b'{"a":',
@@ -527,7 +542,7 @@ MANIFESTS: dict[str, Callable[[dict], None]] = {
     "other_uuid": lambda m: m.update(uuid="0" * 32),
     "other_format": lambda m: m.update(format="dcp"),
     "no_format": lambda m: m.update(format="pickle"),
-    "later_version": lambda m: m.update(format_version=2),
+    "later_version": lambda m: m.update(format_version=3),
     "text_version": lambda m: m.update(format_version="1"),
     "other_kind": lambda m: m.update(kind="model"),
     "emas_list": lambda m: m.update(emas=[]),
@@ -674,6 +689,7 @@ def huge(tmp_path: Path) -> dict[str, Path]:
     # 250 MB of instructions that make an empty dict each would take 16 GB; this many take 1.
     (theirs("dicts") / ".metadata").write_bytes(b"\x80\x04" + b"}" * 3_000_000 + b".")
     (theirs("memo") / ".metadata").write_bytes(b"\x80\x04Nr\xff\xff\xff\xff.")
+    claim(theirs("archive"), 1 << 33)
     base = (theirs("nested") / ".metadata").read_bytes()
     (found["nested"] / ".metadata").write_bytes(base[:-2] + NESTED + b"\x85" + b"b.")
     (theirs("nested_key") / ".metadata").write_bytes(BOMBS["key"])
@@ -689,6 +705,71 @@ def huge(tmp_path: Path) -> dict[str, Path]:
     described = ours("description")
     resigned(described, lambda m: m["emas"][""].update(aliases={"a": ["b" * 1_000_000] * 20}))
     return found
+
+
+def claim(path: Path, size: int) -> None:
+    """Let the entries of a stock checkpoint be one archive, a hole but for the end of it."""
+    end = struct.pack("<4sQ2H2L4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 1, 1, size, 0)
+    end += struct.pack("<4sLQL", b"PK\x06\x07", 0, size, 1)
+    end += struct.pack("<4s4H2LH", b"PK\x05\x06", *[0xFFFF] * 4, 0xFFFFFFFF, 0xFFFFFFFF, 0)
+    with open(path / "__0_0.distcp", "wb") as file:
+        file.truncate(size)
+        file.seek(size)
+        file.write(end)
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    for index, info in metadata.storage_data.items():
+        metadata.storage_data[index] = replace(info, offset=0, length=size + len(end))
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+PICKLES = {
+    "dicts": b"}",
+    "dicts, memoized": b"}\x94",
+    "lists": b"]",
+    "marks": b"(",
+    "full lists": b"]Na",
+    "full dicts": b"}h\x00Ns",
+    "pairs": b"NN\x86",
+    "texts": b"\x8c\x02ab",
+    "numbers": b"M\xe8\x03",
+    "bytes": b"C\x02ab",
+    "globals": b"ctorch\nSize\n",
+    "notes": b"h\x01)R",
+}
+
+
+@pytest.mark.parametrize("name", sorted(PICKLES))
+def test_pickles_take_memory_in_proportion(name: str) -> None:
+    """Refused, or at most 25 bytes for each of theirs."""
+    size = 1 << 19
+    begin = b"\x80\x04\x8c\x01a\x94ctorch\nSize\n\x94"
+    data = begin + PICKLES[name] * (size // len(PICKLES[name])) + b"."
+    tracemalloc.start()
+    with suppress(CheckpointCorruptError):
+        take_apart(data, lambda _: True, "here")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 25 * len(data), f"{peak / len(data):.0f} bytes for each"
+
+
+@pytest.mark.parametrize("protocol", [2, 3, 4, 5])
+def test_large_descriptions_are_not_taken_for_bombs(tmp_path: Path, protocol: int) -> None:
+    """Short names and many chunks: what takes most memory for its bytes."""
+    tensors, storage = {}, {}
+    for number in range(2000):
+        offsets = [torch.Size([8 * i]) for i in range(3)]
+        tensors[f"p{number}"] = TensorStorageMetadata(
+            TensorProperties(),
+            torch.Size([24]),
+            [ChunkStorageMetadata(offset, torch.Size([8])) for offset in offsets],
+        )
+        for i, offset in enumerate(offsets):
+            index = MetadataIndex(f"p{number}", offset, i)
+            storage[index] = _StorageInfo(f"__{i}_0.distcp", number, 1)
+    (tmp_path / ".metadata").write_bytes(
+        pickle.dumps(Metadata(tensors, None, storage), protocol=protocol)
+    )
+    assert len(DcpIndex(Directory(tmp_path)).tensors) == 2000
 
 
 def test_what_says_it_is_enormous(tmp_path: Path) -> None:
@@ -710,3 +791,20 @@ def test_names_do_not_reach_the_terminal_as_they_are(
     assert main(["inspect", str(path), "--tensors"]) == 0
     out = capsys.readouterr().out
     assert "\\x1b[31mred\\r" in out and "\x1b" not in out and "\r" not in out
+
+
+def test_names_do_not_forge_lines_of_a_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for mark in ("\n", "\r\n", "\x85", "\u2028", "\u202e"):
+        path = make(
+            tmp_path / f"c{ord(mark[0])}",
+            {f"ema.x{mark}  note: signed{mark}y": np.ones(3, "f4")},
+            metas={"": meta()},
+        )
+        for command in (["inspect", str(path), "--tensors"], ["verify", str(path)]):
+            main(command)
+            said = capsys.readouterr()
+            text = said.out + said.err
+            assert not [line for line in text.splitlines() if line.strip() == "note: signed"]
+            assert mark[-1] == "\n" or mark not in text

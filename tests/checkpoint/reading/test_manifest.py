@@ -82,7 +82,7 @@ def test_a_later_version_is_refused() -> None:
     fields = json.loads(dump_manifest(MANIFEST))
     del fields["digest"]
     with pytest.raises(CheckpointError, match="version"):
-        parse_manifest(signed({**fields, "format_version": 2}), "here")
+        parse_manifest(signed({**fields, "format_version": 3}), "here")
 
 
 def test_meta_is_read_with_and_without_padding() -> None:
