@@ -193,6 +193,29 @@ def test_of_two_jobs_that_save_to_one_url_the_first_one_commits(
     assert len(names(store, "/run/step_1")) == 3, "who gives up takes its own objects away"
 
 
+def test_drivers_that_remember_what_they_have_listed(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of S3 does: the manifest of the other job came after the look at the directory."""
+    ls, cat, listed = MemoryFileSystem.ls, MemoryFileSystem.cat_file, []
+
+    def remembering(self: Any, path: str, detail: bool = True, **options: Any) -> Any:
+        listed[:] = ls(self, path, detail=False, **options)
+        return ls(self, path, detail=detail, **options)
+
+    def from_memory(self: Any, path: str, *args: Any, **options: Any) -> bytes:
+        if listed and self._strip_protocol(path) not in listed:
+            raise FileNotFoundError(path)
+        return cat(self, path, *args, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "ls", remembering)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", from_memory)
+    monkeypatch.setattr(MemoryFileSystem, "invalidate_cache", lambda *_: listed.clear())
+    race(ema, monkeypatch)
+    assert ShardedEMA(torch.nn.Linear(3, 2), 0.9).load("memory://run/step_1", verify=True) == 1
+    assert len(names(store, "/run/step_1")) == 3, "who gives up takes its own objects away"
+
+
 def test_a_save_does_not_touch_what_another_one_is_writing(
     store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -222,7 +222,8 @@ def test_two_jobs_on_one_url(store: Store, jobs: Jobs, run: str, saves: int) -> 
     )
     for number, both in enumerate(zip(first, second, strict=True)):
         path = f"{run}/step_{number}"
-        assert sorted(word.partition(":")[0] for word in both) == ["CheckpointExistsError", "saved"]
+        words = sorted(word.partition(":")[0] for word in both)
+        assert words == ["CheckpointExistsError", "saved"], both
         assert value_of(store.url(path)) == values[both.index("saved")] + number
         assert verify(store.url(path)).ok
         assert len(names(store, path)) == 3, "who gives up takes its own objects away"

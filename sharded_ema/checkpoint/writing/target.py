@@ -253,10 +253,13 @@ class RemoteTarget(Target):
         # What it says is not the last word: a request that was sent again finds its own manifest,
         # and there are stores that know of no conditions.
         found = self._committed(failure)
+        is_taken = isinstance(failure, FileExistsError)
         if found == manifest:
             self.directory = None
             return
-        if found is not None:
+        if found is None and is_taken:  # and is not shown: it could be this one's
+            self.directory = None
+        if found is not None or is_taken:
             raise CheckpointExistsError(
                 f"another job has saved to {self._url} meanwhile; that checkpoint stays, this save "
                 "is given up; save to a new URL"
@@ -270,6 +273,7 @@ class RemoteTarget(Target):
         Args:
             failure: to be told of if that cannot be seen.
         """
+        self._fs.invalidate_cache()  # drivers answer from what they have listed earlier
         try:
             return bytes(self._fs.cat_file(f"{self._path}/{MANIFEST_NAME}"))
         except FileNotFoundError:
