@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from sharded_ema.checkpoint import durable
-from sharded_ema.checkpoint.durable import new_file
+from sharded_ema.checkpoint.durable import make_directories, new_file
 
 BLOCKS = [bytes([number]) * (100 + number) for number in range(20)]
 SIZE = sum(map(len, BLOCKS))
@@ -153,3 +153,16 @@ def test_an_error_ends_the_writing_early(tmp_path: Path, monkeypatch: pytest.Mon
                 thread.join()
         write(memoryview(BLOCKS[1]))
         raise AssertionError("goes on")
+
+
+def test_new_directories_are_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The name of each of them, in the one above it, and after it was made."""
+    seen = []
+    monkeypatch.setattr(
+        durable, "fsync", lambda path: seen.append((path, sorted(p.name for p in path.iterdir())))
+    )
+    make_directories(tmp_path / "a" / "b" / "c")
+    assert (tmp_path / "a" / "b" / "c").is_dir()
+    assert seen == [(tmp_path, ["a"]), (tmp_path / "a", ["b"]), (tmp_path / "a" / "b", ["c"])]
+    make_directories(tmp_path / "a" / "b")
+    assert len(seen) == 3, "what was there is as durable as it was"

@@ -14,6 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
@@ -100,8 +101,12 @@ def _work(rank: int, world_size: int, store: str, pipe: Connection) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank))
     import torch
     import torch.distributed as dist
+    from torch.distributed import device_mesh
 
     torch.set_num_threads(1)
+    # A mesh is never given back, and each gloo group of it has threads that wake up a hundred
+    # times a second: after some hundred tests the ranks would be busy with that alone.
+    device_mesh.init_device_mesh = cache(device_mesh.init_device_mesh)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{store}",
