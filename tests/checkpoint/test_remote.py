@@ -165,8 +165,12 @@ def test_damage_is_found(store: Any, ema: ShardedEMA) -> None:
         ema.load("memory://run/step_1")
 
 
-def race(ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch) -> ShardedEMA:
-    """Let another job save to the URL in the moment before the manifest of ``ema`` is put there."""
+def race(ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch, condition: str = "mode") -> ShardedEMA:
+    """Let another job save to the URL in the moment before the manifest of ``ema`` is put there.
+
+    Args:
+        condition: the argument by which the driver is told to put only what is not there.
+    """
     first = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
     pipe = MemoryFileSystem.pipe_file
     waiting = [lambda: first.save("memory://run/step_1", step=1)]
@@ -176,16 +180,21 @@ def race(ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch) -> ShardedEMA:
             waiting.pop()()
         pipe(self, path, value, mode=mode)
 
-    monkeypatch.setattr(MemoryFileSystem, "pipe_file", meanwhile)
+    def as_azure_s(self: Any, path: str, value: bytes, overwrite: bool = True) -> None:
+        meanwhile(self, path, value, mode="overwrite" if overwrite else "create")
+
+    drivers = {"mode": meanwhile, "overwrite": as_azure_s}
+    monkeypatch.setattr(MemoryFileSystem, "pipe_file", drivers[condition])
     with pytest.raises(CheckpointExistsError, match="another job has saved to"):
         ema.save("memory://run/step_1", step=2)
     return first
 
 
+@pytest.mark.parametrize("condition", ["mode", "overwrite"])
 def test_of_two_jobs_that_save_to_one_url_the_first_one_commits(
-    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch, condition: str
 ) -> None:
-    first = race(ema, monkeypatch)
+    first = race(ema, monkeypatch, condition)
     other = ShardedEMA(torch.nn.Linear(3, 2), 0.9)
     assert other.load("memory://run/step_1", verify=True) == 1
     for key, value in first.state_dict().items():

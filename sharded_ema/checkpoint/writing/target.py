@@ -244,10 +244,7 @@ class RemoteTarget(Target):
         path = f"{self._path}/{MANIFEST_NAME}"
         failure: OSError | CheckpointError | None = None
         try:
-            if "mode" in inspect.signature(self._fs.pipe_file).parameters:
-                self._fs.pipe_file(path, manifest, mode="create")
-            else:  # by way of a file, or without any condition
-                self._fs.pipe_file(path, manifest)
+            self._fs.pipe_file(path, manifest, **self._condition())
         except (OSError, CheckpointError) as error:
             failure = error
         # What it says is not the last word: a request that was sent again finds its own manifest,
@@ -266,6 +263,13 @@ class RemoteTarget(Target):
             ) from failure
         said = failure or f"{self._url} does not show what was written to it"
         raise CheckpointWriteError(f"cannot write the manifest: {said}") from failure
+
+    def _condition(self) -> dict[str, Any]:
+        """How its driver is told to put only what is not there; nothing where it knows no way."""
+        known = inspect.signature(self._fs.pipe_file).parameters
+        if "mode" in known:
+            return {"mode": "create"}
+        return {"overwrite": False} if "overwrite" in known else {}  # as Azure's calls it
 
     def _committed(self, failure: Exception | None = None) -> bytes | None:
         """The manifest that is there.
