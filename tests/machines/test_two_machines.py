@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -9,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sharded_ema import consolidate, verify
+from sharded_ema import ShardedEMA, consolidate, verify
+from sharded_ema.checkpoint.holding import DEAD_AFTER_SECONDS
 from tests.machines.machines import Job, Machine, poll, two_machines, why_not
 
 pytestmark = pytest.mark.dist
@@ -58,6 +61,21 @@ def export(job: Job) -> None:
     for name in kept:
         assert verify(ema / name).ok
     consolidate(ema / "latest", job.notes / "export", progress=False)
+
+
+def silence(job: Job) -> None:
+    """What a dead machine was writing goes at the first save after it was silent for long enough.
+
+    Nobody can see from another machine that its process is dead, not even from its next life.
+    """
+    ema = job.shared / "ema"
+    (left,) = ema.glob("*.tmp-*")
+    for path in (*left.rglob("*"), left):
+        before = path.stat().st_mtime - 2 * DEAD_AFTER_SECONDS
+        os.utime(path, (before, before))
+    ShardedEMA(torch.nn.Linear(1, 1), 0.9).save(ema / "later", step=40, latest=False)
+    assert not left.exists()
+    shutil.rmtree(ema / "later")
 
 
 def average(job: Job) -> dict[str, torch.Tensor]:
@@ -123,6 +141,7 @@ def test_machine_of_the_rendezvous_killed_in_the_midst_of_a_save(
     start(machines, job)
     finish(machines, job)
     assert job.begun() == [[0, 10], [0, 10]]
+    silence(job)
     assert_as_undisturbed(job, undisturbed)
 
 
