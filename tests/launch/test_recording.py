@@ -12,14 +12,15 @@ import pytest
 
 from tests.launch.programs import LAUNCH
 
-# In a process of its own: Weights & Biases stays in the one that it is imported into.
+# In a process of its own: Weights & Biases stays in the one that it is imported into. The rows come
+# by its input, since the command line is noted there too.
 RECORD = """
 import json, sys
 from pathlib import Path
 from training.recording import Recorder, read_rows
 
 recorder = Recorder(Path(sys.argv[1]), 0, {"seed": 17})
-for row in json.loads(sys.argv[2]):
+for row in json.load(sys.stdin):
     recorder.add(row)
 recorder.close()
 """
@@ -30,8 +31,15 @@ def test_all_boards_have_the_same_names(tmp_path: Path) -> None:
     rows = [{"step": step, "train_loss": 3.5 / step, "ema_loss/ema": 4.0} for step in (1, 2)]
     environment = {**os.environ, "PYTHONPATH": str(LAUNCH)}
     environment.pop("WANDB_MODE", None)
-    command = [sys.executable, "-W", "error", "-c", RECORD, str(tmp_path), json.dumps(rows)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-W", "error", "-c", RECORD, str(tmp_path)]
+    done = subprocess.run(
+        command,
+        env=environment,
+        input=json.dumps(rows),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0, done.stderr
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == rows
