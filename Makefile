@@ -11,7 +11,7 @@ SHARED := -n $(JOBS) --dist loadfile
 # What an installation compiles, if there is a C compiler.
 KERNELS := $(wildcard sharded_ema/averaging/kernels/*.[ch])
 
-.PHONY: train train-deepspeed test test-quick test-long test-stores test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs links dist clean
+.PHONY: train train-deepspeed test test-quick test-long test-stacks test-stores test-oldest test-gpu lint format bench bench-gpu bench-consolidate docs links dist clean
 
 # The main job: train on real text with a sharded EMA, consolidate it, load it in a fresh process.
 define TRAIN_AND_CHECK
@@ -49,11 +49,15 @@ test: $(VENV)/.test
 
 # While you work: everything that one process can tell, in less than two minutes.
 test-quick: $(VENV)/.test
-	$(BIN)/python -m pytest $(SHARED) -m "not long and not slow and not dist and not gpu"
+	$(BIN)/python -m pytest $(SHARED) -m "not long and not stacks and not slow and not dist and not gpu"
 
 # What takes minutes: hundreds of kills, of damaged bytes, ten minutes of fuzzing.
 test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long --timeout 3600
+
+# Training stacks on each of their backends; make test runs a slice of it.
+test-stacks: $(VENV)/.test
+	$(BIN)/python -m pytest $(SHARED) -m stacks tests/integrations
 
 # Checkpoints on real servers that run here: S3 (moto), and Azure's (Azurite, where there is npm).
 AZURITE_VERSION := 3.35.0

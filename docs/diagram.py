@@ -33,6 +33,7 @@ class Wing(NamedTuple):
 #: From the top to the ground; wings of one row never import each other.
 ROWS: tuple[tuple[Wing, ...], ...] = (
     (Wing("cli", "the command"),),
+    (Wing("integrations", "a file for each training stack that people already have"),),
     (
         Wing("ema", "the face: ShardedEMA holds the parts below"),
         Wing("tools", "open, find the average, plan, write, publish (no torch)"),

@@ -81,8 +81,7 @@ def make_step(run: Run, meter: Meter, progress: Progress, recorder: Recorder | N
                 row |= results
                 progress.show_results(results)
             if run.ema is not None:
-                metrics = run.ema.metrics(distance=evaluates)
-                row |= {f"ema/{name}": value for name, value in metrics.items()}
+                row |= run.ema.metrics(distance=evaluates)
             if recorder is not None:
                 recorder.add(row)
     if run.step % options.save_every == 0 or last:

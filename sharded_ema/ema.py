@@ -37,6 +37,7 @@ from sharded_ema.errors import (
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
+from sharded_ema.model.recipients import part_of_the_way, write_into
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.standing import Swap
 from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener, StepWatch
@@ -321,19 +322,61 @@ class ShardedEMA:
         ):
             yield
 
-    def copy_to(self, profile: str | None = None) -> None:
-        """Overwrite the parameters with the average for good. Collective where swap is."""
+    def copy_to(
+        self,
+        profile: str | None = None,
+        *,
+        module: nn.Module | Sequence[nn.Module] | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """Overwrite parameters with the average for good, or move them part of the way.
+
+        Without ``module`` these are the averaged model's own, and the call is collective where
+        swap is. Averages, and what an optimizer keeps of the weights (momentum), stay as they are:
+        it goes on from where it was, at other weights. With ``share`` below 1, once in a while:
+        the feedback of Switch EMA (Li et al. 2024, 2402.09240, equation 5, has ``share=1``), and
+        with the roles of fast and slow weights changed the step of Lookahead (Zhang et al. 2019,
+        1907.08610, algorithm 1).
+
+        Args:
+            profile: which average; may be left out if there is only one.
+            module: another module with parameters of the same names and shapes, trained or
+                frozen, plain or sharded alike or otherwise, in any dtype: a teacher, a reference,
+                a model to be saved. Every rank must call. Its other buffers become those of the
+                averaged model; frozen parameters of that are not copied.
+            share: how far, in ``(0, 1]``: ``p + share * (average - p)``, computed in the precision
+                of the average and rounded once.
+
+        Raises:
+            ConfigError: ``share`` is out of range, or ``module`` has parameters of the model.
+            BindError: ``module`` lacks a parameter, or has another shape of it.
+            SwapError: inside :meth:`swap`, without ``module``; or adapters are merged.
+            AbsentRankError: a rank did not come.
+        """
         name = self._average.choose(profile)
-        self._model.refuse_in_swap("copy_to()")
+        if not 0.0 < share <= 1.0:
+            raise ConfigError(f"share must be in (0, 1], got {share}")
+        average = self._average
 
         def prepare() -> None:
             self._ready()
-            self._health.check_seed(self._average, [name])
+            self._health.check_seed(average, [name])
             self._check_statistics()
 
-        average = self._average
-        self._model.overwrite(name, lambda: average.shadow.views[name], prepare, average.counted)
-        self._health.note_weights(self._average, self._model.weights())
+        def alike() -> dict[str, Any]:
+            return {"share": share, **average.counted()}
+
+        if module is not None:
+            averages = self._store.averages
+            write_into(module, self._model, lambda: averages(name), share, prepare, alike)
+            return
+
+        def moved() -> Sequence[Tensor]:
+            return part_of_the_way(self._model.live(), average.shadow.views[name], share)
+
+        self._model.refuse_in_swap("copy_to()")
+        self._model.overwrite(name, moved, prepare, alike)
+        self._health.note_weights(average, self._model.weights())
 
     # ------------------------------------------------------------------ storing it
 
@@ -346,6 +389,43 @@ class ShardedEMA:
         """
         self._ready()
         return self._store.state_dict()
+
+    def full_state_dict(
+        self,
+        profile: str | None = None,
+        *,
+        rank0_only: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> dict[str, Tensor]:
+        """The averaged model, whole, in host memory; all ranks call it.
+
+        Names, and what there is beside averages, are those of ``state_dict()`` of the bare model,
+        so that it fits ``load_state_dict`` and ``save_pretrained(state_dict=...)``: parameters
+        under each of their names, frozen ones (unless ``frozen="skip"``) and persistent buffers.
+        The tensors come together one after the other; beside the result a rank holds one piece.
+        For a model that does not fit into memory, save and ``sharded-ema consolidate``.
+
+        Args:
+            profile: which average; may be left out if there is only one.
+            rank0_only: give it to the first rank alone, and nothing to the others.
+            dtype: of all floating tensors; default that of the shadow for what is averaged, and
+                their own for the others.
+
+        Returns:
+            Tensors on the CPU by name, of global shapes, that share no memory with the model;
+            empty on the ranks that get nothing.
+
+        Raises:
+            ConfigError: ``dtype`` is no floating one.
+            BindError: the ranks together do not hold all of a tensor.
+            AbsentRankError: a rank did not come.
+        """
+        name = self._average.choose(profile)
+        if dtype is not None and not dtype.is_floating_point:
+            raise ConfigError(f"dtype must be a floating one, got {dtype}")
+        return self._store.full_state_dict(
+            name, everywhere=not rank0_only, dtype=dtype, ready=self._ready
+        )
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take over a state: tensors loaded in place by DCP, or full tensors by the same keys.
@@ -417,23 +497,40 @@ class ShardedEMA:
         self._check_statistics()
         return handle
 
-    def load(self, path: str | PathLike[str], *, strict: bool = True, verify: bool = False) -> int:
+    def load(
+        self,
+        path: str | PathLike[str],
+        *,
+        strict: bool = True,
+        verify: bool = False,
+        num_updates: int | None = None,
+    ) -> int:
         """Load a checkpoint of any sharding; all ranks call it.
+
+        Or take over an average that another library has kept, and go on from there: a Hugging Face
+        or diffusers directory or a safetensors file, or a file of ``torch.save`` with a state dict
+        or with the state of torch_ema, diffusers' ``EMAModel``, timm or ``AveragedModel``, of
+        which nothing is executed. It becomes every profile of this object. Every rank reads it.
 
         Args:
             path: directory of a committed checkpoint, ours or one of DCP with an average in it;
-                or the file ``latest`` that names one.
+                or the file ``latest`` that names one; or one of those above.
             strict: refuse missing or unknown names and a changed schedule; else keep what the
                 checkpoint lacks and go on with this object's schedule.
             verify: check the digest of every chunk that is loaded before copying it.
+            num_updates: of an average of another library: after how many of its updates it was
+                saved, the ``n`` from which the schedule goes on. May be left out where the file
+                says so itself.
 
         Returns:
-            The step it was saved under.
+            The step it was saved under; of another library's average, ``num_updates``.
 
         Raises:
             CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError,
             CheckpointMismatchError: on all ranks together. If data could not be read midway the
             average refuses use until a load succeeds.
+            ConfigError: ``num_updates`` is missing, or given for a checkpoint of this library,
+                which has counters of its own.
         """
         self._model.refuse_in_swap("load()")
 
@@ -442,7 +539,9 @@ class ShardedEMA:
             self._catch_up()
             self._average.mirror()  # which is kept where the checkpoint lacks something
 
-        meta = self._store.load(path, strict=strict, verify=verify, ready=ready)
+        meta = self._store.load(
+            path, strict=strict, verify=verify, num_updates=num_updates, ready=ready
+        )
         self._go_on_from(meta)
         return int(meta["step"])
 
@@ -482,17 +581,18 @@ class ShardedEMA:
         """Names of the averaged tensors, as in the bare model's ``state_dict()``."""
         return list(self._model.names)
 
-    def metrics(self, *, distance: bool = False) -> dict[str, float]:
+    def metrics(self, *, distance: bool = False, prefix: str = "ema/") -> dict[str, float]:
         """Numbers to log; waits for the device.
 
-        ``num_updates``, ``applied_steps``, ``skipped_steps`` (seen by the hooks),
-        ``nonfinite_elements`` (on this rank) and for each profile ``decay/<p>``,
-        ``horizon_steps/<p>`` (``1 / (1 - decay)``) and ``seed_weight/<p>`` (share of the average
-        that is still the initial weights).
+        ``ema/num_updates``, ``ema/applied_steps``, ``ema/skipped_steps`` (seen by the hooks),
+        ``ema/nonfinite_elements`` (on this rank) and for each profile ``ema/decay/<p>``,
+        ``ema/horizon_steps/<p>`` (``1 / (1 - decay)``) and ``ema/seed_weight/<p>`` (share of the
+        average that is still the initial weights).
 
         Args:
-            distance: add ``distance/<p>``, the norm of average minus parameters over that of the
-                parameters, exact over all ranks; every rank must then call.
+            distance: add ``ema/distance/<p>``, the norm of average minus parameters over that of
+                the parameters, exact over all ranks; every rank must then call.
+            prefix: what all names begin with; another for each of several averages in one log.
         """
         distances = self._distances() if distance else {}
         if not distance:  # one rank alone may call this, as loggers do
@@ -509,7 +609,7 @@ class ShardedEMA:
             **self._average.numbers,
             **distances,
         }
-        return {name: float(value) for name, value in found.items()}
+        return {prefix + name: float(value) for name, value in found.items()}
 
     def _distances(self) -> dict[str, float]:
         def partial() -> dict[str, Part]:

@@ -245,7 +245,7 @@ def test_nonfinite_skip() -> None:
     state = ema.state_dict()["ema.weight"]
     assert state[0, 0] == before[0, 0] and state[1, 1] == before[1, 1] + 0.5
     with pytest.warns(EMAWarning, match="1 times a NaN or Inf"):
-        assert ema.metrics()["nonfinite_elements"] == 1
+        assert ema.metrics()["ema/nonfinite_elements"] == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         ema.metrics()
@@ -394,7 +394,7 @@ def test_the_default_has_forgotten_its_seed_from_step_4_on() -> None:
     ema = ShardedEMA(model)
     run(ema, model, 4)
     left = math.prod(min(0.9999, (1 + n) / (10 + n)) for n in range(1, 5))
-    assert ema.metrics()["seed_weight/ema"] == pytest.approx(left, abs=0) and left < 0.01
+    assert ema.metrics()["ema/seed_weight/ema"] == pytest.approx(left, abs=0) and left < 0.01
 
 
 def test_metrics_and_memory() -> None:
@@ -404,12 +404,12 @@ def test_metrics_and_memory() -> None:
         model.weight.add_(1.0)
     ema.update()
     found = ema.metrics(distance=True)
-    assert found["num_updates"] == found["applied_steps"] == 1
-    assert found["horizon_steps/a"] == pytest.approx(10)
-    assert found["seed_weight/b"] == pytest.approx(2 ** (-1 / 100))
+    assert found["ema/num_updates"] == found["ema/applied_steps"] == 1
+    assert found["ema/horizon_steps/a"] == pytest.approx(10)
+    assert found["ema/seed_weight/b"] == pytest.approx(2 ** (-1 / 100))
     live = torch.cat([p.detach().reshape(-1) for p in model.parameters()]).double()
     mean = torch.cat([averages(ema, "a")[n].reshape(-1) for n in ("weight", "bias")]).double()
-    assert found["distance/a"] == pytest.approx(float((mean - live).norm() / live.norm()))
+    assert found["ema/distance/a"] == pytest.approx(float((mean - live).norm() / live.norm()))
     assert ema.memory == {
         "shadow": 880,
         "ideal": 880,
@@ -562,7 +562,7 @@ def test_an_average_can_be_saved_while_the_weights_are_nan(tmp_path: Path) -> No
     with pytest.warns(EMAWarning, match="NaN or Inf"):
         ema.save(tmp_path / "x", step=1)
     assert ema.load(tmp_path / "x") == 1
-    assert math.isnan(ema.metrics(distance=True)["distance/ema"])
+    assert math.isnan(ema.metrics(distance=True)["ema/distance/ema"])
 
 
 def test_inference_mode_leaves_no_inference_tensors_behind() -> None:
@@ -644,7 +644,7 @@ def test_a_default_device_is_not_asked_for_anything(impl: str, tmp_path: Path) -
         run.target(x).sum().backward()
         optimizer.step()
         reference_step(expected, run.gather(), 1 - 0.9)
-        assert ema.metrics(distance=True)["distance/ema"] > 0
+        assert ema.metrics(distance=True)["ema/distance/ema"] > 0
         for asynchronous in (False, True):
             path = tmp_path / str(asynchronous)
             ema.save(path, step=1, asynchronous=asynchronous).result()

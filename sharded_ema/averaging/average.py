@@ -22,6 +22,8 @@ from sharded_ema.errors import ConfigError, NonFiniteError, StateError
 
 # The step whose decay stands for those of a long run, if nobody says how long it will be.
 _MANY_STEPS = 1_000_000
+# A share of the seed below which it plays no part in fp64 any more.
+_NOTHING = 1e-17
 
 
 class Average:
@@ -285,6 +287,22 @@ class Average:
             },
         }
 
+    def described_after(self, num_updates: int) -> dict[str, Any]:
+        """What :meth:`describe` says of an average of these schedules after so many updates."""
+        start = self.clock.start_step
+        steps = start + num_updates
+        return {
+            "step": num_updates,
+            "num_updates": num_updates,
+            "applied_steps": steps,
+            "seed_step": start,
+            "last_lerp_step": steps,
+            "profiles": {
+                name: {"seed_weight": _seed_weight(schedule, num_updates)}
+                for name, schedule in self.profiles.items()
+            },
+        }
+
     def go_on_from(self, described: Mapping[str, Any]) -> list[str]:
         """Take over the counters that belong to values just loaded.
 
@@ -301,6 +319,16 @@ class Average:
         if fresh:
             self.copy_live(fresh)
         return fresh
+
+
+def _seed_weight(schedule: Schedule, num_updates: int) -> float:
+    """Share of the seed after so many updates; 0 where it is too small to matter."""
+    share = 1.0
+    for n in range(1, num_updates + 1):
+        share *= schedule.decay(n)
+        if share < _NOTHING:
+            return 0.0
+    return share
 
 
 def check_dtype(

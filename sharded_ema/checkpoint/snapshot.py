@@ -102,6 +102,16 @@ def make_state(
     return state
 
 
+def of_one_profile(state: Mapping[str, Tensor], profile: str) -> dict[str, Tensor]:
+    """The tensors of a state that make a whole model, by their names in it."""
+    found = {}
+    for key, value in state.items():
+        for start in (f"{profile}.", FROZEN_PREFIX, BUFFERS_PREFIX):
+            if key.startswith(start):
+                found[key.removeprefix(start)] = value
+    return found
+
+
 @torch.no_grad()
 def as_plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state of a model in one process, all of it, as plain tensors.
@@ -312,8 +322,7 @@ def _fill(key: str, into: Tensor, box: Box, given: Sequence[Piece]) -> None:
     for there, tensor in given:
         part = box.inside(there)
         if part is not None:
-            ends = zip(part.offsets, part.sizes, strict=True)
-            source = tensor[tuple(slice(o, o + n) for o, n in ends)]
+            source = tensor[part.slices]
             break
     else:
         raise CheckpointMismatchError(

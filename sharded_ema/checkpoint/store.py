@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharded_ema.averaging.average import Average
@@ -17,6 +18,7 @@ from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
 from sharded_ema.checkpoint.files import Location, as_location
 from sharded_ema.checkpoint.names import new_uuid
+from sharded_ema.checkpoint.others import OtherAverage, open_other
 from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
@@ -30,6 +32,7 @@ from sharded_ema.errors import (
 )
 from sharded_ema.model.agreement import Ranks
 from sharded_ema.model.followed import FollowedModel
+from sharded_ema.model.gathering import gather_each
 from sharded_ema.model.world import world_size
 
 # How often a checkpoint that is replaced while it is read is read again, whole.
@@ -112,6 +115,54 @@ class Store:
     ) -> None:
         averaged = self._model.holdings.tensors.averaged
         snapshot.check_fits(own, stored, self._average.profiles, averaged=averaged, strict=strict)
+
+    def averages(self, profile: str) -> dict[str, Tensor]:
+        """One average by name, with this rank's pieces."""
+        start = f"{profile}."
+        return {
+            key.removeprefix(start): value
+            for key, value in self._averages().items()
+            if key.startswith(start)
+        }
+
+    def full_state_dict(
+        self,
+        profile: str,
+        *,
+        everywhere: bool,
+        dtype: torch.dtype | None,
+        ready: Callable[[], None],
+    ) -> dict[str, Tensor]:
+        """The averaged model, whole; see :meth:`sharded_ema.ShardedEMA.full_state_dict`.
+
+        Args:
+            ready: brings model and average into step; if it fails on one rank, all raise.
+        """
+        purpose = "ema.full_state_dict()"
+        self._model.meet()
+
+        def alike() -> dict[str, Any]:
+            return {
+                "profile": profile,
+                "rank0_only": not everywhere,
+                "dtype": dtype,
+                **self._average.counted(),
+            }
+
+        self._model.ranks.agree(ready, purpose, alike)
+        meta = self._meta()
+        state = snapshot.of_one_profile(
+            snapshot.make_state(self._model, self._average, meta), profile
+        )
+
+        def cast(name: str, own: torch.dtype) -> torch.dtype:
+            return dtype if dtype is not None and own.is_floating_point else own
+
+        each = gather_each(state, self._model.ranks, purpose, everywhere=everywhere, cast=cast)
+        found = {name: tensor for name, tensor in each if tensor is not None}
+        for name, aliases in meta["aliases"].items():
+            found |= {alias: found[name] for alias in aliases if name in found}
+        return found
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -226,14 +277,31 @@ class Store:
         *,
         strict: bool,
         verify: bool,
+        num_updates: int | None,
         ready: Callable[[], None],
     ) -> Mapping[str, Any]:
         """Read a checkpoint's values, and return its description. Collective.
 
         Args:
+            num_updates: of an average that another library has kept.
             ready: brings model and average into step; if it fails on one rank, all raise.
         """
         self._model.meet()
+        opened: list[OtherAverage | None] = []
+
+        def look() -> bool:
+            opened.append(open_other(path))
+            if opened[0] is None and num_updates is not None:
+                raise ConfigError(
+                    f"{path} is a checkpoint of this library, which says itself how many updates "
+                    "it has seen; leave num_updates out"
+                )
+            return opened[0] is not None
+
+        self._model.ranks.agree(look, f"ema.load({path})")
+        other = opened[0]
+        if other is not None:
+            return self._take_over(other, path, num_updates, strict=strict, ready=ready)
         reader = SafetensorsStorageReader(path, verify=verify)
         for _ in range(_MAX_READS):
             try:
@@ -272,6 +340,49 @@ class Store:
         load_state(state, reader, ranks=self._model.ranks)
         self._run = stored.meta.get("run", self._run)
         return stored.meta
+
+    def _take_over(
+        self,
+        other: OtherAverage,
+        path: str | PathLike[str],
+        num_updates: int | None,
+        *,
+        strict: bool,
+        ready: Callable[[], None],
+    ) -> Mapping[str, Any]:
+        """Read an average that another library has kept; the description is made up for it."""
+        found: dict[str, str] = {}
+
+        def check() -> int:
+            self._background.wait()
+            ready()
+            count = other.num_updates if num_updates is None else num_updates
+            if count is None or count < 0:
+                raise ConfigError(
+                    f"{path} does not say after how many updates it was saved: pass num_updates, "
+                    f"got {count}, from which the schedule goes on"
+                )
+            found.update(other.fit(self._model.inventory, strict=strict))
+            return count
+
+        def alike() -> dict[str, Any]:
+            return {
+                "path": str(path), "strict": strict, "num_updates": num_updates,
+                **self._average.settings(),
+            }  # fmt: skip
+
+        count = self._model.ranks.agree(check, f"ema.load({path})", alike)[0]
+        self._average.broken = f"loading {path} failed midway"
+        own = [self.averages(profile) for profile in self._average.profiles]
+
+        def copy() -> None:
+            for name, there in found.items():
+                value = other.read(there)
+                for averages in own:
+                    snapshot.copy_state({name: averages[name]}, {name: value})
+
+        self._model.ranks.agree(copy, f"ema.load({path})")
+        return self._average.described_after(count)
 
     # ------------------------------------------------------------------ the end
 

@@ -161,6 +161,16 @@ class Ranks:
         return values
 
     @contextmanager
+    def talking(self, purpose: str) -> Iterator[None]:
+        """Around collectives in the group of the ranks, which have just met there.
+
+        Raises:
+            AbsentRankError: a rank was lost in one of them.
+        """
+        with self.interruptible(), self._unless_lost(purpose):
+            yield
+
+    @contextmanager
     def interruptible(self) -> Iterator[None]:
         """End the group if the block is interrupted, so that no rank waits for this one.
 

@@ -26,7 +26,7 @@ from sharded_ema.model.holdings import (
     take_stock,
 )
 from sharded_ema.model.internals.pytorch import local_tensor
-from sharded_ema.model.inventory import Inventory
+from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
 from sharded_ema.model.standing import StandingIn
 from sharded_ema.model.steps import StepHooks, StepListener, StepWatch
@@ -272,6 +272,15 @@ class FollowedModel:
         """
         for other in StandingIn.others(self._standing):
             self._refuse(what, other, other.replaced_of(self, self.inventory.averaged))
+
+    def refuse_elsewhere(self, what: str, tensors: Sequence[Named]) -> None:
+        """Refuse to write into another model for which an average stands in.
+
+        Raises:
+            SwapError: see above.
+        """
+        for other in StandingIn.others(None):
+            self._refuse(what, other, other.replaced(tensors))
 
     def _refuse(self, what: str, other: StandingIn, names: list[str]) -> None:
         if names:

@@ -127,6 +127,7 @@ class Inventory:
         extra: extra states of modules that are tensors.
         adapters: names of the PEFT adapters in it.
         selection: what of it was asked for.
+        order: names of all its parameters, as it has them.
         is_settled: whether what is trained was settled when the model was wrapped, whatever
             ``requires_grad`` says later (DeepSpeed).
         registered: what the model has in the place of a parameter now.
@@ -142,6 +143,7 @@ class Inventory:
     extra: list[Named] = field(default_factory=list)
     adapters: list[str] = field(default_factory=list)
     selection: Selection = field(default_factory=lambda: Selection())
+    order: list[str] = field(default_factory=list)
     is_settled: bool = False
     registered: Callable[[Named], Tensor | None] = Named.registered
     is_flattened: Callable[[Named], bool] = _never
@@ -304,20 +306,27 @@ class Selection:
         buffers: what becomes of buffers by patterns over their names, of which the first counts:
             ``"average"`` treats floating and complex ones like parameters, ``"copy"`` lists them
             apart, ``"ignore"`` leaves them out. What no pattern matches is copied.
+        only: the names of what counts as averaged, whatever patterns or gradients say; ``None``
+            if these decide.
     """
 
     include: tuple[str, ...] | None = None
     exclude: tuple[str, ...] = ()
     buffers: tuple[tuple[str, str], ...] = ()
+    only: frozenset[str] | None = None
 
     def takes(self, named: Named) -> bool:
         """Whether the patterns select a tensor by any of its names."""
+        if self.only is not None:
+            return not self.only.isdisjoint(named.all_names)
         return (self.include is None or _fits(named, self.include)) and not _fits(
             named, self.exclude
         )
 
     def of_buffer(self, *names: str) -> str:
         """What becomes of a buffer, which goes by any of its names."""
+        if self.only is not None:
+            return "copy" if self.only.isdisjoint(names) else "average"
         for pattern, what in self.buffers:
             if any(fnmatchcase(name, pattern) for name in names):
                 return what
@@ -406,11 +415,12 @@ def take_inventory(
                 named = Named(path, module, attribute, buffer, shape, paths=(path,))
                 buffers.append(_under_its_keys(named, keys))
     parameters = {i: _under_its_keys(named, keys) for i, named in parameters.items()}
+    found.order = [named.fqn for named in parameters.values()]
     found.extra = _extra_states(
         {key: module for key, module in keys.extra.items() if selection.of_buffer(key) != "ignore"}
     )
     for named in parameters.values():
-        if not named.tensor.requires_grad:
+        if selection.only is None and not named.tensor.requires_grad:
             found.frozen.append(named)
         elif selection.takes(named):
             found.averaged.append(named)

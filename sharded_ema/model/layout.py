@@ -42,6 +42,11 @@ class Box:
     def numel(self) -> int:
         return math.prod(self.sizes)
 
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        """What a tensor is indexed with to have the box of it."""
+        return tuple(slice(o, o + n) for o, n in zip(self.offsets, self.sizes, strict=True))
+
     def fits(self, shape: Sequence[int]) -> bool:
         """Whether the box lies inside a tensor of ``shape``."""
         return len(shape) == len(self.sizes) and all(

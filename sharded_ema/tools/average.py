@@ -14,13 +14,14 @@ import numpy as np
 
 from sharded_ema.checkpoint.files import URL, Location, OpenFiles, as_location, as_path
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX
+from sharded_ema.checkpoint.reading.models import holds_model, open_model
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import NUMBERS
 from sharded_ema.tools.contents import Average, find_tensors
 from sharded_ema.tools.diff import comparable
-from sharded_ema.tools.huggingface import holds_model, open_model, read_like
+from sharded_ema.tools.huggingface import read_like
 from sharded_ema.tools.plan import Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source

@@ -15,12 +15,13 @@ from contextlib import ExitStack
 
 from sharded_ema.checkpoint.files import as_path
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.contents import find_tensors
-from sharded_ema.tools.huggingface import left_out_code, open_model, read_like
+from sharded_ema.tools.huggingface import left_out_code, read_like
 from sharded_ema.tools.naming import Renaming
 from sharded_ema.tools.plan import Wanted, group_bytes, parse_size, plan_model
 from sharded_ema.tools.report import Report

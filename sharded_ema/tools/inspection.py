@@ -16,11 +16,11 @@ from sharded_ema.checkpoint.files import URL, as_location, unfinished_uploads
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, LATEST_NAME
 from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
+from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.checkpoint.run import Committed, Run, locate, open_checkpoint, read_run
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.model.layout import Box, Shape
-from sharded_ema.tools.huggingface import open_model
 from sharded_ema.tools.report import Report
 
 

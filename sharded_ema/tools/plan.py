@@ -9,13 +9,14 @@ from pathlib import Path
 
 import xxhash
 
+from sharded_ema.checkpoint.reading.models import ADAPTER_STEM
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.checkpoint.safetensors import in_parts, num_bytes
 from sharded_ema.errors import ConfigError
 from sharded_ema.model.layout import Shape
 from sharded_ema.tools.casting import target_dtype
 from sharded_ema.tools.contents import Average
-from sharded_ema.tools.huggingface import ADAPTER_STEM, Model
+from sharded_ema.tools.huggingface import Model
 from sharded_ema.tools.naming import Renaming, adapter_tensors, rename_all, select
 from sharded_ema.tools.report import Report
 from sharded_ema.version import __version__

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from sharded_ema.checkpoint.files import URL, Directory, OpenFiles, as_location, entries
 from sharded_ema.checkpoint.names import COMMITTED_NAMES
+from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import rank_shards, read_rank_shards
 from sharded_ema.checkpoint.run import locate, open_checkpoint
 from sharded_ema.errors import CheckpointNotFoundError
-from sharded_ema.tools.huggingface import open_model
 
 
 def open_source(src: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:

@@ -24,13 +24,13 @@ from tqdm import tqdm
 from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.models import ADAPTER_STEM
 from sharded_ema.checkpoint.removal import remove_files
 from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.errors import CheckpointWriteError, EMAError
 from sharded_ema.tools.casting import Bytes, caster, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import (
-    ADAPTER_STEM,
     Model,
     copy_description,
     write_index,

@@ -141,7 +141,7 @@ def test_updates_follow_each_other(device: Accelerator, ema: ShardedEMA) -> None
         train(device, ema, value)
     (weight,) = ema._model.weights()
     device.begin("train", lambda: weight.fill_(float("nan")))
-    assert ema.metrics()["nonfinite_elements"] == 0
+    assert ema.metrics()["ema/nonfinite_elements"] == 0
     assert average(ema) == 21.0
     ema.close()
 

@@ -135,7 +135,7 @@ def test_what_one_may_do_while_another_stands_in(tmp_path: Path) -> None:
     want = averages(second, "fast")
     with first.swap():
         second.save(tmp_path / "x", step=3)
-        assert second.metrics()["num_updates"] == 3
+        assert second.metrics()["ema/num_updates"] == 3
         assert_equal(averages(second, "fast"), want)
     lines = str(inspect(tmp_path / "x"))
     assert "profile fast" in lines and "sampled_distance" not in lines

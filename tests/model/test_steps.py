@@ -101,7 +101,7 @@ def test_steps_that_a_grad_scaler_skips_do_not_count(fused: bool) -> None:
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
         counts.append(ema.num_updates)
     assert counts == [1, 1, 2, 3]
-    assert ema.metrics()["skipped_steps"] == (1 if fused else 0)
+    assert ema.metrics()["ema/skipped_steps"] == (1 if fused else 0)
 
 
 def test_gradient_accumulation() -> None:

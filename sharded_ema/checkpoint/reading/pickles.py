@@ -51,11 +51,13 @@ class Note:
         of: what would have been called.
         arguments: what it would have been given.
         state: what ``__setstate__`` would have been given.
+        items: what would have been put into it, as into an OrderedDict.
     """
 
     of: Global
     arguments: tuple[Any, ...]
     state: Any = None
+    items: dict[Any, Any] | None = None
 
 
 def take_apart(data: bytes, allowed: Callable[[Global], bool], where: str) -> Any:
@@ -216,7 +218,10 @@ class _Machine:
     def _update(self, items: list[Any]) -> None:
         target = self._stack[-1]
         if isinstance(target, Note):
-            return  # an OrderedDict; nothing that is read here is in one
+            if target.items is None:
+                self._take(_DICT)
+                target.items = {}
+            target = target.items
         if not isinstance(target, dict):
             raise _Refused("it sets an item of what is no dict")
         self._take(_ITEMS * (not target and bool(items)) + 2 * _POINTER * len(items))

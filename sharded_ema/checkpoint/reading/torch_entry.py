@@ -34,7 +34,9 @@ _ENCRYPTED = 0x1
 
 _REBUILD = {Global("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3")}
 _UNTYPED = Global("torch.storage", "UntypedStorage")
-_KNOWN = {*_REBUILD, _UNTYPED, Global("collections", "OrderedDict")}
+_PARAMETER = Global("torch._utils", "_rebuild_parameter")
+_ORDERED = Global("collections", "OrderedDict")
+_KNOWN = {*_REBUILD, _UNTYPED, _PARAMETER, _ORDERED}
 
 #: safetensors names of torch's dtypes and of its typed storages.
 DTYPE_NAMES: dict[str, str] = {
@@ -119,24 +121,82 @@ def locate(file: OpenFile, offset: int, length: int, where: str) -> StoredEntry:
     Raises:
         CheckpointCorruptError: no such entry, or one that this library does not read.
     """
+    head, infos = _head(file, offset, length, where)
+    found = _entry(head, file, offset, infos, where)
+    record = _stored(infos, _described(head, where)[1], file, offset, where)
+    if record.num_bytes != found.num_bytes:
+        raise CheckpointCorruptError(
+            f"{where} holds {record.num_bytes} bytes, {found.dtype} of shape {found.shape} takes "
+            f"{found.num_bytes}"
+        )
+    return found
+
+
+def read_file(file: OpenFile, where: str) -> Any:
+    """What a file of ``torch.save`` says: dicts, lists, texts and numbers, with entries as tensors.
+
+    Raises:
+        CheckpointCorruptError: no such file, or one that would make other objects.
+    """
+    head, infos = _head(file, 0, file.size, where)
+    return _plain(head, file, infos, where, MAX_DIMS)
+
+
+def _plain(
+    value: Any, file: OpenFile, infos: dict[str, zipfile.ZipInfo], where: str, depth: int
+) -> Any:
+    if not depth:
+        raise CheckpointCorruptError(f"{where} nests its contents deeper than any state does")
+
+    def inner(each: Any) -> Any:
+        return _plain(each, file, infos, where, depth - 1)
+
+    if isinstance(value, Note) and value.of == _PARAMETER and value.arguments:
+        value = value.arguments[0]
+    if isinstance(value, Note) and value.of == _ORDERED:
+        value = value.items or {}
+    if isinstance(value, Note):
+        return _entry(value, file, 0, infos, where)
+    if isinstance(value, dict):
+        return {key: inner(each) for key, each in value.items() if isinstance(key, str)}
+    return [inner(each) for each in value] if isinstance(value, list) else value
+
+
+def _head(
+    file: OpenFile, offset: int, length: int, where: str
+) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
+    """The pickle of an archive, taken apart, and its records."""
     infos = _directory(file, offset, length, where)
     order = infos.get("byteorder")
     if order is not None and _read_small(file, offset, order, where) != b"little":
         raise CheckpointCorruptError(f"{where} was written on a big-endian machine")
     if "data.pkl" not in infos:
         _refuse(where)
-    head = _read_small(file, offset, infos["data.pkl"], where)
-    dtype, storage, shape, strides = _described(take_apart(head, _allowed, where), where)
-    info = infos.get(f"data/{storage}")
-    if info is None:
-        _refuse(where)
-    data = _record(file, offset, info, where)
+    data = _read_small(file, offset, infos["data.pkl"], where)
+    return take_apart(data, _allowed, where), infos
+
+
+def _entry(
+    rebuild: Any, file: OpenFile, offset: int, infos: dict[str, zipfile.ZipInfo], where: str
+) -> StoredEntry:
+    dtype, storage, shape, strides = _described(rebuild, where)
+    data = _stored(infos, storage, file, offset, where)
     size = math.prod(shape) * ITEMSIZE[dtype]
-    if data.num_bytes != size:
+    if data.num_bytes < size:
         raise CheckpointCorruptError(
             f"{where} holds {data.num_bytes} bytes, {dtype} of shape {shape} takes {size}"
         )
-    return StoredEntry(dtype, shape, data.byte_offset, size, data.crc32, strides)
+    crc32 = data.crc32 if data.num_bytes == size else None
+    return StoredEntry(dtype, shape, data.byte_offset, size, crc32, strides)
+
+
+def _stored(
+    infos: dict[str, zipfile.ZipInfo], storage: str, file: OpenFile, offset: int, where: str
+) -> Record:
+    info = infos.get(f"data/{storage}")
+    if info is None:
+        _refuse(where)
+    return _record(file, offset, info, where)
 
 
 def records(file: OpenFile, offset: int, length: int, where: str) -> list[Record]:

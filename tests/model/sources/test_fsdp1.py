@@ -298,7 +298,7 @@ def one_rank_logs(mode: str) -> None:
     run.step(0)
     run.evaluate()  # leaves parameters gathered
     if rank() == 0:
-        assert ema.metrics()["num_updates"] == 1
+        assert ema.metrics()["ema/num_updates"] == 1
     run.step(1)
     ema.close()
 

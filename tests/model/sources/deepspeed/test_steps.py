@@ -44,7 +44,7 @@ def overflow(stage: int, precision: str, micro: int, changes: dict[str, Any]) ->
     ema = ShardedEMA(run.engine, 0.9)
     ema.attach()
     train(run, ema, 6, micro, bad=2, only_rank=1)
-    answer = ema.num_updates, ema.metrics()["skipped_steps"]
+    answer = ema.num_updates, ema.metrics()["ema/skipped_steps"]
     ema.close()
     run.engine.destroy()
     return answer
@@ -85,7 +85,7 @@ def autocast_overflow() -> tuple[int, float, int]:
         moved += not torch.equal(before["inp.weight"], run.masters()["inp.weight"])
         said.append(run.engine.was_step_applied())
     assert all(said), "DeepSpeed has learned to tell; EngineHooks may become simpler"
-    answer = ema.num_updates, ema.metrics()["skipped_steps"], moved
+    answer = ema.num_updates, ema.metrics()["ema/skipped_steps"], moved
     ema.close()
     run.engine.destroy()
     return answer
@@ -271,7 +271,7 @@ def nonfinite_weights() -> tuple[float, bool]:
     run.engine.backward(run.loss(1) * float("nan"))
     run.engine.step()
     finite = all(bool(torch.isfinite(t).all()) for t in averages(ema).values())
-    count = ema.metrics()["nonfinite_elements"]
+    count = ema.metrics()["ema/nonfinite_elements"]
     ema.close()
     run.engine.destroy()
     return count, finite
