@@ -362,9 +362,12 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
-    """The checkpoint in the directory ``run`` that was committed last.
+    """The checkpoint in the directory of a run that was committed last.
 
-    The file ``latest`` is not asked: after a crash it may name the one before.
+    Those of training stacks are found where they put them: ``checkpoint-N/ema`` of transformers,
+    ``checkpoints/checkpoint_N/ema`` of accelerate, ``<tag>/ema`` of DeepSpeed, and in a
+    directory ``checkpoints``, as Lightning has it. The file ``latest`` is not asked: after a crash
+    it may name the one before.
 
     Args:
         run: a directory, or a URL.
@@ -375,7 +378,7 @@ def latest_checkpoint(run: str | os.PathLike[str]) -> Location:
     Raises:
         CheckpointNotFoundError: there is none.
     """
-    found = committed(run)
+    found = read_run(run).checkpoints
     if not found:
         raise CheckpointNotFoundError(f"{run} holds no committed checkpoint of an average")
     return found[-1].path

@@ -433,6 +433,11 @@ def take_inventory(
         [*(name for named in buffers for name in named.all_names), *keys.extra],
     )
     averaged = _sort_buffers(buffers, found)
+    if not found.averaged and selection.only is not None:
+        raise BindError(
+            f"the module is another model: it lacks {sorted(selection.only)[:3]} and all others "
+            "that are averaged"
+        )
     if not found.averaged:
         raise BindError(
             "no parameter to average: the model has "

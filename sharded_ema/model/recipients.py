@@ -50,7 +50,7 @@ def write_into(
 ) -> None:
     """Move another module's parameters to an average, or part of the way. Collective.
 
-    Where every rank has all that its part of the module takes, nothing is sent. Else the tensors
+    Of a tensor nothing is sent where every rank has all that its part of the module takes. Others
     come together on the host of every rank, one after the other.
 
     Args:
@@ -70,7 +70,7 @@ def write_into(
     wanted: dict[str, Tensor] = {}
     found: list[Source] = []
 
-    def look() -> bool:
+    def look() -> list[str]:
         prepare()
         wanted.update(average())
         other = make_source(
@@ -80,29 +80,23 @@ def write_into(
         model.refuse_elsewhere(_CALL, other.reader.inventory.averaged)
         other.stand_in.settle()
         found.append(other)
-        return all(
-            _covering(wanted[name], box) is not None
-            for name, pieces in _targets(other, other.reader.live()).items()
-            for box, _ in pieces
-        )
+        targets = _targets(other, other.reader.live())
+        return [name for name, pieces in targets.items() if not _is_here(wanted[name], pieces)]
 
-    here = model.ranks.agree(look, _CALL, alike)
+    sent = {name for names in model.ranks.agree(look, _CALL, alike) for name in names}
     (source,) = found
     live = source.reader.live()
     example = next(iter(wanted.values()))
     values = [torch.empty_like(p, dtype=_wider(p, example)) for p in live]
     targets = _targets(source, values)
-    if all(here):
-        for name, pieces in targets.items():
-            for box, target in pieces:
-                given = _covering(wanted[name], box)
-                assert given is not None
-                target.copy_(given)
-    else:
-        for name, full in gather_each(wanted, model.ranks, _CALL, everywhere=True):
-            for box, target in targets.get(name, ()):
-                assert full is not None
-                target.copy_(full[box.slices])
+    for name in targets.keys() - sent:
+        for box, target in targets[name]:
+            target.copy_(_covering(wanted[name], box))
+    apart = {name: value for name, value in wanted.items() if name in sent}
+    for name, full in gather_each(apart, model.ranks, _CALL, everywhere=True) if sent else ():
+        assert full is not None
+        for box, target in targets.get(name, ()):
+            target.copy_(full[box.slices])
     with collective(_CALL):
         source.stand_in.overwrite(part_of_the_way(live, values, share))
     source.stand_in.settle()
@@ -123,13 +117,16 @@ def _targets(source: Source, tensors: Sequence[Tensor]) -> dict[str, list[Piece]
     }
 
 
-def _covering(value: Tensor, box: Box) -> Tensor | None:
-    """A block of what this rank holds; ``None`` if it does not hold all of it."""
-    for there, tensor in pieces_of(value):
-        part = box.inside(there)
-        if part is not None:
-            return tensor[part.slices]
-    return None
+def _is_here(value: Tensor, pieces: Sequence[Piece]) -> bool:
+    """Whether this rank holds all of some blocks."""
+    held = [there for there, _ in pieces_of(value)]
+    return all(any(box.inside(there) for there in held) for box, _ in pieces)
+
+
+def _covering(value: Tensor, box: Box) -> Tensor:
+    """A block of what this rank holds."""
+    parts = ((box.inside(there), tensor) for there, tensor in pieces_of(value))
+    return next(tensor[part.slices] for part, tensor in parts if part is not None)
 
 
 def _check(other: Inventory, own: Inventory) -> None:

@@ -122,14 +122,7 @@ def locate(file: OpenFile, offset: int, length: int, where: str) -> StoredEntry:
         CheckpointCorruptError: no such entry, or one that this library does not read.
     """
     head, infos = _head(file, offset, length, where)
-    found = _entry(head, file, offset, infos, where)
-    record = _stored(infos, _described(head, where)[1], file, offset, where)
-    if record.num_bytes != found.num_bytes:
-        raise CheckpointCorruptError(
-            f"{where} holds {record.num_bytes} bytes, {found.dtype} of shape {found.shape} takes "
-            f"{found.num_bytes}"
-        )
-    return found
+    return _entry(head, file, offset, infos, where)
 
 
 def read_file(file: OpenFile, where: str) -> Any:
@@ -156,7 +149,7 @@ def _plain(
     if isinstance(value, Note) and value.of == _ORDERED:
         value = value.items or {}
     if isinstance(value, Note):
-        return _entry(value, file, 0, infos, where)
+        return _entry(value, file, 0, infos, where, in_part=True)
     if isinstance(value, dict):
         return {key: inner(each) for key, each in value.items() if isinstance(key, str)}
     return [inner(each) for each in value] if isinstance(value, list) else value
@@ -177,26 +170,32 @@ def _head(
 
 
 def _entry(
-    rebuild: Any, file: OpenFile, offset: int, infos: dict[str, zipfile.ZipInfo], where: str
+    rebuild: Any,
+    file: OpenFile,
+    offset: int,
+    infos: dict[str, zipfile.ZipInfo],
+    where: str,
+    *,
+    in_part: bool = False,
 ) -> StoredEntry:
-    dtype, storage, shape, strides = _described(rebuild, where)
-    data = _stored(infos, storage, file, offset, where)
-    size = math.prod(shape) * ITEMSIZE[dtype]
-    if data.num_bytes < size:
+    """Where a tensor's data lies.
+
+    Args:
+        in_part: whether it may be a view of some of a storage, of which no sum is known.
+    """
+    dtype, storage, first, shape, strides = _described(rebuild, where)
+    info = infos.get(f"data/{storage}")
+    if info is None or (first and not in_part):
+        _refuse(where)
+    data = _record(file, offset, info, where)
+    size, start = math.prod(shape) * ITEMSIZE[dtype], first * ITEMSIZE[dtype]
+    whole = data.num_bytes == size
+    if not whole and (not in_part or start + size > data.num_bytes):
         raise CheckpointCorruptError(
             f"{where} holds {data.num_bytes} bytes, {dtype} of shape {shape} takes {size}"
         )
-    crc32 = data.crc32 if data.num_bytes == size else None
-    return StoredEntry(dtype, shape, data.byte_offset, size, crc32, strides)
-
-
-def _stored(
-    infos: dict[str, zipfile.ZipInfo], storage: str, file: OpenFile, offset: int, where: str
-) -> Record:
-    info = infos.get(f"data/{storage}")
-    if info is None:
-        _refuse(where)
-    return _record(file, offset, info, where)
+    crc32 = data.crc32 if whole else None
+    return StoredEntry(dtype, shape, data.byte_offset + start, size, crc32, strides)
 
 
 def records(file: OpenFile, offset: int, length: int, where: str) -> list[Record]:
@@ -325,8 +324,8 @@ def _allowed(found: Global) -> bool:
     return found == PERSISTENT or found in _KNOWN
 
 
-def _described(rebuild: Any, where: str) -> tuple[str, str, Shape, Shape | None]:
-    """Dtype, name of the storage record, shape and strides."""
+def _described(rebuild: Any, where: str) -> tuple[str, str, int, Shape, Shape | None]:
+    """Dtype, name of the storage record, first element in it, shape and strides."""
     if not isinstance(rebuild, Note) or rebuild.of not in _REBUILD or rebuild.state is not None:
         _refuse(where)
     try:
@@ -348,11 +347,11 @@ def _described(rebuild: Any, where: str) -> tuple[str, str, Shape, Shape | None]
         or not is_shape(shape)
         or not is_shape(strides)
         or len(shape) != len(strides)
-        or storage_offset != 0
+        or not is_sizes([storage_offset])
         or any(isinstance(bits, dict) and any(bits.values()) for bits in rest)
     ):
         _refuse(where)
-    return dtype, record, shape, _unless_c_order(shape, strides, where)
+    return dtype, record, storage_offset, shape, _unless_c_order(shape, strides, where)
 
 
 def _unless_c_order(shape: Shape, strides: Shape, where: str) -> Shape | None:
