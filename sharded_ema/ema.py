@@ -209,7 +209,7 @@ class ShardedEMA:
 
         Args:
             optimizers: every optimizer that trains the model; with several, one update follows
-                the last of them. None for a DeepSpeed engine, which knows its own.
+                the last of them. For a DeepSpeed engine none, or the engine itself.
             checkpoint: for an engine: its ``save_checkpoint(dir, tag)`` writes the average to
                 ``dir/<tag>/ema``, and its ``load_checkpoint`` brings it back.
             strict: for an engine: refuse to load a checkpoint that has no average. Else the

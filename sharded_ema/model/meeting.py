@@ -28,7 +28,7 @@ from sharded_ema.model.internals.pytorch import default_store
 logger = getLogger("sharded_ema")
 
 #: Seconds of waiting after which is said, once, for whom.
-NOTICE_SECONDS = 30.0
+NOTICE_SECONDS = 5.0
 # What the first rank gives out when it invites nobody.
 _NO_WORD = "none"
 # Seconds after which a rank that waits looks whether the first one has begun anew.

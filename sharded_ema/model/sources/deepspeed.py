@@ -433,10 +433,14 @@ class FollowsEngine:
         self._engine = engine
 
     def __call__(self, optimizers: Sequence[Any], listener: StepListener) -> StepHooks:
-        if optimizers:
-            raise OptimizerError(
-                "a DeepSpeed engine knows its own optimizer: call attach() without arguments"
-            )
+        own = {id(o) for o in (self._engine, *inner_optimizers(self._engine))}
+        own.add(id(self._engine.optimizer))
+        for given in optimizers:  # accelerate wraps what the engine has
+            if own.isdisjoint((id(given), id(getattr(given, "optimizer", given)))):
+                raise OptimizerError(
+                    f"a DeepSpeed engine knows its own optimizer, which a {type(given).__name__} "
+                    "is not: call attach() without arguments, or pass the engine"
+                )
         return EngineSteps(self._engine, listener)
 
     def trains(self, optimizer: Optimizer) -> bool:

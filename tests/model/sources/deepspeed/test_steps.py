@@ -244,22 +244,27 @@ def test_a_step_in_the_swap_of_an_average_that_is_not_attached(
         assert said[0].startswith("an optimizer step is not allowed")
 
 
-def wrong_attachments() -> list[str]:
+def attachments() -> tuple[str, list[int]]:
     run = build(1)
     ema = ShardedEMA(run.engine, 0.9)
-    said = []
-    try:
-        ema.attach(run.engine.optimizer)
-    except OptimizerError as error:
-        said.append(str(error))
+    other = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+    with pytest.raises(OptimizerError) as refused:
+        ema.attach(other)
+    counts = []
+    for index, own in enumerate((run.engine, run.engine.optimizer)):
+        handle = ema.attach(own)
+        run.step(index)
+        counts.append(ema.num_updates)
+        handle.remove()
     ema.close()
     run.engine.destroy()
-    return said
+    return str(refused.value), counts
 
 
-def test_an_engine_needs_no_optimizer(engine_worlds: Worlds) -> None:
-    for (text,) in engine_worlds[2].run(wrong_attachments):
-        assert "knows its own optimizer" in text
+def test_an_engine_is_attached_with_nothing_or_itself(engine_worlds: Worlds) -> None:
+    for text, counts in engine_worlds[2].run(attachments):
+        assert "knows its own optimizer, which a SGD is not" in text
+        assert counts == [1, 2]
 
 
 def nonfinite_weights() -> tuple[float, bool]:
