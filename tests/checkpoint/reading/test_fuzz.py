@@ -30,6 +30,7 @@ import xxhash
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
+import sharded_ema
 from sharded_ema import ShardedEMA, consolidate, inspect, verify
 from sharded_ema.checkpoint.names import MANIFEST_NAME, is_plain_name
 from sharded_ema.checkpoint.run import open_checkpoint
@@ -288,8 +289,11 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 # More than a reader of such small files needs, whatever they claim.
 MAX_BYTES = 256 << 20
-#: What Python and its packages open on their own.
-THEIRS = (sys.prefix, sys.base_prefix, str(Path(torch.__file__).parents[1]), "/proc/", "/dev/null")
+#: What Python and its packages open on their own; of this package the lines of a traceback.
+THEIRS = (
+    sys.prefix, sys.base_prefix, "/proc/", "/dev/null",
+    *(str(Path(package.__file__).parents[up]) for package, up in ((torch, 1), (sharded_ema, 0))),
+)  # fmt: skip
 OPENED: list[Any] | None = None
 HOOKED: list[bool] = []
 
