@@ -43,7 +43,7 @@ train-deepspeed: FLAGS = --parallel zero3
 train-deepspeed: $(VENV)/.deepspeed
 	$(TRAIN_AND_CHECK)
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.torchtitan
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(SHARED)
 
@@ -56,8 +56,9 @@ test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 # Training stacks on each of their backends; make test runs a slice of it.
-test-stacks: $(VENV)/.test
-	$(BIN)/python -m pytest $(SHARED) -m stacks tests/integrations
+test-stacks: $(VENV)/.test $(VENV)/.torchtitan
+	MATRIX=docs/integrations/matrix.md $(BIN)/python -m pytest $(SHARED) -m 'stacks or not stacks' \
+		tests/integrations
 
 # Checkpoints on real servers that run here: S3 (moto), and Azure's (Azurite, where there is npm).
 AZURITE_VERSION := 3.35.0
@@ -131,6 +132,12 @@ $(VENV)/.%: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS) $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
 	touch $@
 
+# torchtitan wants an older datasets than TRL does; what is tested of it needs neither.
+$(VENV)/.torchtitan: $(CONSTRAINTS) $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps \
+		torchtitan torch_checkpointing spmd_types torchdata tyro docstring_parser typeguard
+	touch $@
+
 $(VENV)/.azurite: | $(BIN)/python
 	if command -v npm > /dev/null; then \
 		npm install --silent --no-audit --no-fund --prefix $(VENV)/azurite azurite@$(AZURITE_VERSION); \
@@ -139,7 +146,7 @@ $(VENV)/.azurite: | $(BIN)/python
 
 EXTRAS_train     := train
 EXTRAS_deepspeed := train,deepspeed
-EXTRAS_test      := train,deepspeed,test,docs,stores
+EXTRAS_test      := train,deepspeed,test,docs,stores,stacks
 EXTRAS_docs      := docs
 EXTRAS_release   := release
 .PRECIOUS: $(VENV)/.torch
