@@ -18,7 +18,7 @@ BACKENDS = ("one process", "DDP", "FSDP1", "FSDP2", "ZeRO-1", "ZeRO-2", "ZeRO-3"
 HEAD = """\
 # Integrations and backends
 
-Written by `make test-stacks` from the tests that passed, each on two CPU ranks but for those in one process, with
+Written by `make test-stacks` from the tests that passed, on two CPU ranks or in one process, with
 {versions}.
 
 """
