@@ -407,10 +407,12 @@ def test_what_a_store_lets_vanish_between_open_and_read_is_gone(
         return read(file, view, position)
 
     monkeypatch.setattr(files._RemoteFile, "_read_at", read_at)
+    with open_checkpoint(url):  # another try of its own
+        assert not vanishing[0]
+    vanishing[0] = 1
+    assert ema.load(url) == 1
+    vanishing[0] = 1 << 30
     with pytest.raises(CheckpointGoneError, match="removed or replaced while it was read"):
         open_checkpoint(url)
-    vanishing[0] = 1
-    assert ema.load(url) == 1  # another try of its own
-    vanishing[0] = 1 << 30
     with pytest.raises(CheckpointNotFoundError, match="so it went"):
         ema.load(url)
