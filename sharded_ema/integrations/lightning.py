@@ -224,7 +224,7 @@ class EMAWeightAveraging(Callback):
             self.ema.update()
             self._latest_step = step
         # metrics() waits for the device, so only where Lightning passes on what is logged.
-        every = 0  # TEMP
+        every = trainer.log_every_n_steps
         if self._prefix is not None and every and step % every == 0:
             with self._between_updates():
                 found = self.ema.metrics(prefix=self._prefix)
