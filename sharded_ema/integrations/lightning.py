@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import inspect
 import os
+import tempfile
+import uuid
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -129,6 +131,7 @@ class EMAWeightAveraging(Callback):
             self._settings["start_step"] = -(-first // n) * n + 1
             self._settings["update_every"] = n
         self._latest_step = 0
+        self._whole: tuple[dict[str, Any], int] | None = None  # as it lay in a checkpoint
         self._evaluation: ExitStack | None = None
         self._wraps: list[MethodWrap] = []
         self._release: Callable[[], None] | None = None
@@ -157,6 +160,7 @@ class EMAWeightAveraging(Callback):
         """Stand beside every checkpoint that is saved or removed from now on."""
         if stage != "fit":
             return
+        self._whole = None
         warn_of_untested("lightning", lightning.__version__, TESTED)
         self._release = claim(trainer, "<checkpoint>.ema", "EMAWeightAveraging")
         if _is_deepspeed(trainer):
@@ -190,6 +194,7 @@ class EMAWeightAveraging(Callback):
             self._make(trainer)
             if trainer.ckpt_path is not None:
                 self._resume(trainer)
+            self._whole = None
 
     def _make(self, trainer: Trainer) -> None:
         # Not pl_module: only what is around it knows of the other ranks.
@@ -203,6 +208,9 @@ class EMAWeightAveraging(Callback):
         try:
             step = self.ema.load(path)
         except CheckpointNotFoundError:
+            if self._whole is not None:
+                self._take_over(trainer, *self._whole)
+                return
             warn(
                 f"{path} does not exist, so the average starts anew from the weights of "
                 f"{trainer.ckpt_path}; if it lies elsewhere, move it there"
@@ -213,6 +221,20 @@ class EMAWeightAveraging(Callback):
                 f"{path} was saved at step {step} and {trainer.ckpt_path} at step "
                 f"{trainer.global_step}; they belong to different checkpoints"
             )
+
+    def _take_over(self, trainer: Trainer, average: dict[str, Any], num_updates: int) -> None:
+        """Go on with what Lightning's own callback has saved, or what was moved without .ema."""
+        assert self.ema is not None
+        name = f"sharded-ema-{uuid.uuid4().hex}.pt"
+        path = Path(trainer.strategy.broadcast(str(Path(tempfile.gettempdir(), name))))
+        try:
+            if trainer.local_rank == 0:
+                torch.save(average, path)
+            trainer.strategy.barrier()
+            self.ema.load(path, num_updates=num_updates)
+        finally:
+            if trainer.local_rank == 0:
+                path.unlink(missing_ok=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -367,8 +389,11 @@ class EMAWeightAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Train on from the raw weights; what is evaluated stays the average."""
-        if _RAW in checkpoint and trainer.state.fn == TrainerFn.FITTING:
+        if trainer.state.fn == TrainerFn.FITTING and {_RAW, _COUNTS} <= checkpoint.keys():
             pl_module.load_state_dict(checkpoint[_RAW])
+            # The first update, which copies, is counted there and not here.
+            updates = max(0, int(checkpoint[_COUNTS]["n_averaged"]) - 1)
+            self._whole = checkpoint["state_dict"], updates
 
     def _refuse_in_evaluation(self) -> None:
         if self._evaluation is not None:

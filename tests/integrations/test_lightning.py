@@ -18,7 +18,9 @@ from sharded_ema.integrations.lightning import EMAWeightAveraging  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.pytorch.utilities.warnings.PossibleUserWarning"),
-    pytest.mark.filterwarnings("ignore:.*treespec:FutureWarning"),
+    # Of Lightning, where a run goes on without the ModelCheckpoint that has saved.
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
 ]
 
 
@@ -129,11 +131,14 @@ def plain_loop(
     "settings",
     [
         {"decay": 0.99},
-        {"decay": 0.9, "update_every_n_steps": 3},
-        {"decay": 0.9, "update_every_n_steps": 4, "update_starting_at_step": 50},
         {"decay": 0.5, "update_every_n_steps": 0, "update_starting_at_epoch": 1},
         {"decay": 0.9, "update_every_n_steps": 7, "update_starting_at_epoch": 2},
-        {"decay": 0.95, "use_buffers": False, "update_starting_at_step": 3},
+        {
+            "decay": 0.9,
+            "update_every_n_steps": 4,
+            "update_starting_at_step": 50,
+            "use_buffers": False,
+        },
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
@@ -145,12 +150,213 @@ def test_200_steps_as_lightnings_own(tmp_path: Path, settings: dict[str, Any]) -
     assert ours.train_loss == theirs.train_loss
     expected = plain_loop(history.states, **settings)
     for name, value in ours.state_dict().items():
-        if settings.get("use_buffers", True) or "running" not in name:
+        # Without use_buffers the model has kept its own, and Lightning's has those of an update.
+        if name != COUNTERS and (settings.get("use_buffers", True) or "running" not in name):
             assert torch.equal(value, expected[name]), name
-        if name != COUNTERS:
             torch.testing.assert_close(value, theirs.state_dict()[name], rtol=2e-6, atol=2e-6)
     begun = 1 + 2 * (settings.get("update_starting_at_step", 0) // 40)  # sanity checking saw one
     if not settings.get("update_every_n_steps", 1):
         begun += 2 * settings["update_starting_at_epoch"] + 2  # Lightning validates before it
     for mine, other in zip(ours.seen[begun:], theirs.seen[begun:], strict=True):
         torch.testing.assert_close(mine, other, rtol=2e-6, atol=2e-6)
+
+
+def every_epoch(folder: Path, **settings: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, **settings)
+
+
+def test_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    whole = fit(tmp_path, EMAWeightAveraging(decay=0.9), every_epoch(tmp_path))
+    first = tmp_path / "epoch=1.ckpt"
+    callback = EMAWeightAveraging(decay=0.9)
+    again = fit(tmp_path, callback, resume=first)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+    assert callback.ema is not None and callback.ema.num_updates == 199
+    assert again.train_loss == whole.train_loss[80:]
+    assert sorted(path.name for path in tmp_path.glob("*.ema")) == [
+        f"epoch={epoch}.ckpt.ema" for epoch in range(5)
+    ]
+
+
+def test_the_file_holds_what_lightnings_own_puts_there(tmp_path: Path) -> None:
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    fit(ours, EMAWeightAveraging(decay=0.9), every_epoch(ours), max_epochs=2)
+    fit(theirs, Theirs(decay=0.9), every_epoch(theirs), max_epochs=2)
+    mine, other = (torch.load(folder / "epoch=1.ckpt") for folder in (ours, theirs))
+    assert mine.keys() == other.keys()
+    assert mine["averaging_state"] == other["averaging_state"]
+    for key in ("state_dict", "current_model_state"):
+        assert mine[key].keys() == other[key].keys()
+        for name, value in other[key].items():
+            if name != COUNTERS:
+                torch.testing.assert_close(mine[key][name], value, rtol=2e-6, atol=2e-6)
+    assert not torch.equal(
+        mine["state_dict"]["net.0.weight"], mine["current_model_state"]["net.0.weight"]
+    )
+
+    # Each goes on with the other's file; ours also without what lies beside it.
+    expected = fit(tmp_path, Theirs(decay=0.9), max_epochs=3).state_dict()
+    for path in ours.glob("*.ema"):
+        path.rename(path.with_suffix(".away"))
+    crossed = [
+        fit(tmp_path, EMAWeightAveraging(decay=0.9), resume=ours / "epoch=1.ckpt", max_epochs=3),
+        fit(tmp_path, Theirs(decay=0.9), resume=ours / "epoch=1.ckpt", max_epochs=3),
+        fit(tmp_path, EMAWeightAveraging(decay=0.9), resume=theirs / "epoch=1.ckpt", max_epochs=3),
+    ]
+    for lit in crossed:
+        for name, value in lit.state_dict().items():
+            if name != COUNTERS:
+                torch.testing.assert_close(value, expected[name], rtol=2e-6, atol=2e-6)
+
+
+def test_run_that_kept_no_average(tmp_path: Path) -> None:
+    fit(tmp_path, every_epoch(tmp_path), max_epochs=1)
+    callback = EMAWeightAveraging(schedule=0.9)
+    with pytest.warns(
+        EMAWarning, match=r"epoch=0\.ckpt\.ema does not exist, so the average starts"
+    ):
+        fit(tmp_path, callback, resume=tmp_path / "epoch=0.ckpt", max_epochs=2)
+    assert callback.ema is not None and callback.ema.num_updates == 40
+
+
+def test_average_of_another_checkpoint_is_told(tmp_path: Path) -> None:
+    fit(tmp_path, EMAWeightAveraging(), every_epoch(tmp_path), max_epochs=2)
+    (tmp_path / "epoch=0.ckpt.ema").rename(tmp_path / "away")
+    (tmp_path / "epoch=1.ckpt.ema").rename(tmp_path / "epoch=0.ckpt.ema")
+    with pytest.warns(EMAWarning, match="saved at step 80 and .* at step 40"):
+        fit(tmp_path, EMAWeightAveraging(), resume=tmp_path / "epoch=0.ckpt", max_epochs=3)
+
+
+def test_rotation_removes_the_average_and_links_find_it(tmp_path: Path) -> None:
+    keep = ModelCheckpoint(
+        dirpath=tmp_path, filename="{epoch}", monitor="epoch", mode="max", save_last="link"
+    )
+    fit(tmp_path, EMAWeightAveraging(), keep, max_epochs=3)
+    found = sorted(path.name for path in tmp_path.iterdir())
+    assert found == ["epoch=2.ckpt", "epoch=2.ckpt.ema", "last.ckpt"]
+    callback = EMAWeightAveraging()
+    fit(tmp_path, callback, resume=tmp_path / "last.ckpt", max_epochs=4)
+    assert callback.ema is not None and callback.ema.num_updates == 159
+
+
+class Interrupted(lightning.Callback):
+    """Stops in the middle of a validation, or tries to save there."""
+
+    def __init__(self, save: Path | None = None) -> None:
+        self.save = save
+
+    def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
+        if trainer.sanity_checking:
+            return
+        if self.save is not None:
+            trainer.save_checkpoint(self.save)
+        raise RuntimeError("interrupted")
+
+
+def test_exception_in_validation_brings_the_weights_back(tmp_path: Path) -> None:
+    lit, history, callback = Lit(), History(), EMAWeightAveraging(decay=0.9)
+    t = trainer(tmp_path, callback, history, Interrupted())
+    with pytest.raises(RuntimeError, match="interrupted"):
+        t.fit(lit, batches(40), batches(2))
+    for name, value in history.states[-1].items():
+        assert torch.equal(lit.state_dict()[name], value)
+    assert not torch.equal(lit.seen[-1], history.states[-1]["net.0.weight"])
+    fit(tmp_path, callback, max_epochs=1)  # and it can be used again
+
+
+def test_save_in_validation_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    with pytest.raises(SwapError, match="saved while the average stands in"):
+        fit(tmp_path, EMAWeightAveraging(), Interrupted(save=path))
+    assert not path.exists() and not list(tmp_path.glob("*.ema"))
+
+
+def test_checkpoint_is_evaluated_by_its_average(tmp_path: Path) -> None:
+    losses = fit(
+        tmp_path, EMAWeightAveraging(decay=0.9), every_epoch(tmp_path), max_epochs=2
+    ).losses
+    for run in ("validate", "test"):
+        t = trainer(tmp_path, EMAWeightAveraging(decay=0.9))
+        (found,) = getattr(t, run)(Lit(), batches(2), ckpt_path=tmp_path / "epoch=1.ckpt")
+        assert found in ({"val_loss": losses["val_loss"]}, {"test_loss": losses["val_loss"]})
+
+
+class Heard(lightning.pytorch.loggers.logger.DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        self.heard.append(metrics)
+
+
+def test_metrics_reach_the_loggers(tmp_path: Path) -> None:
+    for prefix in ("ema/", "average_", None):
+        log = Heard()
+        fit(tmp_path, EMAWeightAveraging(decay=0.9, prefix=prefix), logger=log, max_epochs=1)
+        updates = [m[f"{prefix}num_updates"] for m in log.heard if f"{prefix}decay/ema" in m]
+        assert updates == ([9, 19, 29, 39] if prefix else [])
+
+
+def test_schedules_of_this_library_and_several_averages(tmp_path: Path) -> None:
+    history = History()
+    callback = EMAWeightAveraging(
+        schedule={"fast": 0.5, "slow": "warmup:0.99"}, profile="slow", buffers="copy"
+    )
+    lit = Lit()
+    start = {k: v.clone() for k, v in lit.state_dict().items()}
+    with pytest.warns(EMAWarning, match="running statistics"):
+        trainer(tmp_path, callback, history, max_epochs=1).fit(lit, batches(40))
+    for n, state in enumerate(history.states, 1):
+        for name in start:
+            if "weight" in name or "bias" in name:
+                start[name].lerp_(state[name], 1 - min(0.99, (1 + n) / (10 + n)))
+    assert torch.equal(lit.net[0].weight, start["net.0.weight"])
+    assert callback.ema is not None
+    callback.ema.copy_to("fast")  # usable after training
+    assert not torch.equal(lit.net[0].weight, start["net.0.weight"])
+
+
+def test_should_update_may_be_overridden(tmp_path: Path) -> None:
+    def of(base: type) -> Any:
+        class Odd(base):
+            def should_update(self, step_idx: Any = None, epoch_idx: Any = None) -> bool:
+                return step_idx is not None and step_idx >= 30 and step_idx % 2 == 1
+
+        return Odd(decay=0.9)
+
+    ours, theirs = (fit(tmp_path, of(base), max_epochs=2) for base in (EMAWeightAveraging, Theirs))
+    for name, value in theirs.state_dict().items():
+        if name != COUNTERS:
+            torch.testing.assert_close(ours.state_dict()[name], value, rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"decay": 0.9, "schedule": 0.9}, "pass one"),
+        ({"start_step": 5}, "start_step is called update_starting_at_step here"),
+        ({"avg_fn": max}, "no option avg_fn; .* shadow_dtype"),
+        ({"update_every_n_steps": 0}, "pass update_starting_at_epoch as well"),
+        ({"decay": 1.5}, "must lie in"),
+    ],
+)
+def test_settings_that_cannot_be(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        EMAWeightAveraging(**settings)
+
+
+def test_two_of_them_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="saves already"):
+        fit(tmp_path, EMAWeightAveraging(), EMAWeightAveraging())
+
+
+def test_a_version_that_nobody_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lightning, "__version__", "3.1.0")
+    with pytest.warns(
+        EMAWarning, match=r"lightning 3\.1\.0 is installed, .* lightning>=2\.6,<2\.7"
+    ):
+        fit(tmp_path, EMAWeightAveraging(), max_epochs=1)
