@@ -2,11 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/lightning_trainer.py
 
-Validation sees the average. Start it again and it goes on from the last checkpoint; for CPUs or
-another sharding change `accelerator` and `strategy`.
+Validation sees the average. Start it again and it goes on from the last checkpoint.
 """
-
-from __future__ import annotations
 
 import argparse
 
@@ -50,10 +47,12 @@ data = torch.randn(4096, 16)
 average = EMAWeightAveraging(schedule="warmup:0.98")
 keep = ModelCheckpoint(args.out, monitor="epoch", mode="max", save_last="link")
 parallel = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
-trainer = Trainer(accelerator="cpu", devices=2, strategy=parallel, max_epochs=args.epochs, logger=False,
-                  callbacks=[average, keep], enable_progress_bar=False, num_sanity_val_steps=0)  # fmt: skip
+trainer = Trainer(accelerator="cpu", devices=2, strategy=parallel, max_epochs=args.epochs,
+                  callbacks=[average, keep], logger=False, num_sanity_val_steps=0)  # fmt: skip
 loaders = (torch.utils.data.DataLoader(rows, batch_size=32) for rows in (data[512:], data[:512]))
 trainer.fit(Sines(), *loaders, ckpt_path="last")  # the last checkpoint, if there is one
 if trainer.is_global_zero:
     print(f"{average.ema.num_updates} updates, loss {trainer.callback_metrics['val_loss']:.4f}")
-    print(f"export: sharded-ema consolidate {keep.best_model_path}.ema export --rename 's/^net\\.//'")
+    print(
+        f"export: sharded-ema consolidate {keep.best_model_path}.ema export --rename 's/^net\\.//'"
+    )

@@ -106,7 +106,7 @@ class CpuDeepSpeed(DeepSpeedStrategy):
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         theirs._validate_device_index_selection = lambda devices: None
         theirs.argparse.Namespace = lambda **settings: types.SimpleNamespace(
-            **settings | {"device_rank": -1}
+            **settings | {"device_rank": 0}
         )
         super().setup_distributed()
 
@@ -143,7 +143,9 @@ def fit(kind: str, folder: Path, resume: Path | None = None) -> tuple[Any, Watch
     )  # fmt: skip
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
     load = torch.utils.data.DataLoader
-    trainer.fit(lit, load(rows, batch_size=8, shuffle=False), load(rows, batch_size=8), ckpt_path=resume)
+    trainer.fit(
+        lit, load(rows, batch_size=8, shuffle=False), load(rows, batch_size=8), ckpt_path=resume
+    )
     return ours, watch, lit, trainer
 
 
