@@ -163,21 +163,19 @@ class EMAWeightAveraging(Callback):
         self._whole = None
         warn_of_untested("lightning", lightning.__version__, TESTED)
         self._release = claim(trainer, "<checkpoint>.ema", "EMAWeightAveraging")
-        if _is_deepspeed(trainer):
-            if self._asks:
-                raise ConfigError(
-                    "updates at the end of epochs, or where should_update() says so, are not "
-                    "possible under DeepSpeed, whose engine counts steps; leave out "
-                    "update_starting_at_epoch and should_update()"
-                )
-            names = [("save_checkpoint", self._around_save)]
-        else:
-            names = [
-                ("save_checkpoint", self._around_save),
-                ("remove_checkpoint", self._around_remove),
-            ]
+        if _is_deepspeed(trainer) and self._asks:
+            raise ConfigError(
+                "updates at the end of epochs, or where should_update() says so, are not possible "
+                "under DeepSpeed, whose engine counts steps; leave out update_starting_at_epoch "
+                "and should_update()"
+            )
         self._trainer = trainer
-        self._wraps = [MethodWrap(trainer.strategy, name, around) for name, around in names]
+        arounds: dict[str, Callable[..., Any]] = {"save_checkpoint": self._around_save}
+        if not _is_deepspeed(trainer):
+            arounds["remove_checkpoint"] = self._around_remove
+        self._wraps = [
+            MethodWrap(trainer.strategy, name, around) for name, around in arounds.items()
+        ]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the average of a DeepSpeed engine, which loads its checkpoint after this."""

@@ -192,13 +192,15 @@ class EMAValidator(Validator):
         prefix: str = "ema/"
         """What the names begin with that are logged of the average."""
 
+    metrics_processor: Any
+
     def validate(self, model_parts: list[nn.Module], step: int) -> None:
         """Validate the weights, then the average."""
         super().validate(model_parts, step)
         ema = EMA.of(model_parts)
         with self._listening() as heard, ema.swap():
             super().validate(model_parts, step)
-        prefix = self.config.prefix  # type: ignore[attr-defined]
+        prefix = self.config.prefix
         found = ema.average.metrics(prefix=prefix) | {f"{prefix}validation_loss": heard.losses[-1]}
         self.metrics_processor.logger.log(found, step)
 
@@ -207,7 +209,7 @@ class EMAValidator(Validator):
         """Hear what would be logged under the names of the weights' own validation."""
         processor = self.metrics_processor
         heard = _Heard(processor)
-        self.metrics_processor = heard  # type: ignore[assignment]
+        self.metrics_processor = heard
         try:
             yield heard
         finally:

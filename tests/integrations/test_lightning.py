@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.launch.programs import ROOT, execute, needs_deepspeed, torchrun
+
 lightning = pytest.importorskip("lightning", reason="of make test-stacks: pip install lightning")
 from lightning.pytorch.callbacks import EMAWeightAveraging as Theirs  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
+from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
 
 from sharded_ema.errors import ConfigError, EMAWarning, SwapError  # noqa: E402
 from sharded_ema.integrations.lightning import EMAWeightAveraging  # noqa: E402
@@ -360,3 +364,66 @@ def test_a_version_that_nobody_tried(tmp_path: Path, monkeypatch: pytest.MonkeyP
         EMAWarning, match=r"lightning 3\.1\.0 is installed, .* lightning>=2\.6,<2\.7"
     ):
         fit(tmp_path, EMAWeightAveraging(), max_epochs=1)
+
+
+def test_updates_of_epochs_are_refused_under_deepspeed(tmp_path: Path) -> None:
+    callback = EMAWeightAveraging(update_starting_at_epoch=1)
+    t = trainer(tmp_path, callback)
+    t.strategy.__class__ = type("Engine", (DeepSpeedStrategy,), {})
+    with pytest.raises(ConfigError, match="not possible under DeepSpeed"):
+        callback.setup(t, Lit(), "fit")
+
+
+# ---------------------------------------------------------------------- on two ranks
+
+HERE = Path(__file__).parent
+LIGHTNING_ON_CPUS = {"PYTHONWARNINGS": "ignore"}
+
+
+@pytest.mark.dist
+def test_trainer_example_is_killed_and_goes_on(tmp_path: Path) -> None:
+    example = (ROOT / "examples" / "lightning_trainer.py", "--out", tmp_path, "--epochs", "3")
+    killed = execute(*torchrun(2), HERE / "killed.py", "130", *example, add=LIGHTNING_ON_CPUS)
+    assert killed.code != 0 and "updates" not in killed.out
+    assert (tmp_path / "epoch=1-step=112.ckpt.ema").is_dir()
+    again = execute(*torchrun(2), *example, add=LIGHTNING_ON_CPUS).good()
+    assert "168 updates, loss" in again.out
+    left = {"epoch=2-step=168.ckpt", "epoch=2-step=168.ckpt.ema", "last.ckpt"}
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+@pytest.mark.dist
+@pytest.mark.stacks
+def test_fabric_example_is_killed_and_goes_on(tmp_path: Path) -> None:
+    example = (ROOT / "examples" / "lightning_fabric.py", "--steps", "300", "--out")
+    killed = execute(*torchrun(2), HERE / "killed.py", "250", *example, tmp_path / "killed")
+    assert killed.code != 0 and "updates" not in killed.out
+    again = execute(*torchrun(2), *example, tmp_path / "killed").good()
+    whole = execute(*torchrun(2), *example, tmp_path / "whole").good()
+    assert "300 updates, loss" in whole.out
+    assert again.out.splitlines()[-1] == whole.out.splitlines()[-1]
+
+
+ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]
+
+
+@pytest.mark.dist
+@pytest.mark.stacks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", *ZERO])
+def test_under_strategies(tmp_path: Path, strategy: str) -> None:
+    program = (HERE / "lightning_program.py", strategy, tmp_path)
+    execute(*torchrun(2), *program, add=LIGHTNING_ON_CPUS).good()
+    found = json.loads((tmp_path / "found.json").read_text())
+    names = [f"step={step}.ckpt" for step in (3, 4, 5, 6)]
+    beside = [] if strategy.startswith("zero") else [f"{name}.ema" for name in names]
+    assert found == {
+        "validations saw the average": [True] * 6,
+        "weights were back": [True] * 6,
+        "the model holds the average": True,
+        "files": sorted(names + beside),
+        "inside": ["ema"] * (not beside),
+        "updates": 5,
+        "resumed loss equal": True,
+        "resumed weights equal": True,
+        "evaluated outside of fit()": strategy in ("fsdp1", "fsdp2"),
+    }
