@@ -160,6 +160,7 @@ class EMAWeightAveraging(Callback):
         """Stand beside every checkpoint that is saved or removed from now on."""
         if stage != "fit":
             return
+        self._unwrap()  # after an exception
         self._whole = None
         warn_of_untested("lightning", lightning.__version__, TESTED)
         self._release = claim(trainer, "<checkpoint>.ema", "EMAWeightAveraging")
@@ -265,9 +266,11 @@ class EMAWeightAveraging(Callback):
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
     ) -> None:
-        """Bring the weights back, if the average stood in for them."""
+        """Bring the weights back, if the average stood in for them.
+
+        ModelCheckpoint, which comes last, may save now; Lightning does not call ``teardown()``.
+        """
         self._leave(exception)
-        self._unwrap()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Leave the strategy as it was; the average stays usable."""

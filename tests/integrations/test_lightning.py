@@ -17,7 +17,13 @@ from lightning.pytorch.callbacks import EMAWeightAveraging as Theirs  # noqa: E4
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
 from lightning.pytorch.strategies import DeepSpeedStrategy  # noqa: E402
 
-from sharded_ema.errors import ConfigError, EMAWarning, SwapError  # noqa: E402
+from sharded_ema import ShardedEMA  # noqa: E402
+from sharded_ema.errors import (  # noqa: E402
+    CheckpointWriteError,
+    ConfigError,
+    EMAWarning,
+    SwapError,
+)
 from sharded_ema.integrations.lightning import EMAWeightAveraging  # noqa: E402
 
 pytestmark = [
@@ -260,13 +266,20 @@ class Interrupted(lightning.Callback):
 
 def test_exception_in_validation_brings_the_weights_back(tmp_path: Path) -> None:
     lit, history, callback = Lit(), History(), EMAWeightAveraging(decay=0.9)
-    t = trainer(tmp_path, callback, history, Interrupted())
+    keep = ModelCheckpoint(tmp_path, save_on_exception=True)
+    t = trainer(tmp_path, callback, history, Interrupted(), keep)
     with pytest.raises(RuntimeError, match="interrupted"):
         t.fit(lit, batches(40), batches(2))
     for name, value in history.states[-1].items():
         assert torch.equal(lit.state_dict()[name], value)
     assert not torch.equal(lit.seen[-1], history.states[-1]["net.0.weight"])
-    fit(tmp_path, callback, max_epochs=1)  # and it can be used again
+    (saved,) = tmp_path.glob("*.ckpt")  # which ModelCheckpoint did after that
+    assert saved.with_name(f"{saved.name}.ema").is_dir()
+    whole = torch.load(saved)["current_model_state"]
+    assert torch.equal(whole["net.0.weight"], history.states[-1]["net.0.weight"])
+    t.callbacks.remove(next(c for c in t.callbacks if isinstance(c, Interrupted)))
+    t.fit(lit, batches(40), ckpt_path=saved)  # and it can be used again
+    assert callback.ema is not None and callback.ema.num_updates == 199
 
 
 def test_save_in_validation_is_refused(tmp_path: Path) -> None:
@@ -374,6 +387,33 @@ def test_updates_of_epochs_are_refused_under_deepspeed(tmp_path: Path) -> None:
         callback.setup(t, Lit(), "fit")
 
 
+def test_fabric_keeps_it_on_one_rank_and_asks_for_three_lines_on_several(tmp_path: Path) -> None:
+    fabric = lightning.Fabric(accelerator="cpu", devices=1)
+    net = nn.Linear(2, 2)
+    model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
+    ema = ShardedEMA(model, 0.5)
+    ema.attach(optimizer)
+
+    def step() -> Tensor:
+        fabric.backward(model(torch.ones(1, 2)).square().mean())
+        optimizer.step()
+        with ema.swap():
+            return net.weight.detach().clone()
+
+    before, state = step(), {"model": model, "ema": ema}
+    fabric.save(tmp_path / "x.ckpt", state)
+    assert not torch.equal(step(), before)
+    fabric.load(tmp_path / "x.ckpt", state)
+    with ema.swap():
+        assert torch.equal(net.weight, before)
+
+    ema._model.ranks.size = 2
+    with pytest.raises(CheckpointWriteError, match=r"ema\.save\(f'\{path\}\.ema', step="):
+        fabric.save(tmp_path / "y.ckpt", state)
+    assert not (tmp_path / "y.ckpt").exists()
+    assert ema.state_dict()  # as torch.distributed.checkpoint asks, whoever has launched
+
+
 # ---------------------------------------------------------------------- on two ranks
 
 HERE = Path(__file__).parent
@@ -402,6 +442,17 @@ def test_fabric_example_is_killed_and_goes_on(tmp_path: Path) -> None:
     whole = execute(*torchrun(2), *example, tmp_path / "whole").good()
     assert "300 updates, loss" in whole.out
     assert again.out.splitlines()[-1] == whole.out.splitlines()[-1]
+
+
+@pytest.mark.dist
+@pytest.mark.stacks
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_fabric_save_refuses_on_all_ranks(tmp_path: Path, strategy: str) -> None:
+    done = execute(*torchrun(2), HERE / "fabric_program.py", strategy, tmp_path).good()
+    last = done.out.splitlines()[-1]
+    assert last.startswith("same True")
+    assert last.count("fabric.save() writes the state of rank 0 alone") == 2
+    assert last.endswith("['latest', 'y.ckpt', 'y.ckpt.ema']")
 
 
 ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]
