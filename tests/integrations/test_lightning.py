@@ -31,6 +31,7 @@ pytestmark = [
     # Of Lightning, where a run goes on without the ModelCheckpoint that has saved.
     pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`:UserWarning"),
     pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning"),
 ]
 
 
@@ -253,14 +254,14 @@ def test_rotation_removes_the_average_and_links_find_it(tmp_path: Path) -> None:
 class Interrupted(lightning.Callback):
     """Stops in the middle of a validation, or tries to save there."""
 
-    def __init__(self, save: Path | None = None) -> None:
-        self.save = save
+    def __init__(self, save: Path | None = None, weights_only: bool = False) -> None:
+        self.save, self.weights_only = save, weights_only
 
     def on_validation_batch_end(self, trainer: Any, *_: Any) -> None:
         if trainer.sanity_checking:
             return
         if self.save is not None:
-            trainer.save_checkpoint(self.save)
+            trainer.save_checkpoint(self.save, weights_only=self.weights_only)
         raise RuntimeError("interrupted")
 
 
@@ -282,10 +283,11 @@ def test_exception_in_validation_brings_the_weights_back(tmp_path: Path) -> None
     assert callback.ema is not None and callback.ema.num_updates == 199
 
 
-def test_save_in_validation_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights_only", [False, True])
+def test_save_in_validation_is_refused(tmp_path: Path, weights_only: bool) -> None:
     path = tmp_path / "x.ckpt"
     with pytest.raises(SwapError, match="saved while the average stands in"):
-        fit(tmp_path, EMAWeightAveraging(), Interrupted(save=path))
+        fit(tmp_path, EMAWeightAveraging(), Interrupted(path, weights_only), max_epochs=1)
     assert not path.exists() and not list(tmp_path.glob("*.ema"))
 
 
@@ -387,7 +389,9 @@ def test_updates_of_epochs_are_refused_under_deepspeed(tmp_path: Path) -> None:
         callback.setup(t, Lit(), "fit")
 
 
-def test_fabric_keeps_it_on_one_rank_and_asks_for_three_lines_on_several(tmp_path: Path) -> None:
+def test_fabric_keeps_it_on_one_rank_and_asks_for_three_lines_on_several(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     net = nn.Linear(2, 2)
     model, optimizer = fabric.setup(net, torch.optim.SGD(net.parameters(), lr=0.1))
@@ -407,11 +411,14 @@ def test_fabric_keeps_it_on_one_rank_and_asks_for_three_lines_on_several(tmp_pat
     with ema.swap():
         assert torch.equal(net.weight, before)
 
-    ema._model.ranks.size = 2
+    monkeypatch.setattr(ema._model.ranks, "size", 2)
     with pytest.raises(CheckpointWriteError, match=r"ema\.save\(f'\{path\}\.ema', step="):
         fabric.save(tmp_path / "y.ckpt", state)
     assert not (tmp_path / "y.ckpt").exists()
-    assert ema.state_dict()  # as torch.distributed.checkpoint asks, whoever has launched
+    launched = {"__name__": "lightning.fabric.strategies.launchers.multiprocessing"}
+    monkeypatch.setattr(ema._model, "not_shared", dict)  # that these two ranks are none
+    exec("def run(function): return function()", launched)
+    assert launched["run"](lambda: ema.state_dict()), "a user's program, launched by Fabric"
 
 
 # ---------------------------------------------------------------------- on two ranks
