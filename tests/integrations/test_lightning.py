@@ -280,7 +280,7 @@ def test_exception_in_validation_brings_the_weights_back(tmp_path: Path) -> None
     assert torch.equal(whole["net.0.weight"], history.states[-1]["net.0.weight"])
     t.callbacks.remove(next(c for c in t.callbacks if isinstance(c, Interrupted)))
     t.fit(lit, batches(40), ckpt_path=saved)  # and it can be used again
-    assert callback.ema is not None and callback.ema.num_updates == 199
+    assert callback.ema is not None and callback.ema.num_updates == t.global_step - 1
 
 
 @pytest.mark.parametrize("weights_only", [False, True])
