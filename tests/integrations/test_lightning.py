@@ -154,6 +154,7 @@ def plain_loop(
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 @pytest.mark.filterwarnings("ignore:.*running statistics:sharded_ema.errors.EMAWarning")
+@pytest.mark.shows("lightning", "one process")
 def test_200_steps_as_lightnings_own(tmp_path: Path, settings: dict[str, Any]) -> None:
     history = History()
     theirs = fit(tmp_path, Theirs(**settings))
@@ -389,6 +390,7 @@ def test_updates_of_epochs_are_refused_under_deepspeed(tmp_path: Path) -> None:
         callback.setup(t, Lit(), "fit")
 
 
+@pytest.mark.shows("Fabric", "one process")
 def test_fabric_keeps_it_on_one_rank_and_asks_for_three_lines_on_several(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -428,6 +430,7 @@ LIGHTNING_ON_CPUS = {"PYTHONWARNINGS": "ignore"}
 
 
 @pytest.mark.dist
+@pytest.mark.shows("lightning", "FSDP2")
 def test_trainer_example_is_killed_and_goes_on(tmp_path: Path) -> None:
     example = (ROOT / "examples" / "lightning_trainer.py", "--out", tmp_path, "--epochs", "3")
     killed = execute(*torchrun(2), HERE / "killed.py", "130", *example, add=LIGHTNING_ON_CPUS)
@@ -441,6 +444,7 @@ def test_trainer_example_is_killed_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.stacks
+@pytest.mark.shows("Fabric", "DDP")
 def test_fabric_example_is_killed_and_goes_on(tmp_path: Path) -> None:
     example = (ROOT / "examples" / "lightning_fabric.py", "--steps", "300", "--out")
     killed = execute(*torchrun(2), HERE / "killed.py", "250", *example, tmp_path / "killed")
@@ -453,7 +457,10 @@ def test_fabric_example_is_killed_and_goes_on(tmp_path: Path) -> None:
 
 @pytest.mark.dist
 @pytest.mark.stacks
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["ddp", pytest.param("fsdp2", marks=pytest.mark.shows("Fabric", "FSDP2"))],
+)
 def test_fabric_save_refuses_on_all_ranks(tmp_path: Path, strategy: str) -> None:
     done = execute(*torchrun(2), HERE / "fabric_program.py", strategy, tmp_path).good()
     last = done.out.splitlines()[-1]
@@ -462,12 +469,23 @@ def test_fabric_save_refuses_on_all_ranks(tmp_path: Path, strategy: str) -> None
     assert last.endswith("['latest', 'y.ckpt', 'y.ckpt.ema']")
 
 
-ZERO = [pytest.param(f"zero{stage}", marks=needs_deepspeed) for stage in (1, 2, 3)]
+def under(strategy: str, backend: str) -> Any:
+    """A case of one of Lightning's strategies."""
+    needs = [needs_deepspeed] if strategy.startswith("zero") else []
+    return pytest.param(strategy, marks=[pytest.mark.shows("lightning", backend), *needs])
 
 
 @pytest.mark.dist
 @pytest.mark.stacks
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp1", "fsdp2", *ZERO])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        under("ddp", "DDP"),
+        under("fsdp1", "FSDP1"),
+        under("fsdp2", "FSDP2"),
+        *(under(f"zero{stage}", f"ZeRO-{stage}") for stage in (1, 2, 3)),
+    ],
+)
 def test_under_strategies(tmp_path: Path, strategy: str) -> None:
     program = (HERE / "lightning_program.py", strategy, tmp_path)
     execute(*torchrun(2), *program, add=LIGHTNING_ON_CPUS).good()
@@ -483,5 +501,6 @@ def test_under_strategies(tmp_path: Path, strategy: str) -> None:
         "updates": 5,
         "resumed loss equal": True,
         "resumed weights equal": True,
+        "taken out of the file": strategy == "ddp",
         "evaluated outside of fit()": strategy in ("fsdp1", "fsdp2"),
     }

@@ -124,6 +124,7 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["disabled", "async"])
+@pytest.mark.shows("torchtitan", "one process")
 def test_killed_between_checkpoints(tmp_path: Path, mode: str) -> None:
     settings = {"last_save_model_only": False, "async_mode": mode}
     whole = Run(tmp_path / "whole", **settings).train(6)
@@ -266,6 +267,7 @@ def test_validates_weights_and_average(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.dist
+@pytest.mark.shows("torchtitan", "FSDP2")
 def test_example_is_killed_and_goes_on(tmp_path: Path) -> None:
     example = (ROOT / "examples" / "torchtitan_component.py", "--out", tmp_path, "--steps", "210")
     # The container is an optimizer, too: two of them step at a time.
