@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -358,6 +359,8 @@ class FollowedModel:
     def _put_back(
         self, backup: Backup, buffers: HeldBuffers, failure: BaseException | None
     ) -> None:
+        if sys.is_finalizing():
+            return  # nobody computes with these weights any more, and nobody else may come
         failures: dict[int, str] = {}
         if self._stand_in.leaves_together:
             own = None if failure is None else f"{type(failure).__name__}: {failure}"
