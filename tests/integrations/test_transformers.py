@@ -202,21 +202,19 @@ def test_save_model_writes_the_average(make: Make, tmp_path: Path) -> None:
 
 def test_adapters(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="pip install peft")
-    from tests.integrations.on_cpus import Rows, tiny_llama
-
-    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    config = peft.LoraConfig(r=2, target_modules=["layer"], init_lora_weights=False)
     args = TrainingArguments(
         str(tmp_path), max_steps=3, use_cpu=True, report_to=[], disable_tqdm=True, save_steps=3
     )
-    model = peft.get_peft_model(tiny_llama(), config)
-    trainer: Any = with_ema(Trainer(model, args, train_dataset=Rows()), 0.9)
+    model = peft.get_peft_model(Net(), config)
+    trainer: Any = with_ema(Trainer(model, args, train_dataset=ROWS), 0.9)
     trainer.train()
     with trainer.ema.swap():
         want = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.save_model(str(tmp_path / "out"), average=True)
-    opened = peft.PeftModel.from_pretrained(tiny_llama(), str(tmp_path / "out"))
+    opened = peft.PeftModel.from_pretrained(Net(), str(tmp_path / "out"))
     got = dict(opened.named_parameters())
-    assert same((got[n] for n in want), want.values()) and len(want) == 4
+    assert len(want) == 2 and same((got[n] for n in want), want.values())
     assert (tmp_path / "checkpoint-3" / "ema").is_dir()
 
 
