@@ -196,9 +196,9 @@ def _unwrap(optimizer: Any) -> Optimizer:
             raise OptimizerError(
                 f"{type(inner).__name__} is the optimizer of a DeepSpeed engine, and the average "
                 "is of a module that has none: it was made before deepspeed.initialize() or "
-                "accelerator.prepare(). Make it of the engine that these return: model, optimizer "
-                "= accelerator.prepare(model, optimizer); ema = ShardedEMA(model, ...); "
-                "ema.attach()"
+                "accelerator.prepare(). After these, make the ShardedEMA of the engine that they "
+                "return: model, optimizer = accelerator.prepare(model, optimizer); ema = "
+                "ShardedEMA(model, ...); ema.attach()"
             )
         if hasattr(inner, "step") and not type(inner).__module__.startswith(_TRANSPARENT):
             raise OptimizerError(

@@ -66,7 +66,7 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(Rows(), batch_size=4)
     model, optimizer, loader = accelerator.prepare(net, optimizer, loader)
     found: dict[str, Any] = {"early": said(lambda: register(accelerator, early))}
-    if backend.startswith("zero"):
+    if backend != "ddp":
         found["early attached"] = said(lambda: early.attach(optimizer))
     early.close()
     ema = ShardedEMA(model, DECAY, timeout=30)
