@@ -17,6 +17,7 @@ import torch
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.utils import DeepSpeedPlugin
 from diffusers import UNet2DModel
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sharded_ema.integrations.diffusers import EMAModel
 from tests.integrations.on_cpus import zero
@@ -64,6 +65,17 @@ def main() -> None:
     model, optimizer = accelerator.prepare(unet, optimizer)
     ema.to(accelerator.device)
 
+    def gather() -> dict[str, torch.Tensor]:
+        """Whole weights, on the main process at least."""
+        if not isinstance(model, FullyShardedDataParallel):
+            return accelerator.get_state_dict(model) or {}
+        # Its full state dict reads freed memory on CPUs (seen in PyTorch 2.13).
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False):
+            return {
+                name.replace("_fsdp_wrapped_module.", ""): p.detach().clone()
+                for name, p in model.named_parameters()
+            }
+
     def train(steps: range, *followers: EMAModel) -> None:
         for step in steps:
             torch.manual_seed(1000 * step + accelerator.process_index)
@@ -74,7 +86,7 @@ def main() -> None:
             optimizer.zero_grad()
             for each in followers:
                 each.step(model.parameters())
-            whole = accelerator.get_state_dict(model)
+            whole = gather()
             for name in average if accelerator.is_main_process else ():
                 average[name].lerp_(whole[name].float(), 1.0 - ema.get_decay(step))
 
@@ -85,8 +97,7 @@ def main() -> None:
     train(range(5, 8), ema, resumed)
     ema.store(model.parameters())
     ema.copy_to(model.parameters())
-    whole = accelerator.get_state_dict(model) or {}  # nothing on other ranks, under ZeRO-3
-    shown = {name: value.clone() for name, value in whole.items()}
+    shown = {name: value.clone() for name, value in gather().items()}
     ema.restore(model.parameters())
     values, again = ema.shadow_params, resumed.shadow_params
     if accelerator.is_main_process:
