@@ -65,6 +65,15 @@ def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     return module._modules
 
 
+#: Under which name ``torch.compile`` holds the module that it has compiled.
+COMPILED = "_orig_mod"
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module, those before and those after."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+
+
 def is_persistent(module: nn.Module, name: str) -> bool:
     """Whether a buffer of the module is in its ``state_dict()``."""
     return name not in module._non_persistent_buffers_set
