@@ -64,6 +64,9 @@ class ShardedEMA:
             step 90,000, then 10,000 steps, and less than 1 % of it is its seed from step 4 on.
         update_every: applied optimizer steps between updates; the decays of the steps between are
             multiplied, so that the average does not depend on it but for what it did not see.
+        decay_per: ``"step"``, as above; or ``"update"``: an update has the decay of its step once,
+            however many lie between. So references are moved that follow every so many steps by a
+            given rate: TR-DPO (Gorbatovski et al. 2024, 2404.09656), target networks.
         start_step: applied optimizer step at which the shadow becomes the parameters and averaging
             starts. Before it, the average is the parameters.
         include, exclude: shell-style patterns over names of parameters; buffers go by ``buffers``.
@@ -118,6 +121,7 @@ class ShardedEMA:
         *,
         update_every: int = 1,
         start_step: int = 0,
+        decay_per: str = "step",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str | Mapping[str, str] = "copy",
@@ -139,6 +143,7 @@ class ShardedEMA:
         settings = Settings(
             update_every=update_every,
             start_step=start_step,
+            decay_per=decay_per,
             buffers=buffers,
             frozen=frozen or ("skip" if adapters_of(target) else "save"),
             nonfinite=nonfinite,
@@ -173,6 +178,7 @@ class ShardedEMA:
             self._model.names,
             update_every=update_every,
             start_step=start_step,
+            decay_per=decay_per,
             nonfinite=nonfinite,
             dtype=shadow_dtype,
             device=check_device(torch.device(device)) if device is not None else None,
