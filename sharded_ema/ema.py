@@ -296,11 +296,11 @@ class ShardedEMA:
     def swap(self, profile: str | None = None) -> Swap:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
-        Do not enter between a forward and its backward. Entering is collective where replicas
-        share the work (DDP; meshes that replicate parameters, or leave some plain) and under
-        DeepSpeed, and in every layout the first time if :meth:`attach` was never called: every
-        rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on one
-        rank is raised on all; elsewhere it is safe on one rank alone.
+        A forward before it may have its backward after it, but not within. Entering is collective
+        where replicas share the work (DDP; meshes that replicate parameters, or leave some plain)
+        and under DeepSpeed, and in every layout the first time if :meth:`attach` was never called:
+        every rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on
+        one rank is raised on all; elsewhere it is safe on one rank alone.
 
         Args:
             profile: which average; may be left out if there is only one.
