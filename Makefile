@@ -43,7 +43,7 @@ train-deepspeed: FLAGS = --parallel zero3
 train-deepspeed: $(VENV)/.deepspeed
 	$(TRAIN_AND_CHECK)
 
-test: $(VENV)/.test $(VENV)/.torchtitan
+test: $(VENV)/.test $(VENV)/.alone
 	$(MAKE) --no-print-directory lint
 	$(BIN)/python -m pytest $(SHARED)
 
@@ -56,7 +56,7 @@ test-long: $(VENV)/.test
 	$(BIN)/python -m pytest -m long --timeout 3600
 
 # Training stacks on each of their backends; make test runs a slice of it.
-test-stacks: $(VENV)/.test $(VENV)/.torchtitan
+test-stacks: $(VENV)/.test $(VENV)/.alone
 	MATRIX=docs/integrations/matrix.md $(BIN)/python -m pytest $(SHARED) -m 'stacks or not stacks' \
 		tests/integrations
 
@@ -132,9 +132,10 @@ $(VENV)/.%: pyproject.toml setup.py $(KERNELS) $(CONSTRAINTS) $(VENV)/.torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS_$*)]'
 	touch $@
 
-# torchtitan wants an older datasets than TRL does; what is tested of it needs neither.
-$(VENV)/.torchtitan: $(CONSTRAINTS) $(VENV)/.torch
-	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps \
+# torchtitan wants an older datasets than TRL does, and timm a torchvision that there is for GPUs
+# only; what is tested of them needs neither.
+$(VENV)/.alone: $(CONSTRAINTS) $(VENV)/.torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps timm \
 		torchtitan torch_checkpointing spmd_types torchdata tyro docstring_parser typeguard
 	touch $@
 

@@ -31,6 +31,7 @@ from sharded_ema.errors import (
     CheckpointWriteError,
     ConfigError,
     StateError,
+    caller_among,
     is_called_from,
     warn,
 )
@@ -467,9 +468,24 @@ class ShardedEMA:
         Keys are ``<profile>.<name>``, ``_frozen.<name>``, ``_buffers.<name>`` and ``_meta`` (uint8,
         canonical JSON). Averages alias the shadow; frozen parameters and buffers are written by a
         save but never overwritten by a load.
+
+        Raises:
+            CheckpointWriteError: what asks for it would write the state of rank 0 alone, and there
+                are several.
         """
+        self._refuse_rank_0_writers()
         self._ready()
         return self._store.state_dict()
+
+    def _refuse_rank_0_writers(self) -> None:
+        caller = caller_among(_WRITE_RANK_0)
+        if caller is not None and self._model.ranks.size > 1:
+            what, remedy = _WRITE_RANK_0[caller]
+            raise CheckpointWriteError(
+                f"{what} writes the state of rank 0 alone, in which the pieces of "
+                f"{self._model.ranks.size - 1} other ranks would be missing; nothing was written. "
+                f"{remedy}"
+            )
 
     def full_state_dict(
         self,
@@ -931,3 +947,14 @@ _BELOW = (
     "dcp.load({'ema': ema, ...}); or put ema.state_dict() there, and pass that to "
     "ema.load_state_dict() after the load"
 )
+
+# Modules that ask every rank for a state_dict() and write that of rank 0: what the user has called,
+# and what to call instead.
+_WRITE_RANK_0 = {
+    f"{package}.strategies": (
+        "fabric.save()",
+        "Leave the average out of what it is given, call ema.save(f'{path}.ema', step=...) after "
+        "it, and ema.load(f'{path}.ema') after fabric.load(), on all ranks",
+    )
+    for package in ("lightning.fabric", "lightning_fabric")
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import FrameType
@@ -157,6 +157,19 @@ def is_called_from(package: str) -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def caller_among(modules: Iterable[str]) -> str | None:
+    """The first of these modules, or packages, that has the line which called the library.
+
+    Unlike :func:`is_called_from` this does not look further: a program that a framework has
+    launched is not the framework.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and f"{_module(frame)}.".startswith("sharded_ema."):
+        frame = frame.f_back
+    called = f"{_module(frame)}." if frame is not None else ""
+    return next((name for name in modules if called.startswith(f"{name}.")), None)
 
 
 def _is_between(frame: FrameType) -> bool:

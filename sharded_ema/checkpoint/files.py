@@ -246,9 +246,12 @@ class OpenFile(ABC):
 
         Raises:
             CheckpointCorruptError: the disk cannot read them.
+            CheckpointGoneError: it was removed since it was opened, as a store lets it be.
         """
         try:
             return self._read_at(view, position)
+        except FileNotFoundError as error:
+            raise gone(self.location) from error
         except OSError as error:
             raise CheckpointCorruptError(
                 f"{self.location} cannot be read at byte {position}: {error.strerror or error}"

@@ -28,12 +28,13 @@ from sharded_ema import (
     verify,
 )
 from sharded_ema.checkpoint import files
-from sharded_ema.checkpoint.run import committed
+from sharded_ema.checkpoint.run import committed, open_checkpoint
 from sharded_ema.cli import main
 from sharded_ema.errors import (
     CheckpointCorruptError,
     CheckpointError,
     CheckpointExistsError,
+    CheckpointGoneError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
     CheckpointWriteError,
@@ -389,3 +390,29 @@ def test_without_a_driver(
     assert capsys.readouterr().err.startswith(f"sharded-ema: error: {url} cannot be reached: ")
     with pytest.raises(ConfigError, match=r"Install|not known"):
         verify(url)
+
+
+def test_what_a_store_lets_vanish_between_open_and_read_is_gone(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """keep_last removes the manifest of an old checkpoint just then; nothing is damaged."""
+    url = "memory://run/step_1"
+    ema.save(url, step=1)
+    read, vanishing = files._RemoteFile._read_at, [1]
+
+    def read_at(file: files._RemoteFile, view: memoryview, position: int) -> int:
+        if vanishing[0]:
+            vanishing[0] -= 1
+            raise FileNotFoundError("The specified key does not exist.")
+        return read(file, view, position)
+
+    monkeypatch.setattr(files._RemoteFile, "_read_at", read_at)
+    with open_checkpoint(url):  # another try of its own
+        assert not vanishing[0]
+    vanishing[0] = 1
+    assert ema.load(url) == 1
+    vanishing[0] = 1 << 30
+    with pytest.raises(CheckpointGoneError, match="removed or replaced while it was read"):
+        open_checkpoint(url)
+    with pytest.raises(CheckpointNotFoundError, match="so it went"):
+        ema.load(url)

@@ -151,7 +151,10 @@ def test_fsdp1_from_scratch(fsdp1: TrainingRun, plain: TrainingRun) -> None:
         ("tp", "tp (2 data parallel x 2 tensor parallel), world size 4"),
         ("hsdp", "hsdp (2 replicas x 2 shards), world size 4"),
         ("ddp_by_accelerate", "accelerate (DDP), world size 2"),
-        ("fsdp2_by_accelerate", "accelerate (FSDP2), world size 2"),
+        # What accelerate shards is trained in tests/integrations, too.
+        pytest.param(
+            "fsdp2_by_accelerate", "accelerate (FSDP2), world size 2", marks=pytest.mark.long
+        ),
         pytest.param(
             "fsdp1_by_accelerate", "accelerate (FSDP1), world size 2", marks=pytest.mark.long
         ),
