@@ -290,7 +290,17 @@ class ShardedEMA:
         self._model.refuse_in_swap("reseed()")
         self._require_open()
         self._catch_up()
+        self._begun = False  # as of a new one: weights that are loaded until the next step are seen
         self._begin(self._average.start())
+
+    def leave_engine_checkpoints(self) -> None:
+        """Let a DeepSpeed engine's own checkpoints go without the average, which another saves.
+
+        As ``attach(checkpoint=False)``, before or after it.
+        """
+        if self._engine_checkpoints is not None:
+            self._engine_checkpoints.remove()
+            self._engine_checkpoints = None
 
     # ------------------------------------------------------------------ using the average
 
@@ -483,8 +493,8 @@ class ShardedEMA:
             what, remedy = _WRITE_RANK_0[caller]
             raise CheckpointWriteError(
                 f"{what} writes the state of rank 0 alone, in which the pieces of "
-                f"{self._model.ranks.size - 1} other ranks would be missing; nothing was written. "
-                f"{remedy}"
+                f"{self._model.ranks.size - 1} other ranks would be missing; nothing of it was "
+                f"written. {remedy}"
             )
 
     def full_state_dict(
@@ -672,6 +682,11 @@ class ShardedEMA:
             "staging": self._store.staging_bytes,
             "transfer": self._average.shadow.transfer_bytes,
         }
+
+    @property
+    def layout(self) -> str:
+        """How the model was laid out when the average was made, such as ``fsdp2`` or ``zero-3``."""
+        return self._model.reader.kind
 
     @property
     def names(self) -> list[str]:
@@ -957,4 +972,10 @@ _WRITE_RANK_0 = {
         "it, and ema.load(f'{path}.ema') after fabric.load(), on all ranks",
     )
     for package in ("lightning.fabric", "lightning_fabric")
+} | {
+    "accelerate.checkpointing": (
+        "accelerator.register_for_checkpointing(ema)",
+        "Use this instead: from sharded_ema.integrations.accelerate import register; "
+        "register(accelerator, ema)",
+    )
 }

@@ -111,6 +111,8 @@ _BETWEEN = {
     "torch",
     "deepspeed",
     "accelerate",
+    "transformers",
+    "trl",
     "lightning",
     "lightning_fabric",
     "pytorch_lightning",

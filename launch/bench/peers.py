@@ -82,7 +82,7 @@ def timm(model: nn.Module) -> Peer:
 
 
 def diffusers(model: nn.Module) -> Peer:
-    from diffusers.training_utils import EMAModel  # type: ignore[import-not-found]
+    from diffusers.training_utils import EMAModel
 
     peer = EMAModel(model.parameters(), decay=DECAY)
     return Peer(
@@ -93,14 +93,14 @@ def diffusers(model: nn.Module) -> Peer:
 
 
 def torch_ema(model: nn.Module) -> Peer:
-    from torch_ema import ExponentialMovingAverage  # type: ignore[import-not-found]
+    from torch_ema import ExponentialMovingAverage
 
     peer = ExponentialMovingAverage(model.parameters(), decay=DECAY)
     return Peer(peer.update, lambda: peer.shadow_params, peer.average_parameters)
 
 
 def ema_pytorch(model: nn.Module) -> Peer:
-    from ema_pytorch import EMA  # type: ignore[import-not-found]
+    from ema_pytorch import EMA
 
     peer = EMA(model, beta=DECAY, update_every=1, update_after_step=0)
     return Peer(peer.update, lambda: list(peer.ema_model.parameters()))

@@ -72,10 +72,18 @@ def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None
         CheckpointCorruptError: damaged, incomplete, or with files that do not belong to it.
         CheckpointMismatchError: written by a later version of this library.
     """
-    for _ in range(_MAX_LOOKS - 1):
-        with suppress(CheckpointGoneError):
+    found: CheckpointGoneError | None = None
+    for _ in range(_MAX_LOOKS):
+        try:
             return _open_found(path, files)
-    return _open_found(path, files)
+        except CheckpointGoneError as error:
+            found = error
+        except CheckpointUncommittedError:
+            if found is None:
+                raise
+            break  # under a URL the manifest is removed first, and what is left is no save
+    assert found is not None
+    raise found
 
 
 def _open_found(path: str | os.PathLike[str], files: OpenFiles | None) -> Checkpoint:
@@ -126,7 +134,7 @@ def _find(path: str | os.PathLike[str], files: OpenFiles | None) -> tuple[Direct
     if any(map(is_part, names)):
         raise CheckpointUncommittedError(
             f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
-            "or the manifest was not copied; use an earlier checkpoint"
+            "it is being removed, or the manifest was not copied; use another checkpoint"
         )
     inner = sorted(name for name in names if is_file(where / name / MANIFEST_NAME))
     raise CheckpointNotFoundError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
@@ -363,6 +364,8 @@ class FollowedModel:
         kept: AbstractContextManager[None],
         failure: BaseException | None,
     ) -> None:
+        if sys.is_finalizing():
+            return  # nobody computes with these weights any more, and nobody else may come
         failures: dict[int, str] = {}
         if self._stand_in.leaves_together:
             own = None if failure is None else f"{type(failure).__name__}: {failure}"

@@ -275,7 +275,9 @@ def _refuse_differing_copies(reader: ReadsShards, ranks: Ranks, copies: Mapping[
     raise BindError(
         f"parameter {name} is not sharded but differs between {who}; a checkpoint would keep one "
         "of the two. If it is meant to be the same, wrap the model in DistributedDataParallel or "
-        f"fully_shard, or broadcast it from one rank. {_STAGES}. Experts that each rank has for "
+        "fully_shard, or broadcast it from one rank. If it has been wrapped since, as by "
+        "accelerator.prepare(), make the ShardedEMA of what that returned. "
+        f"{_STAGES}. Experts that each rank has for "
         "itself must be DTensors on a slice of one mesh, or be left out with exclude="
     )
 

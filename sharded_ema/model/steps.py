@@ -192,6 +192,14 @@ def _unwrap(optimizer: Any) -> Optimizer:
     """The torch optimizer inside wrappers such as accelerate's."""
     inner = optimizer
     while not runs_own_hooks(inner) and hasattr(inner, "optimizer"):
+        if type(inner).__module__.startswith("deepspeed."):
+            raise OptimizerError(
+                f"{type(inner).__name__} is the optimizer of a DeepSpeed engine, and the average "
+                "is of a module that has none: it was made before deepspeed.initialize() or "
+                "accelerator.prepare(). After these, make the ShardedEMA of the engine that they "
+                "return: model, optimizer = accelerator.prepare(model, optimizer); ema = "
+                "ShardedEMA(model, ...); ema.attach()"
+            )
         if hasattr(inner, "step") and not type(inner).__module__.startswith(_TRANSPARENT):
             raise OptimizerError(
                 f"{type(inner).__name__} wraps an optimizer and has no step hooks of its own; its "

@@ -24,7 +24,7 @@ import torch
 
 from sharded_ema import ShardedEMA, latest_checkpoint
 from sharded_ema.checkpoint.run import committed
-from sharded_ema.errors import CheckpointNotFoundError
+from sharded_ema.errors import CheckpointNotFoundError, CheckpointUncommittedError
 from tests.helpers.crash import PRELOADED, TIMEOUT
 from tests.helpers.stores import Server, Store, missing
 
@@ -83,6 +83,10 @@ def reader(root: str, store: Store | None, seed: int, log: str, stop: Any) -> No
             place = draw.choice([*places, latest_checkpoint(root).name])
             step = ema.load(f"{root}/{place}", verify=True)
         except CheckpointNotFoundError:
+            write_line(log, "gone")
+            continue
+        except CheckpointUncommittedError:  # in a store what goes loses its manifest first
+            assert store is not None
             write_line(log, "gone")
             continue
         values = torch.cat([v.reshape(-1) for k, v in ema.state_dict().items() if "." in k])
