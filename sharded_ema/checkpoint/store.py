@@ -28,6 +28,7 @@ from sharded_ema.errors import (
     CheckpointExistsError,
     CheckpointGoneError,
     CheckpointNotFoundError,
+    CheckpointUncommittedError,
     ConfigError,
 )
 from sharded_ema.model.agreement import Ranks
@@ -303,13 +304,18 @@ class Store:
         if other is not None:
             return self._take_over(other, path, num_updates, strict=strict, ready=ready)
         reader = SafetensorsStorageReader(path, verify=verify)
+        found: CheckpointGoneError | None = None  # all ranks are told the same
         for _ in range(_MAX_READS):
             try:
                 return self._load(reader, path, strict=strict, ready=ready)
-            except CheckpointGoneError as error:  # all ranks are told the same
-                said = str(error)
+            except CheckpointGoneError as error:
+                found = error
                 reader.reset(path)
-        raise CheckpointNotFoundError(f"{said}; so it went {_MAX_READS} times")
+            except CheckpointUncommittedError:
+                if found is None:
+                    raise
+                raise found from None  # what is left of it is no save that did not finish
+        raise CheckpointNotFoundError(f"{found}; so it went {_MAX_READS} times")
 
     def _load(
         self,

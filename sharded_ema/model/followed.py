@@ -206,7 +206,7 @@ class FollowedModel:
         return self._holdings or Holdings(Tensors.of(self.inventory))
 
     def not_shared(self) -> Iterator[tuple[str, str]]:
-        """Signs that each rank works for itself: topics and messages of warnings, on one rank."""
+        """Signs that each rank works for itself: topics and messages of warnings."""
         if is_first_of_strangers():
             yield (
                 "no process group",
@@ -215,8 +215,8 @@ class FollowedModel:
                 "each other. Call torch.distributed.init_process_group() before the model is "
                 "wrapped",
             )
-        speaks = self._holdings is not None and self.ranks.size > 1 and self.ranks.rank == 0
-        is_plain = speaks and self.reader.kind == "plain"
+        met = self._holdings is not None and self.ranks.size > 1
+        is_plain = met and self.reader.kind == "plain"
         if is_plain and self.holdings.tensors.held == Tensors.of(self.inventory).held:
             yield (
                 "not shared",

@@ -27,7 +27,7 @@ from sharded_ema import (
     synthesize,
     verify,
 )
-from sharded_ema.checkpoint import files
+from sharded_ema.checkpoint import files, run
 from sharded_ema.checkpoint.run import committed, open_checkpoint
 from sharded_ema.cli import main
 from sharded_ema.errors import (
@@ -415,4 +415,22 @@ def test_what_a_store_lets_vanish_between_open_and_read_is_gone(
     with pytest.raises(CheckpointGoneError, match="removed or replaced while it was read"):
         open_checkpoint(url)
     with pytest.raises(CheckpointNotFoundError, match="so it went"):
+        ema.load(url)
+
+
+def test_a_manifest_that_vanishes_after_it_was_listed(
+    store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the list of names and the manifest keep_last has begun to remove the checkpoint."""
+    url = "memory://run/step_1"
+    ema.save(url, step=1)
+    find = run.find_checkpoint
+
+    def find_and_remove(*arguments: Any) -> Any:
+        found = find(*arguments)
+        store.rm(f"{url}/manifest.json")
+        return found
+
+    monkeypatch.setattr(run, "find_checkpoint", find_and_remove)
+    with pytest.raises(CheckpointGoneError, match="removed or replaced while it was read"):
         ema.load(url)

@@ -17,7 +17,7 @@ import xxhash
 
 from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import URL, Directory, Location, read_whole
+from sharded_ema.checkpoint.files import URL, Directory, Location, gone, is_file, read_whole
 from sharded_ema.checkpoint.names import (
     CHUNKS_NAME,
     MANIFEST_NAME,
@@ -200,14 +200,21 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 
 
 def read_manifest(directory: Directory) -> Manifest:
-    """The manifest of the checkpoint in a directory.
+    """The manifest of the checkpoint in a directory, which was seen to have one.
 
     Raises:
+        CheckpointGoneError: it has none any more.
         CheckpointCorruptError: damaged, or fields that cannot be.
         CheckpointMismatchError: of a later version of the format.
     """
     file = directory / MANIFEST_NAME
-    data = read_whole(file, _MAX_MANIFEST_BYTES)
+    try:
+        data = read_whole(file, _MAX_MANIFEST_BYTES)
+    except CheckpointCorruptError as error:
+        # Under a URL nothing is held open: what is removed loses its manifest first.
+        if isinstance(directory.location, URL) and not is_file(directory.location / MANIFEST_NAME):
+            raise gone(directory.location) from error
+        raise
     directory.remember(MANIFEST_NAME, data)
     manifest = parse_manifest(data, str(file))
     kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
