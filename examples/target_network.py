@@ -4,7 +4,7 @@
 
 Deep Q-learning (Mnih et al., 2015) copies the network into its target every so many steps, DDPG
 (Lillicrap et al., 2015, 1509.02971) moves the target by a small rate at every step. Here it goes a
-part of the way every 20 steps: decay_per="update" has the rate once, however many steps lie between.
+part of the way every 10 steps: decay_per="update" has the rate once, however many steps lie between.
 The action is chosen by the network, and its worth told by the target (double Q-learning, 1509.06461).
 """
 
@@ -57,13 +57,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, rank = nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 2)), 0
+    model, rank = nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 0
     if "RANK" in os.environ:  # started by torchrun
         mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
         fully_shard(model, mesh=mesh)
         rank = dist.get_rank()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    ema = ShardedEMA(model, 0.5, update_every=20, decay_per="update")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    ema = ShardedEMA(model, 0.5, update_every=10, decay_per="update")
     ema.attach(optimizer)
     target = ema.module()
 
@@ -84,7 +84,7 @@ def main() -> None:
         before, action, after, fallen = (torch.cat(part) for part in zip(*chosen, strict=True))
         with torch.no_grad():
             best = model(after).argmax(1, keepdim=True)
-            wanted = 1 + 0.99 * target(after).gather(1, best)[:, 0] * ~fallen
+            wanted = 1 + 0.97 * target(after).gather(1, best)[:, 0] * ~fallen
         found = model(before).gather(1, action[:, None])[:, 0]
         smooth_l1_loss(found, wanted).backward()
         optimizer.step()
