@@ -19,45 +19,45 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import normalize
+from torch.nn.functional import affine_grid, grid_sample, normalize
 
 from sharded_ema import Cosine, ShardedEMA
 
 
 class Encoder(nn.Module):
-    """Features of images of shape (N, 64), and how well they fit each of 64 prototypes."""
+    """Features of images of shape (N, 64), and how well they fit each of 128 prototypes."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 128), nn.GELU(), nn.Linear(128, 64)
-        )
-        self.head = nn.Linear(64, 64, bias=False)
+        first = (nn.Linear(64, 256), nn.LayerNorm(256), nn.GELU())
+        self.body = nn.Sequential(*first, nn.Linear(256, 256), nn.LayerNorm(256), nn.GELU())
+        self.neck = nn.Linear(256, 64)
+        self.prototypes = nn.Parameter(normalize(torch.randn(128, 64), dim=1))
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        features = normalize(self.body(images), dim=1)
-        return features, self.head(features)
+        features = self.body(images)
+        return features, normalize(self.neck(features), dim=1) @ self.prototypes.T
 
 
 def view(images: Tensor) -> Tensor:
-    """Moved by a pixel, with noise, and with a corner of 3 x 3 pixels empty."""
-    down, right, row, column = torch.randint(-1, 2, (2,)).tolist() + torch.randint(6, (2,)).tolist()
-    moved = images.view(-1, 8, 8).roll((down, right), (1, 2)) + 0.2 * torch.randn(len(images), 8, 8)
-    moved[:, row : row + 3, column : column + 3] = 0
-    return moved.flatten(1)
+    """Each turned, stretched and moved a little, with noise."""
+    warp = torch.eye(2, 3) + 0.1 * torch.randn(len(images), 2, 3)
+    grid = affine_grid(warp, [len(images), 1, 8, 8], align_corners=False)
+    seen = grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+    return seen + 0.1 * torch.randn_like(seen)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
     """Of a vote of the five nearest of the first hundred, about all others."""
-    features, _ = model(images)
+    features = normalize(model(images)[0], dim=1)
     nearest = (features[100:] @ features[:100].T).topk(5).indices
     return (classes[:100][nearest].mode(1).values == classes[100:]).float().mean().item()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=600)
     args = parser.parse_args()
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
@@ -72,7 +72,7 @@ def main() -> None:
     ema = ShardedEMA(student, Cosine(0.99, steps=args.steps))
     ema.attach(optimizer)
     teacher = ema.module()  # its weights are the average: nothing to update, nothing held twice
-    before, center = accuracy(student, images, classes), torch.zeros(64)
+    before, center = accuracy(student, images, classes), torch.zeros(128)
 
     torch.manual_seed(1 + rank)
     for _ in range(args.steps):
@@ -80,7 +80,7 @@ def main() -> None:
         views = torch.cat([view(chosen), view(chosen)])
         with torch.no_grad():
             said = teacher(views)[1]
-        wanted = ((said - center) / 0.04).softmax(1).roll(128, 0)  # of the other view
+        wanted = ((said - center) / 0.03).softmax(1).roll(128, 0)  # of the other view
         (-(wanted * (student(views)[1] / 0.1).log_softmax(1)).sum(1).mean()).backward()
         optimizer.step()
         optimizer.zero_grad()

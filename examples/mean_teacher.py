@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 2 examples/mean_teacher.py
 
 Mean teacher (Tarvainen and Valpola, 2017, 1703.01780): 30 of 1,200 images of handwritten digits
-have a label. Student and teacher see each image with other noise; that they differ is a loss, which
-counts more and more in the first third of the run. --consistency 0 learns from the labels alone.
+have a label. Student and teacher see other views of each image; that they differ is a loss, which
+counts more and more in the first third of the run. --consistency 0 learns from labels alone.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.nn.functional import cross_entropy, mse_loss
+from torch.nn.functional import affine_grid, cross_entropy, grid_sample, mse_loss
 
 from sharded_ema import ShardedEMA
 
 LABELLED, TRAINED = 30, 1200
 
 
-def noisy(images: Tensor) -> Tensor:
-    """Moved by a pixel at most, with noise."""
-    down, right = torch.randint(-1, 2, (2,)).tolist()
-    moved = images.view(-1, 8, 8).roll((down, right), (1, 2)).flatten(1)
-    return moved + 0.2 * torch.randn_like(moved)
+def view(images: Tensor, strength: float) -> Tensor:
+    """Each turned, stretched and moved a little, with noise."""
+    warp = torch.eye(2, 3) + strength * torch.randn(len(images), 2, 3)
+    grid = affine_grid(warp, [len(images), 1, 8, 8], align_corners=False)
+    seen = grid_sample(images.view(-1, 1, 8, 8), grid, align_corners=False).flatten(1)
+    return seen + strength * torch.randn_like(seen)
 
 
 @torch.no_grad()
@@ -40,8 +41,8 @@ def accuracy(model: nn.Module, images: Tensor, classes: Tensor) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=900)
-    parser.add_argument("--consistency", type=float, default=30.0, help="its share of the loss")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--consistency", type=float, default=10.0, help="its share of the loss")
     args = parser.parse_args()
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16
@@ -62,9 +63,9 @@ def main() -> None:
     for step in range(args.steps):
         chosen = images[torch.randint(LABELLED, TRAINED, (128,))]
         with torch.no_grad():
-            wanted = teacher(noisy(chosen)).softmax(1)
+            wanted = teacher(view(chosen, 0.03)).softmax(1)
         # One forward for both: what has a label comes first.
-        found = student(torch.cat([noisy(images[:LABELLED]), noisy(chosen)]))
+        found = student(view(torch.cat([images[:LABELLED], chosen]), 0.15))
         labels = cross_entropy(found[:LABELLED], classes[:LABELLED])
         agreement = mse_loss(found[LABELLED:].softmax(1), wanted)
         (labels + min(1, 3 * step / args.steps) * args.consistency * agreement).backward()

@@ -24,10 +24,10 @@ from torch.nn.functional import cross_entropy, kl_div
 from sharded_ema import ShardedEMA
 
 LETTERS, SEEN = " .abcdefghijklmnopqrstuvwxyz", 12
-NAMES = "anna ben carla dora emil frida".split()
+NAMES = ["anna", "ben", "carla", "dora", "emil", "frida"]
 KINDS = {
-    "old": (NAMES, "reads writes draws".split(), "books letters maps".split()),
-    "new": (NAMES, "grows sells eats".split(), "pears plums grapes".split()),
+    "old": (NAMES, ["reads", "writes", "draws"], ["books", "letters", "maps"]),
+    "new": (NAMES, ["grows", "sells", "eats"], ["pears", "plums", "grapes"]),
 }
 
 
@@ -40,7 +40,7 @@ def batch(kind: str, draw: random.Random, sentences: int = 20) -> tuple[Tensor, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--steps", type=int, default=400, help="of each of the two texts")
+    parser.add_argument("--steps", type=int, default=250, help="of each of the two texts")
     parser.add_argument("--kl", type=float, default=1.0, help="share of the divergence in the loss")
     args = parser.parse_args()
     torch.manual_seed(0)

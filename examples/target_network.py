@@ -3,9 +3,10 @@
     torchrun --nproc-per-node 2 examples/target_network.py
 
 Deep Q-learning (Mnih et al., 2015) copies the network into its target every so many steps, DDPG
-(Lillicrap et al., 2015, 1509.02971) moves the target by a small rate at every step. Here it goes a
-part of the way every 10 steps: decay_per="update" has the rate once, however many steps lie between.
-The action is chosen by the network, and its worth told by the target (double Q-learning, 1509.06461).
+(Lillicrap et al., 2015, 1509.02971) moves the target by a small rate at each. Here it goes half of
+the way every 10 steps: with decay_per="update" the rate counts once, however many steps lie
+between. The network chooses the next action, and the target tells what it is worth (double
+Q-learning, van Hasselt et al., 2015, 1509.06461).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def step_of(state: Tensor, action: Tensor) -> tuple[Tensor, Tensor]:
 
     Barto, Sutton and Anderson (1983); a state is position, speed, angle and its speed.
     """
-    x, speed, angle, turn = state.unbind(1)
+    _, speed, angle, turn = state.unbind(1)
     push = (action * 20.0 - 10.0 + 0.05 * turn.square() * angle.sin()) / 1.1
     bend = 9.8 * angle.sin() - angle.cos() * push
     bend = bend / (0.5 * (4 / 3 - 0.1 * angle.cos().square() / 1.1))
@@ -57,7 +58,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     args = parser.parse_args()
     torch.manual_seed(0)
-    model, rank = nn.Sequential(nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)), 0
+    model, rank = (
+        nn.Sequential(
+            nn.Linear(4, 128), nn.ReLU(), nn.Linear(128, 128), nn.ReLU(), nn.Linear(128, 2)
+        ),
+        0,
+    )
     if "RANK" in os.environ:  # started by torchrun
         mesh = init_device_mesh("cpu", (int(os.environ["WORLD_SIZE"]),))
         fully_shard(model, mesh=mesh)
