@@ -25,6 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +39,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.multiprocessing.spawn import spawn
 
-from measure import ROOT, append_rows, machine
+from measure import ROOT, append_rows, machine, nothing
 from sharded_ema import ShardedEMA
+from sharded_ema.errors import EMAWarning
 
 DECAY, RANKS = 0.999, 2
 COLUMNS = (
@@ -89,6 +91,7 @@ class Trained:
 
     Attributes:
         tensors: all shards of weights and averages on this rank.
+        end: called after the last step.
     """
 
     def __init__(self, size: Size, teacher: str) -> None:
@@ -97,11 +100,12 @@ class Trained:
         self._teacher: nn.Module | None = None
         self._move: Callable[[], None] | None = None
         self._batch = (size.batch, size.width)
+        self.end: Callable[[], None] = nothing
         kept: list[Tensor] = []
         if teacher == OURS:
             ema = ShardedEMA(self._student, DECAY)
             ema.attach(self._optimizer)
-            self._teacher = ema.module()
+            self._teacher, self.end = ema.module(), ema.close
             kept = [value for name, value in ema.state_dict().items() if name != "_meta"]
         elif teacher != NONE:
             self._teacher = network(size).requires_grad_(False)
@@ -160,6 +164,7 @@ def num_bytes(tensors: Iterable[Tensor]) -> int:
 
 def _join(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore", EMAWarning)  # of so few steps
     meeting = f"file://{folder}/meet"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=RANKS)
 
@@ -174,8 +179,10 @@ def _weigh(rank: int, folder: str, size: Size, teacher: str) -> None:
         [num_bytes(trained.tensors), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss]
     )
     dist.all_reduce(found, dist.ReduceOp.MAX)
+    trained.end()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(found.tolist()))
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -191,8 +198,11 @@ def _time(rank: int, folder: str, size: Size, rounds: int) -> None:
             each.step()
             dist.barrier()
             times[index, at] = time.perf_counter() - start
+    for each in trained:
+        each.end()
     if rank == 0:
         Path(folder, "found.json").write_text(json.dumps(times[1:].tolist()))
+    dist.barrier()
     dist.destroy_process_group()
 
 
