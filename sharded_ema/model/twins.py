@@ -228,7 +228,7 @@ def _copied(original: nn.Module, tensors: Mapping[int, Tensor]) -> Copies:
                 memo[id(tensor)] = tensors.get(id(tensor), tensor)
     for module in modules:  # first, as what a wrapper does not have it asks its child for
         for name, child in own_children(module).items():
-            copies[id(module)].register_module(name, None if child is None else copies[id(child)])
+            own_children(copies[id(module)])[name] = None if child is None else copies[id(child)]
     made_anew = nn.Module().__dict__.keys()
     hooks = []
     for module in modules:
@@ -315,6 +315,7 @@ def _give_whole(
     dtype: torch.dtype | None,
 ) -> None:
     """Parameters that are tensors of the shadow; what is not averaged is the model's own."""
+    running = _Running(copies[id(original)])
     for module, name, parameter in _each(original):
         own = None if parameter is None else tensors[id(parameter)]
         assert own is None or isinstance(own, nn.Parameter)
@@ -323,11 +324,29 @@ def _give_whole(
             continue
         wanted = dtype if dtype is not None and own.is_floating_point() else parameter.dtype
         if own.dtype != wanted:
-            _cast(copies[id(module)], name, wanted)
+            _cast(copies[id(module)], name, wanted, running)
 
 
-def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
-    """Let whoever asks a module for a parameter find it in another dtype.
+class _Running:
+    """Tells whether a forward of some modules goes on."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._watched: set[nn.Module] = set()
+        self._now: set[nn.Module] = set()
+        self.watch(root)
+
+    def watch(self, module: nn.Module) -> None:
+        if module not in self._watched:
+            self._watched.add(module)
+            module.register_forward_pre_hook(lambda m, _: self._now.add(m), prepend=True)
+            module.register_forward_hook(lambda m, _, __: self._now.discard(m), always_call=True)
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype, running: _Running) -> None:
+    """Let whoever asks a module for a parameter in a forward find it in another dtype.
 
     That need not be its own forward: attention reads the weight of its projection, and a head that
     of an embedding. The registered parameter stays as it is.
@@ -336,8 +355,9 @@ def _cast(module: nn.Module, name: str, dtype: torch.dtype) -> None:
     def converted(self: nn.Module) -> Tensor:
         parameter = own_parameters(self)[name]
         assert parameter is not None
-        return parameter.detach().to(dtype)
+        return parameter.detach().to(dtype) if running else parameter
 
+    running.watch(module)
     kind = type(module)
     module.__class__ = type(kind.__name__, (kind,), {name: property(converted)})
 
