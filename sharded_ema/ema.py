@@ -442,6 +442,7 @@ class ShardedEMA:
                     f"ema.module() was called before for the average {name!r} with other "
                     "arguments; each average is one module. Keep another profile for a second one"
                 )
+            known[1].settle()
             return known[1].module
         average = self._average
 
@@ -455,7 +456,7 @@ class ShardedEMA:
                 )
             views = average.shadow.views[name]
             return Twin(
-                self._model.reader, views, dtype=dtype, build=build, refuse=self._require_open
+                self._model.reader, views, dtype=dtype, build=build, refuse=self._before_its_forward
             )
 
         self._model.meet()
@@ -466,6 +467,13 @@ class ShardedEMA:
         twin.module.train(train)
         self._twins[name] = (dtype, train, build), twin
         return twin.module
+
+    def _before_its_forward(self) -> None:
+        """The module of an average is about to compute with it."""
+        self._require_open()
+        self._average.settle()
+        if self._average.clock.seed_step is None:  # the average is what the parameters are now
+            self._look()
 
     def _pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self._average.shadow.views[name], self._model.live(), strict=True)

@@ -75,22 +75,24 @@ class Twin:
         original = _inside(reader.inventory.model)
         if reader.kind == "fsdp2":
             fsdp2.settle(original)
-        copies = _copied(original) if build is None else _built(build, original)
-        self.module = copies[id(original)]
         averages = {id(s.name.tensor): view for s, view in zip(reader.shards, shadow, strict=True)}
-        _give_buffers(original, copies, averages)
+        tensors = _tensors(original, averages)
+        copies = _copied(original, tensors) if build is None else _built(build, original)
+        self.module = copies[id(original)]
+        _give_buffers(original, copies, tensors)
         if reader.kind == "fsdp2":
-            _give_meta(original, copies, averages)
+            _give_meta(original, copies, averages, tensors)
             fsdp2.wrap_alike(original, copies, dtype)
             _give_sharded(original, copies, averages)
         else:
-            _give_whole(original, copies, averages, dtype)
+            _give_whole(original, copies, tensors, dtype)
         places = [(copies[id(s.name.owner)], s.name.attribute) for s in reader.shards]
         self.homes = [
             view if not s.name.is_parameter else _local(own_parameters(module)[attribute])
             for s, view, (module, attribute) in zip(reader.shards, shadow, places, strict=True)
         ]
         self.is_running = False
+        self._is_sharded = reader.kind == "fsdp2"
         self._refuse = refuse
         self._places = [
             (module, attribute, home.data_ptr(), s.name.fqn)
@@ -103,6 +105,11 @@ class Twin:
     def end(self) -> None:
         """No longer watch over it."""
         self._watch.remove()
+
+    def settle(self) -> None:
+        """Free what is gathered of it: by its user, or by a forward that an exception ended."""
+        if self._is_sharded:
+            fsdp2.settle(self.module)
 
     # ------------------------------------------------------------------ guards
 
@@ -122,8 +129,9 @@ class Twin:
             if parameter is None or _local(parameter).data_ptr() != pointer:
                 raise StateError(
                     f"parameter {name} of the module of an average lies elsewhere than the "
-                    "average, which it would not follow: it was moved, replaced, or gathered with "
-                    "unshard(). Make the module anew with ema.module(), and leave it as it is"
+                    "average, which it would not follow: it was moved, replaced, gathered with "
+                    "unshard(), or by a forward that an exception ended. Call ema.module() again, "
+                    "which frees what is gathered, and leave the parameters as they are"
                 )
             if parameter.requires_grad:
                 raise StateError(
@@ -201,8 +209,12 @@ def _inside(model: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------------- the structure
 
 
-def _copied(original: nn.Module) -> Copies:
-    """A copy of every module, without parameters, buffers and hooks."""
+def _copied(original: nn.Module, tensors: Mapping[int, Tensor]) -> Copies:
+    """A copy of every module, without parameters, buffers and hooks.
+
+    Args:
+        tensors: what attributes get that lead to a parameter or buffer, by its identity.
+    """
     modules = list(original.modules())
     copies: Copies = {}
     memo: dict[int, Any] = {}
@@ -213,7 +225,10 @@ def _copied(original: nn.Module) -> Copies:
     for module in modules:
         for tensor in (*own_parameters(module).values(), *own_buffers(module).values()):
             if tensor is not None:  # an attribute that leads to one is no copy of it
-                memo[id(tensor)] = tensor
+                memo[id(tensor)] = tensors.get(id(tensor), tensor)
+    for module in modules:  # first, as what a wrapper does not have it asks its child for
+        for name, child in own_children(module).items():
+            own_children(copies[id(module)])[name] = None if child is None else copies[id(child)]
     made_anew = nn.Module().__dict__.keys()
     hooks = []
     for module in modules:
@@ -228,8 +243,6 @@ def _copied(original: nn.Module) -> Copies:
                 f"a {type(module).__name__} cannot be copied ({error}); pass "
                 "ema.module(build=function), which returns a module like the model, not wrapped"
             ) from error
-        for name, child in own_children(module).items():
-            made.register_module(name, None if child is None else copies[id(child)])
         hooks += [type(module).__name__ for hook in hooks_of(module) if not fsdp2.is_own(hook)]
     if hooks:
         warn(
@@ -263,11 +276,29 @@ def _built(build: Callable[[], nn.Module], original: nn.Module) -> Copies:
 # ---------------------------------------------------------------------- the tensors
 
 
-def _give_buffers(original: nn.Module, copies: Copies, averages: Mapping[int, Tensor]) -> None:
-    """Averaged buffers are the average; others are copied once, and its own from then on."""
+def _tensors(original: nn.Module, averages: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What stands for each parameter and buffer of the model, by its identity; no sharded ones.
+
+    Averaged ones are the average. Other parameters are the model's own; other buffers are copied
+    once and belong to the module of the average from then on.
+    """
+    made: dict[int, Tensor] = {}
+    for module in original.modules():
+        for buffer in own_buffers(module).values():
+            if buffer is not None and id(buffer) not in made:
+                average = averages.get(id(buffer))
+                made[id(buffer)] = buffer.detach().clone() if average is None else average
+    for _, _, parameter in _each(original):
+        if parameter is not None and not isinstance(parameter, DTensor):
+            view = averages.get(id(parameter), parameter.detach())
+            made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+    return made
+
+
+def _give_buffers(original: nn.Module, copies: Copies, tensors: Mapping[int, Tensor]) -> None:
     for module in original.modules():
         for name, buffer in own_buffers(module).items():
-            value = buffer if buffer is None else averages.get(id(buffer), buffer.detach().clone())
+            value = None if buffer is None else tensors[id(buffer)]
             copies[id(module)].register_buffer(name, value, persistent=is_persistent(module, name))
 
 
@@ -280,53 +311,72 @@ def _each(original: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter | 
 def _give_whole(
     original: nn.Module,
     copies: Copies,
-    averages: Mapping[int, Tensor],
+    tensors: Mapping[int, Tensor],
     dtype: torch.dtype | None,
 ) -> None:
     """Parameters that are tensors of the shadow; what is not averaged is the model's own."""
-    made: dict[int, nn.Parameter] = {}
+    running = _Running(copies[id(original)])
     for module, name, parameter in _each(original):
-        if parameter is None:
-            copies[id(module)].register_parameter(name, None)
-            continue
-        view = averages.get(id(parameter), parameter.detach())
-        own = made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+        own = None if parameter is None else tensors[id(parameter)]
+        assert own is None or isinstance(own, nn.Parameter)
         copies[id(module)].register_parameter(name, own)
+        if parameter is None or own is None:
+            continue
         wanted = dtype if dtype is not None and own.is_floating_point() else parameter.dtype
         if own.dtype != wanted:
-            _Cast(copies[id(module)], name, wanted)
+            _cast(copies[id(module)], name, wanted, running)
 
 
-class _Cast:
-    """Lets a module compute with a parameter in another dtype, for the time of a forward."""
+class _Running:
+    """Tells whether a forward of some modules goes on."""
 
-    def __init__(self, module: nn.Module, name: str, dtype: torch.dtype) -> None:
-        self._name = name
-        self._dtype = dtype
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end, always_call=True)
+    def __init__(self, root: nn.Module) -> None:
+        self._watched: set[nn.Module] = set()
+        self._now: set[nn.Module] = set()
+        self.watch(root)
 
-    def _begin(self, module: nn.Module, arguments: Any) -> None:
-        parameter = own_parameters(module)[self._name]
+    def watch(self, module: nn.Module) -> None:
+        if module not in self._watched:
+            self._watched.add(module)
+            module.register_forward_pre_hook(lambda m, _: self._now.add(m), prepend=True)
+            module.register_forward_hook(lambda m, _, __: self._now.discard(m), always_call=True)
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype, running: _Running) -> None:
+    """Let whoever asks a module for a parameter in a forward find it in another dtype.
+
+    That need not be its own forward: attention reads the weight of its projection, and a head that
+    of an embedding. The registered parameter stays as it is.
+    """
+
+    def converted(self: nn.Module) -> Tensor:
+        parameter = own_parameters(self)[name]
         assert parameter is not None
-        # Found before the registered one, which stays where it is.
-        module.__dict__[self._name] = parameter.detach().to(self._dtype)
+        return parameter.detach().to(dtype) if running else parameter
 
-    def _end(self, module: nn.Module, arguments: Any, result: Any) -> None:
-        module.__dict__.pop(self._name, None)
+    running.watch(module)
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {name: property(converted)})
 
 
-def _give_meta(original: nn.Module, copies: Copies, averages: Mapping[int, Tensor]) -> None:
+def _give_meta(
+    original: nn.Module,
+    copies: Copies,
+    averages: Mapping[int, Tensor],
+    tensors: Mapping[int, Tensor],
+) -> None:
     """Parameters without memory, of global shapes, for ``fully_shard`` to divide."""
     made: dict[int, nn.Parameter] = {}
     for module, name, parameter in _each(original):
-        if parameter is None:
-            copies[id(module)].register_parameter(name, None)
-            continue
-        view = averages.get(id(parameter), parameter.detach())
+        own = None if parameter is None else tensors.get(id(parameter))
         if isinstance(parameter, DTensor):
-            view = torch.empty(parameter.shape, dtype=view.dtype, device="meta")
-        own = made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+            dtype = averages.get(id(parameter), parameter).dtype
+            view = torch.empty(parameter.shape, dtype=dtype, device="meta")
+            own = made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+        assert own is None or isinstance(own, nn.Parameter)
         copies[id(module)].register_parameter(name, own)
 
 

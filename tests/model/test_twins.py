@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -453,3 +454,120 @@ def test_adapters_over_one_frozen_base() -> None:
         wanted = model(x).detach()
     assert torch.equal(teacher(x), wanted)
     assert not torch.equal(teacher(x), model(x))
+
+
+# ---------------------------------------------------------------------- modules of all kinds
+
+
+class Kept(nn.Module):
+    """Keeps its weight in a list, too, and computes with what lies there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.kept = [self.inner.weight]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.kept[0])
+
+
+class Head(nn.Module):
+    """Reads the weight of an embedding in the forward of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.letters = nn.Embedding(7, 4)
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.inner(x), self.letters.weight)
+
+
+def wrapped() -> nn.Module:
+    return nn.Sequential(checkpoint_wrapper(nn.Linear(4, 4)), nn.Linear(4, 4))
+
+
+def attention() -> nn.Module:
+    return nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0).eval()
+
+
+FP32, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(Kept, FP32), (Head, FP32), (Head, BF16), (wrapped, FP32), (attention, BF16)],
+)
+def test_modules_that_look_elsewhere(make: Any, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, x = make().to(dtype), torch.randn(3, 4, dtype=dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    ema = ShardedEMA(model, 0.5)
+    ema.attach(optimizer)
+    teacher = ema.module()
+    average = [p.detach().float().clone() for p in model.parameters()]
+    for _ in range(3):
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        for mean, p in zip(average, model.parameters(), strict=True):
+            mean.lerp_(p.detach().float(), 0.5)
+    plain = make().to(dtype)
+    with torch.no_grad():
+        for own, mean in zip(plain.parameters(), average, strict=True):
+            own.copy_(mean)
+        assert torch.equal(teacher(x), plain(x))
+        assert not torch.equal(teacher(x), model(x))
+    ema.close()
+
+
+def before_the_start(layout: str) -> None:
+    model, options = wrap(layout)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ema = ShardedEMA(model, 0.5, start_step=2, **options)
+    ema.attach(optimizer)
+    teacher, average = ema.module(), {}
+    for step in range(4):
+        wanted = computed(average if step > 2 else gather(model), data(0))
+        with torch.no_grad():
+            assert torch.equal(teacher(data(0)), wanted), step
+        model(data(step)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        now = gather(model)
+        average = now if step < 2 else {n: average[n].lerp(now[n], 0.5) for n in now}
+    ema.close()
+
+
+def test_before_the_start_it_is_the_model(worlds: Worlds) -> None:
+    before_the_start("plain")
+    worlds[2].run(before_the_start, "fsdp2")
+
+
+def after_a_forward_that_failed() -> None:
+    model, _ = wrap("fsdp2")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ema = ShardedEMA(model, 0.5)
+    ema.attach(optimizer)
+    teacher, average = ema.module(), gather(model)
+
+    def fail(*arguments: Any) -> None:
+        raise ZeroDivisionError
+
+    handle = teacher.layers[1].register_forward_pre_hook(fail)  # type: ignore[index,union-attr]
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        teacher(data(0))
+    handle.remove()
+    model(data(0)).square().mean().backward()
+    optimizer.step()
+    with torch.no_grad(), pytest.raises(StateError, match=r"Call ema\.module\(\) again"):
+        teacher(data(0))  # its layers hold what was the average before
+    assert ema.module() is teacher
+    now = gather(model)
+    average = {n: average[n].lerp(now[n], 0.5) for n in now}
+    with torch.no_grad():
+        assert torch.equal(teacher(data(0)), computed(average, data(0)))
+    ema.close()
+
+
+def test_after_a_forward_that_failed(worlds: Worlds) -> None:
+    worlds[2].run(after_a_forward_that_failed)
