@@ -119,16 +119,16 @@ def beside_the_student(layout: str, order: str) -> dict[str, int]:
     for index in range(STEPS):
         for part in range(2):
             x = data(2 * index + part)
-            with torch.no_grad():
-                if order == "teacher first":
-                    wanted = teacher(x)
-            found = model(x)
-            if order == "student first":
-                with torch.no_grad():
-                    wanted = teacher(x)
-            assert torch.equal(wanted, computed(average, x)), (index, part)
             alone = isinstance(model, DistributedDataParallel) and part == 0
             with model.no_sync() if alone else nullcontext():
+                if order == "teacher first":
+                    with torch.no_grad():
+                        wanted = teacher(x)
+                found = model(x)
+                if order == "student first":
+                    with torch.no_grad():
+                        wanted = teacher(x)
+                assert torch.equal(wanted, computed(average, x)), (index, part)
                 (found - wanted).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
