@@ -13,8 +13,10 @@ from sharded_ema.version import __version__
 if TYPE_CHECKING:
     from sharded_ema.averaging.schedules import (
         Constant,
+        Cosine,
         HalfLife,
         HalfLifeFraction,
+        Linear,
         Power,
         Schedule,
         Warmup,
@@ -37,10 +39,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Constant",
+    "Cosine",
     "EMAError",
     "EMAWarning",
     "HalfLife",
     "HalfLifeFraction",
+    "Linear",
     "Power",
     "SafetensorsStorageReader",
     "SafetensorsStorageWriter",
@@ -69,8 +73,10 @@ _HOME = {
     "EMAError": "errors",
     "EMAWarning": "errors",
     "Constant": "averaging.schedules",
+    "Cosine": "averaging.schedules",
     "HalfLife": "averaging.schedules",
     "HalfLifeFraction": "averaging.schedules",
+    "Linear": "averaging.schedules",
     "Power": "averaging.schedules",
     "Schedule": "averaging.schedules",
     "Warmup": "averaging.schedules",

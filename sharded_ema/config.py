@@ -21,6 +21,7 @@ _BUFFERS = ("copy", "average", "ignore")
 _CHOICES = {
     "frozen": ("save", "skip"),
     "nonfinite": ("skip", "raise", "allow"),
+    "decay_per": ("step", "update"),
 }
 
 
@@ -31,6 +32,7 @@ class Settings:
     Attributes:
         update_every: applied optimizer steps between two updates of the shadow.
         start_step: applied optimizer step at which averaging starts.
+        decay_per: what a decay is of, ``"step"`` or ``"update"``.
         buffers: ``"copy"`` (as they are), ``"average"`` (floating ones) or ``"ignore"``; or one of
             these for each pattern of names.
         frozen: ``"save"`` stores frozen parameters in checkpoints, ``"skip"`` does not.
@@ -49,6 +51,7 @@ class Settings:
     total_steps: int | None
     offload_buffer: int = OFFLOAD_BUFFER
     overlap: bool | str = False
+    decay_per: str = "step"
 
     def __post_init__(self) -> None:
         for pattern, choice in buffer_rules(self.buffers):

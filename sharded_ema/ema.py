@@ -8,7 +8,7 @@ the store of its checkpoints (:mod:`sharded_ema.checkpoint`), and what is notice
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
@@ -42,6 +42,7 @@ from sharded_ema.model.recipients import part_of_the_way, write_into
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.standing import Swap
 from sharded_ema.model.steps import OptimizerSteps, StepHooks, StepListener, StepWatch
+from sharded_ema.model.twins import Twin
 
 
 class ShardedEMA:
@@ -64,6 +65,9 @@ class ShardedEMA:
             step 90,000, then 10,000 steps, and less than 1 % of it is its seed from step 4 on.
         update_every: applied optimizer steps between updates; the decays of the steps between are
             multiplied, so that the average does not depend on it but for what it did not see.
+        decay_per: ``"step"``, as above; or ``"update"``: an update has the decay of its step once,
+            however many lie between. So references are moved that follow every so many steps by a
+            given rate: TR-DPO (Gorbatovski et al. 2024, 2404.09656), target networks.
         start_step: applied optimizer step at which the shadow becomes the parameters and averaging
             starts. Before it, the average is the parameters.
         include, exclude: shell-style patterns over names of parameters; buffers go by ``buffers``.
@@ -107,7 +111,7 @@ class ShardedEMA:
     """
 
     # What a copy does not share: it is attached to nothing.
-    _not_copied = ("_engine_checkpoints", "_watch")
+    _not_copied = ("_engine_checkpoints", "_watch", "_twins")
     _engine_checkpoints: EngineCheckpoints | None = None
     _watch: StepWatch | None = None
 
@@ -118,6 +122,7 @@ class ShardedEMA:
         *,
         update_every: int = 1,
         start_step: int = 0,
+        decay_per: str = "step",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str | Mapping[str, str] = "copy",
@@ -139,6 +144,7 @@ class ShardedEMA:
         settings = Settings(
             update_every=update_every,
             start_step=start_step,
+            decay_per=decay_per,
             buffers=buffers,
             frozen=frozen or ("skip" if adapters_of(target) else "save"),
             nonfinite=nonfinite,
@@ -163,6 +169,8 @@ class ShardedEMA:
         self._closed = False
         self._begun = False  # whether an optimizer has stepped
         self._overlap = overlap
+        # The module of an average, with what it was made with.
+        self._twins: dict[str, tuple[tuple[Any, ...], Twin]] = {}
         self._model = FollowedModel(source, timeout)
         self._model.refuse_in_other_swap("making a ShardedEMA")
         self._average = Average(
@@ -171,6 +179,7 @@ class ShardedEMA:
             self._model.names,
             update_every=update_every,
             start_step=start_step,
+            decay_per=decay_per,
             nonfinite=nonfinite,
             dtype=shadow_dtype,
             device=check_device(torch.device(device)) if device is not None else None,
@@ -192,7 +201,7 @@ class ShardedEMA:
         return {name: value for name, value in vars(self).items() if name not in self._not_copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
+        vars(self).update(state, _twins={})
         if not self._closed:
             self._watch = self._model.watch(self._weights_will_change)
 
@@ -298,11 +307,11 @@ class ShardedEMA:
     def swap(self, profile: str | None = None) -> Swap:
         """Let the average stand in for the parameters, and restore them exactly afterwards.
 
-        Do not enter between a forward and its backward. Entering is collective where replicas
-        share the work (DDP; meshes that replicate parameters, or leave some plain) and under
-        DeepSpeed, and in every layout the first time if :meth:`attach` was never called: every
-        rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on one
-        rank is raised on all; elsewhere it is safe on one rank alone.
+        A forward before it may have its backward after it, but not within. Entering is collective
+        where replicas share the work (DDP; meshes that replicate parameters, or leave some plain)
+        and under DeepSpeed, and in every layout the first time if :meth:`attach` was never called:
+        every rank must come. Leaving is collective under ZeRO 1 to 3 alone, where an exception on
+        one rank is raised on all; elsewhere it is safe on one rank alone.
 
         Args:
             profile: which average; may be left out if there is only one.
@@ -388,6 +397,86 @@ class ShardedEMA:
         self._model.refuse_in_swap("copy_to()")
         self._model.overwrite(name, moved, prepare, alike)
         self._health.note_weights(average, self._model.weights())
+
+    def module(
+        self,
+        profile: str | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        train: bool = False,
+        build: Callable[[], nn.Module] | None = None,
+    ) -> nn.Module:
+        """The average as a module that computes beside the model: a teacher, a target network.
+
+        Its averaged parameters *are* the average: no copy is made, every update moves them, and a
+        checkpoint stores them once. Frozen parameters are the model's own, buffers (but averaged
+        ones) copies that are its own from then on. Under ``fully_shard`` it is sharded as the
+        model is, and a forward gathers layer by layer; the average moves into its padded shards.
+        It is frozen: training it, loading into it and converting it are refused. Mean teacher:
+        Tarvainen and Valpola (2017), 1703.01780; momentum encoders: He et al. (2020), 1911.05722.
+
+        Every rank calls it, and under ``fully_shard`` every forward is collective. One module for
+        each average: calls with the same arguments return the same one.
+
+        Args:
+            profile: which average; may be left out if there is only one.
+            dtype: to compute in; default that of the model. Parameters in another one, as the fp32
+                average of bf16 weights, are converted layer by layer in each forward.
+            train: leave it in training mode (dropout, statistics of batches).
+            build: returns a module like the model, not wrapped, for a model that cannot be copied;
+                its parameters and buffers are replaced.
+
+        Raises:
+            UnsupportedLayoutError: replicas share the average (pass ``shard_replicas=False``), or
+                the layout has no place for it (FSDP1, DeepSpeed, tensor parallelism).
+            BindError: the model cannot be copied, or ``build`` returned another one.
+            ConfigError: a module of this average was made with other arguments.
+            SwapError: inside :meth:`swap`.
+            AbsentRankError: a rank did not come.
+        """
+        name = self._average.choose(profile)
+        known = self._twins.get(name)
+        if known is not None:
+            if known[0] != (dtype, train, build):
+                raise ConfigError(
+                    f"ema.module() was called before for the average {name!r} with other "
+                    "arguments; each average is one module. Keep another profile for a second one"
+                )
+            known[1].settle()
+            return known[1].module
+        average = self._average
+
+        def make() -> Twin:
+            self._model.refuse_in_swap("module()")
+            self._ready()
+            if any(t.device != p.device for t, p in self._pairs(name)):
+                raise ConfigError(
+                    "ema.module() needs the average where the model is; make the ShardedEMA "
+                    "without device="
+                )
+            views = average.shadow.views[name]
+            return Twin(
+                self._model.reader, views, dtype=dtype, build=build, refuse=self._before_its_forward
+            )
+
+        self._model.meet()
+        found: list[Twin] = []
+        self._model.ranks.agree(lambda: found.append(make()), "ema.module()", average.counted)
+        (twin,) = found
+        average.shadow.move(name, twin.homes, self._model.live())
+        twin.module.train(train)
+        self._twins[name] = (dtype, train, build), twin
+        return twin.module
+
+    def _before_its_forward(self) -> None:
+        """The module of an average is about to compute with it."""
+        self._require_open()
+        self._average.settle()
+        if self._average.clock.seed_step is None:  # the average is what the parameters are now
+            self._look()
+
+    def _pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(self._average.shadow.views[name], self._model.live(), strict=True)
 
     # ------------------------------------------------------------------ storing it
 
@@ -687,6 +776,8 @@ class ShardedEMA:
     def _say_goodbye(self) -> None:
         if self._watch is not None:
             self._watch.remove()
+        for _, twin in self._twins.values():
+            twin.end()
         if self._model.steps is not None:
             self._model.steps.end_round()
         if self._average.broken is None:
@@ -701,6 +792,11 @@ class ShardedEMA:
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
         self._model.refuse_capture()
+        if any(twin.is_running for _, twin in self._twins.values()):
+            raise StateError(
+                "an update was called within a forward of the module of this average, which would "
+                "go on with other weights than it began with; update before or after it"
+            )
         self._require_open()
         self._model.require_whole()
         self._model.inventory.check_not_replaced()

@@ -35,6 +35,7 @@ class Average:
         names: of these tensors.
         update_every: applied steps between two updates.
         start_step: applied step at which averaging starts.
+        decay_per: see :class:`Clock`.
         nonfinite: ``"skip"`` elements that are NaN or Inf, ``"raise"`` before anything is touched,
             or ``"allow"``.
         dtype: of the shadow; ``None`` for at least fp32 and the precision of each parameter.
@@ -58,6 +59,7 @@ class Average:
         *,
         update_every: int = 1,
         start_step: int = 0,
+        decay_per: str = "step",
         nonfinite: str = "skip",
         dtype: torch.dtype | None = None,
         device: torch.device | None = None,
@@ -65,7 +67,7 @@ class Average:
         offload_buffer: int = OFFLOAD_BUFFER,
     ) -> None:
         self.profiles = dict(profiles)
-        self.clock = Clock(update_every=update_every, start_step=start_step)
+        self.clock = Clock(update_every, start_step, decay_per)
         self.shadow = Shadow(
             self.profiles,
             live,
@@ -259,6 +261,7 @@ class Average:
         """How it averages, which must be the same on all ranks."""
         return {
             "update_every": self.clock.update_every,
+            "decay_per": self.clock.decay_per,
             "start_step": self.clock.start_step,
             "schedule": {name: schedule.to_dict() for name, schedule in self.profiles.items()},
         }

@@ -18,6 +18,8 @@ class Clock:
     Attributes:
         update_every: optimizer steps between two updates of the shadow.
         start_step: applied step at which the shadow is seeded with the parameters.
+        decay_per: ``"step"`` if an update multiplies the decays of its steps, ``"update"`` if it
+            has the decay of its last one.
         applied_steps: optimizer steps applied so far.
         seed_step: applied step of the last seed, or ``None`` before ``start_step``.
         last_lerp_step: applied step up to which the shadow has taken the parameters in.
@@ -25,6 +27,7 @@ class Clock:
 
     update_every: int = 1
     start_step: int = 0
+    decay_per: str = "step"
     applied_steps: int = 0
     seed_step: int | None = None
     last_lerp_step: int = 0
@@ -58,24 +61,27 @@ class Clock:
         self.last_lerp_step = self.applied_steps
 
     def window_decay(self, schedule: Schedule) -> float:
-        """Product of the decays of all steps since the last lerp (float64).
+        """Decay of an update now: of all steps since the last lerp, or of this one (float64).
 
         Raises:
             ConfigError: a schedule of the user's own left ``[0, 1]``.
         """
         seed = self.seed_step or 0
         first = self.last_lerp_step - seed + 1
+        if self.decay_per == "update":
+            first = self.num_updates
         decays = [schedule.decay(n) for n in range(first, self.num_updates + 1)]
         for n, decay in enumerate(decays, first):
             if not 0.0 <= decay <= 1.0:
                 raise ConfigError(f"{schedule} gives the decay {decay} at n = {n}, not in [0, 1]")
         return math.prod(decays)
 
-    def to_dict(self) -> dict[str, int | None]:
+    def to_dict(self) -> dict[str, int | str | None]:
         """All counters, as stored in a checkpoint."""
         return {
             "update_every": self.update_every,
             "start_step": self.start_step,
+            "decay_per": self.decay_per,
             "applied_steps": self.applied_steps,
             "seed_step": self.seed_step,
             "last_lerp_step": self.last_lerp_step,

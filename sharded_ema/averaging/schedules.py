@@ -175,6 +175,62 @@ class HalfLifeFraction(_Settings):
         return 2.0 ** (-1.0 / (self.fraction * max(n, 1)))
 
 
+@dataclass(frozen=True, slots=True)
+class Linear(_Settings):
+    """A decay that grows from ``start`` to ``end`` in a straight line over ``steps`` steps.
+
+    Then it stays. At 1, the default, the average stands still from there on.
+
+    >>> Linear(0.9, steps=100).decay(50)
+    0.95
+    """
+
+    start: float
+    steps: float
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rise(self.start, self.steps, self.end)
+
+    def decay(self, n: int) -> float:
+        """``start + (end - start) * n / steps``, at most ``end``."""
+        return min(self.end, self.start + (self.end - self.start) * n / self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class Cosine(_Settings):
+    """A decay that grows from ``start`` to ``end`` along half a cosine over ``steps`` steps.
+
+    ``end - (end - start) * (cos(pi * n / steps) + 1) / 2``: the schedule of the target network in
+    Grill et al., "Bootstrap Your Own Latent" (2020), 2006.07733, section 3.3, and of the teacher in
+    DINO, Caron et al. (2021), 2104.14294, both with ``end = 1``. Then it stays.
+
+    >>> Cosine(0.9, steps=100).decay(100)
+    1.0
+    """
+
+    start: float
+    steps: float
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_rise(self.start, self.steps, self.end)
+
+    def decay(self, n: int) -> float:
+        """See the class."""
+        if n >= self.steps:
+            return self.end
+        return self.end - (self.end - self.start) * (math.cos(math.pi * n / self.steps) + 1) / 2
+
+
+def _check_rise(start: float, steps: float, end: float) -> None:
+    _check_unit("start", start)
+    _check_unit("end", end)
+    _check_positive("steps", steps)
+    if end < start:
+        raise ConfigError(f"a decay that falls from {start} to {end} is none of these schedules")
+
+
 @dataclass(frozen=True, slots=True, init=False)
 class Power(_Settings):
     """Power-function averaging: ``decay(n) = (1 - 1 / n) ** (gamma + 1)``.
@@ -245,7 +301,8 @@ def sigma_rel_from_gamma(gamma: float) -> float:
 
 
 _TYPES: dict[str, type[_Settings]] = {
-    cls.__name__: cls for cls in (Constant, Warmup, HalfLife, HalfLifeFraction, Power)
+    cls.__name__: cls
+    for cls in (Constant, Warmup, HalfLife, HalfLifeFraction, Power, Linear, Cosine)
 }
 # The names a user types, with the settings that may be given without their name.
 _TEXT: dict[str, tuple[type[_Settings], str]] = {
@@ -254,6 +311,8 @@ _TEXT: dict[str, tuple[type[_Settings], str]] = {
     "half_life": (HalfLife, "steps"),
     "half_life_fraction": (HalfLifeFraction, "fraction"),
     "power": (Power, "sigma_rel"),
+    "linear": (Linear, "start"),
+    "cosine": (Cosine, "start"),
 }
 
 
@@ -278,7 +337,8 @@ def parse_schedule(text: str) -> Schedule:
     """Read a schedule as typed on a command line.
 
     ``0.999``, ``warmup:0.9999``, ``warmup:0.9999,kind=inverse_gamma``, ``half_life:2000``,
-    ``half_life_fraction:0.05``, ``power:0.1`` (sigma_rel) or ``power:gamma=6.94``.
+    ``half_life_fraction:0.05``, ``power:0.1`` (sigma_rel) or ``power:gamma=6.94``,
+    ``linear:0.99,steps=10000`` or ``cosine:0.996,steps=10000``.
 
     >>> parse_schedule("half_life:2000")
     HalfLife(steps=2000.0)

@@ -63,8 +63,8 @@ class Shadow:
         self._seeded = False
         # Positions of shadows that may hold NaN or Inf, of which the average is to be rid.
         self._unhealthy: set[int] = set()
-        self._flats: list[Tensor] = []
-        self._views = {name: self._allocate(live, dtype, device) for name in profiles}
+        self._memory: dict[str, list[Tensor]] = {}
+        self._views = {name: self._allocate(name, live, dtype, device) for name in profiles}
         self._plan: LerpPlan | None = self._make_plan(live)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -93,7 +93,11 @@ class Shadow:
     # An evaluation may have turned inference mode on; its tensors could never be updated.
     @torch.inference_mode(False)
     def _allocate(
-        self, live: Sequence[Tensor], dtype: torch.dtype | None, device: torch.device | None
+        self,
+        profile: str,
+        live: Sequence[Tensor],
+        dtype: torch.dtype | None,
+        device: torch.device | None,
     ) -> list[Tensor]:
         kinds = [(device or t.device, average_dtype(t.dtype, dtype)) for t in live]
         # Copies between a device and what is pinned go on while the host does something else.
@@ -107,7 +111,7 @@ class Shadow:
             )
             for (where, of), n in sizes.items()
         }
-        self._flats += free.values()
+        self._memory[profile] = list(free.values())
         views = []
         for tensor, kind in zip(live, kinds, strict=True):
             taken = tensor.numel() + _gap(tensor.numel(), *kind)
@@ -120,6 +124,21 @@ class Shadow:
                 else flat.view(tensor.shape)
             )
         return views
+
+    @torch.no_grad()
+    def move(self, profile: str, homes: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+        """Let an average live in other memory from now on, which has its values already.
+
+        Args:
+            homes: one tensor per parameter, of the same shapes and dtypes.
+            live: the parameters.
+        """
+        self.settle()
+        self.collect_skipped()
+        self._views[profile] = list(homes)
+        stored = {home.untyped_storage().data_ptr(): home for home in homes if home.numel()}
+        self._memory[profile] = list(stored.values())
+        self._plan = self._make_plan(live)
 
     @torch.inference_mode(False)
     def _make_plan(self, live: Sequence[Tensor]) -> LerpPlan:
@@ -263,8 +282,9 @@ class Shadow:
     def allocated(self) -> dict[torch.device, int]:
         """Bytes allocated for the shadow, by device."""
         total: dict[torch.device, int] = {}
-        for flat in self._flats:
-            total[flat.device] = total.get(flat.device, 0) + flat.untyped_storage().nbytes()
+        for memory in self._memory.values():
+            for t in memory:
+                total[t.device] = total.get(t.device, 0) + t.untyped_storage().nbytes()
         return total
 
     @property

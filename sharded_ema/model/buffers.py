@@ -32,6 +32,11 @@ class HeldBuffers:
         ]
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers."""
+        return [buffer for _, buffer, _ in self._held]
+
+    @property
     def num_bytes(self) -> int:
         """Of the copies."""
         return sum(copy.numel() * copy.element_size() for _, _, copy in self._held)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from typing import Any
 
@@ -26,7 +26,7 @@ from sharded_ema.model.holdings import (
     digest_of,
     take_stock,
 )
-from sharded_ema.model.internals.pytorch import local_tensor
+from sharded_ema.model.internals.pytorch import local_tensor, unchanged
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.sources.protocol import Backup, ReadsShards, Source
 from sharded_ema.model.standing import StandingIn
@@ -341,6 +341,7 @@ class FollowedModel:
         (buffers,) = held
         self.backup_bytes = sum(copy.numel() * copy.element_size() for _, copy in backup)
         self.backup_bytes += buffers.num_bytes
+        kept = unchanged([*(target for target, _ in backup), *buffers.tensors])
         self.standing_in = name
         self._standing = StandingIn(name, self.inventory.averaged)
         failure: BaseException | None = None
@@ -354,10 +355,14 @@ class FollowedModel:
             failure = error
             raise
         finally:
-            self._put_back(backup, buffers, failure)
+            self._put_back(backup, buffers, kept, failure)
 
     def _put_back(
-        self, backup: Backup, buffers: HeldBuffers, failure: BaseException | None
+        self,
+        backup: Backup,
+        buffers: HeldBuffers,
+        kept: AbstractContextManager[None],
+        failure: BaseException | None,
     ) -> None:
         if sys.is_finalizing():
             return  # nobody computes with these weights any more, and nobody else may come
@@ -376,8 +381,9 @@ class FollowedModel:
             failures = {rank: text for rank, text in enumerate(answers) if text is not None}
         try:
             self._come_to_rest()
-            self._stand_in.restore(backup)
-            buffers.put_back()
+            with kept:  # a forward before the swap may have its backward after it
+                self._stand_in.restore(backup)
+                buffers.put_back()
         finally:
             self._come_to_rest()
             if self._standing is not None:

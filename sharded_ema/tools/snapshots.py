@@ -211,6 +211,11 @@ def _of_step(snapshots: Sequence[Snapshot], step: int | None) -> Snapshot:
 
 def _check_clock(snapshot: Snapshot, target: Snapshot) -> None:
     """Refuse averages that did not move at the updates at which the last one did."""
+    if snapshot.meta.get("decay_per", "step") != "step" and snapshot.meta["update_every"] > 1:
+        raise CheckpointMismatchError(
+            f"{snapshot.path} was averaged with decay_per='update', and only the weighting of "
+            "decays per step is known here"
+        )
     every = snapshot.meta["update_every"]
     if every != target.meta["update_every"] or snapshot.steps_taken_in % every:
         raise CheckpointMismatchError(

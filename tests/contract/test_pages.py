@@ -117,7 +117,7 @@ def test_the_programs_of_the_pages_twice(shell: Callable[[str], str], work: Path
     What the tutorial shows of their output is what they print.
     """
     programs = []
-    for name in ("tutorial.md", "resume.md", "stacks.md", "handing-out.md"):
+    for name in ("tutorial.md", "resume.md", "stacks.md", "handing-out.md", "teachers.md"):
         for text in re.findall(r"```python\n(.*?)```", (DOCS / name).read_text(), re.S):
             head = re.match(r"# (\w+)\.py(?:: (.*\.py))?(?:, .*)?\n", text)
             if head is None:

@@ -327,6 +327,8 @@ def check_meta(meta: dict[str, Any], where: str) -> None:
         profile.get("schedule", lambda v: isinstance(v, dict))
         profile.get("decay", lambda v: _is_number(v) and v <= 1)
         profile.get("seed_weight", lambda v: _is_number(v) and v <= 1)
+    if "decay_per" in meta:
+        fields.get("decay_per", lambda v: v in ("step", "update"))
     if "run" in meta:
         fields.get("run", is_text)
     if "adapters" in meta:

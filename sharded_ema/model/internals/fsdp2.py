@@ -13,12 +13,14 @@ parameters of the model.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import StateError
 from sharded_ema.model.devices import wait_for
@@ -243,3 +245,92 @@ def _drop_gather(group: Any) -> None:
     if isinstance(gather.all_gather_work, dist.Work):
         gather.all_gather_work.wait()
     group._all_gather_result = None
+
+
+# ---------------------------------------------------------------------- a second module
+
+
+# What torch.compile and fully_shard note on modules; in what the last key has are its states.
+_MARKS = ("_compiled_call_impl", "_is_fsdp_managed_module", "_fsdp_use_orig_params")
+_STATES = "__composable_api"
+WRAPPED = Members(
+    "the parameters of a fully_shard call",
+    SEEN,
+    ("mesh_info", "mp_policy", "offload_policy", "lazy_init"),
+)
+DIVIDED = Members("a parameter of fully_shard", SEEN, ("fsdp_placement", "sharded_param"))
+
+
+def is_mark(name: str) -> bool:
+    """Whether an attribute of a module tells how it is wrapped, and not what it computes."""
+    return name in _MARKS or name.startswith(_STATES)
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook of a module is one that ``fully_shard`` has registered."""
+    inner = getattr(hook, "__func__", getattr(hook, "func", hook))
+    return str(getattr(inner, "__module__", "")).startswith(
+        ("torch.distributed.fsdp", "torch.distributed._composable", "torch._dynamo")
+    )
+
+
+def wrap_alike(
+    model: nn.Module, copies: Mapping[int, nn.Module], dtype: torch.dtype | None
+) -> None:
+    """``fully_shard`` the copies of the modules of a model as these are, from the inside out.
+
+    What a forward has gathered is always freed: nobody would gather it again after an update.
+
+    Args:
+        copies: by the identity of modules.
+        dtype: to gather and compute in; ``None`` for that of the model.
+    """
+    outer_first = sorted(
+        states_of(model), key=lambda state: -max(len(list(m.modules())) for m in state._modules)
+    )
+    for state in reversed(outer_first):
+        modules = [copies[id(module)] for module in state._modules if id(module) in copies]
+        groups = _groups(state)
+        if not groups or len(modules) != len(state._modules):
+            continue
+        for group in groups:
+            WRAPPED.check(group)
+        group = groups[0]
+        places: dict[int, Any] = {}
+        for each in groups:
+            for divided in each.fsdp_params:
+                DIVIDED.check(divided)
+                place = divided._module_info
+                copied = copies[id(place.module)]._parameters[place.param_name]
+                places[id(copied)] = divided.fsdp_placement
+        own = {id(p) for module in modules for p in module.parameters()}
+        ignored = {
+            p
+            for module in modules
+            for p in module.parameters()
+            if id(p) in own - places.keys() and not isinstance(p, DTensor)
+        }
+        policy = replace(group.mp_policy, param_dtype=_computed_in(group, dtype))
+        fully_shard(
+            modules if len(modules) > 1 else modules[0],
+            mesh=group.mesh_info.mesh,
+            reshard_after_forward=True,
+            shard_placement_fn=lambda p, places=places: places[id(p)],
+            mp_policy=policy,
+            offload_policy=group.offload_policy,
+            ignored_params=ignored,
+        )
+
+
+def _computed_in(group: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+    if dtype is not None or group.mp_policy.param_dtype is not None:
+        return dtype or group.mp_policy.param_dtype
+    dtypes = {divided.sharded_param.dtype for divided in group.fsdp_params}
+    return dtypes.pop() if len(dtypes) == 1 else None
+
+
+def take_up(model: nn.Module) -> None:
+    """Let ``fully_shard`` take up parameters that were replaced, and pad their shards."""
+    for state in states_of(model):
+        for group in _groups(state):
+            group.lazy_init()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from operator import attrgetter
 from typing import Any
@@ -63,6 +64,30 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 def own_children(module: nn.Module) -> dict[str, nn.Module | None]:
     """The modules registered on a module itself."""
     return module._modules
+
+
+VERSIONS = Members("torch.autograd", SEEN, ("_unsafe_preserve_version_counter",))
+
+
+def unchanged(tensors: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Let autograd take tensors for unchanged after the block, which has put their values back.
+
+    Within the block a backward through them is refused, as ever. What is only made in inference
+    mode nobody differentiates.
+    """
+    VERSIONS.check(torch.autograd)
+    counted = tuple(tensor for tensor in tensors if not tensor.is_inference())
+    kept: AbstractContextManager[None] = torch.autograd._unsafe_preserve_version_counter(counted)
+    return kept
+
+
+#: Under which name ``torch.compile`` holds the module that it has compiled.
+COMPILED = "_orig_mod"
+
+
+def hooks_of(module: nn.Module) -> list[Any]:
+    """Forward hooks of a module, those before and those after."""
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
 def is_persistent(module: nn.Module, name: str) -> bool:

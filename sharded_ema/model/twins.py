@@ -1,0 +1,416 @@
+"""A second module like the one that trains, whose parameters are somebody else's memory.
+
+Its structure is copied attribute by attribute, its parameters are given to it, and its buffers are
+its own. It computes and never trains: what would change its parameters is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError, warn
+from sharded_ema.model.internals import fsdp2
+from sharded_ema.model.internals.pytorch import (
+    COMPILED,
+    hooks_of,
+    is_persistent,
+    local_tensor,
+    own_buffers,
+    own_children,
+    own_parameters,
+)
+from sharded_ema.model.names import Parts, walk
+from sharded_ema.model.sources.protocol import ReadsShards
+from sharded_ema.model.steps import StepWatch
+
+#: The copy of each module, by the identity of the original.
+Copies = dict[int, nn.Module]
+
+_REMEDY = (
+    "keep a module of your own, and call ema.copy_to(module=it) after each update, which takes a "
+    "second copy of the weights"
+)
+
+
+class Twin:
+    """A module whose averaged parameters are tensors of the shadow.
+
+    Args:
+        reader: the shards of the model that trains.
+        shadow: the average of each of them, in the same order.
+        dtype: to compute in; ``None`` for that of the model.
+        build: makes a module like the model; ``None`` to copy its structure.
+        refuse: raises if it must not be used now.
+
+    Attributes:
+        module: it.
+        homes: for each shard the memory that its average has to live in from now on: that given,
+            unless a framework has padded it.
+        is_running: whether its forward goes on.
+
+    Raises:
+        UnsupportedLayoutError: the layout has no place for it.
+        BindError: it cannot be copied, or what was built is another model.
+    """
+
+    def __init__(
+        self,
+        reader: ReadsShards,
+        shadow: Sequence[Tensor],
+        *,
+        dtype: torch.dtype | None,
+        build: Callable[[], nn.Module] | None,
+        refuse: Callable[[], None],
+    ) -> None:
+        _check_layout(reader)
+        original = _inside(reader.inventory.model)
+        if reader.kind == "fsdp2":
+            fsdp2.settle(original)
+        averages = {id(s.name.tensor): view for s, view in zip(reader.shards, shadow, strict=True)}
+        tensors = _tensors(original, averages)
+        copies = _copied(original, tensors) if build is None else _built(build, original)
+        self.module = copies[id(original)]
+        _give_buffers(original, copies, tensors)
+        if reader.kind == "fsdp2":
+            _give_meta(original, copies, averages, tensors)
+            fsdp2.wrap_alike(original, copies, dtype)
+            _give_sharded(original, copies, averages)
+        else:
+            _give_whole(original, copies, tensors, dtype)
+        places = [(copies[id(s.name.owner)], s.name.attribute) for s in reader.shards]
+        self.homes = [
+            view if not s.name.is_parameter else _local(own_parameters(module)[attribute])
+            for s, view, (module, attribute) in zip(reader.shards, shadow, places, strict=True)
+        ]
+        self.is_running = False
+        self._is_sharded = reader.kind == "fsdp2"
+        self._refuse = refuse
+        self._places = [
+            (module, attribute, home.data_ptr(), s.name.fqn)
+            for s, home, (module, attribute) in zip(reader.shards, self.homes, places, strict=True)
+            if s.name.is_parameter
+        ]
+        self._watch = StepWatch(self._owns, self._refuse_step)
+        self._guard()
+
+    def end(self) -> None:
+        """No longer watch over it."""
+        self._watch.remove()
+
+    def settle(self) -> None:
+        """Free what is gathered of it: by its user, or by a forward that an exception ended."""
+        if self._is_sharded:
+            fsdp2.settle(self.module)
+
+    # ------------------------------------------------------------------ guards
+
+    def _guard(self) -> None:
+        module = self.module
+        # First in, last out: before a framework gathers, and after it has freed.
+        module.register_forward_pre_hook(self._enter, prepend=True)
+        module.register_forward_hook(self._leave, always_call=True)
+        module.register_load_state_dict_pre_hook(_refuse_load)
+        for name, what in _CHANGES.items():
+            setattr(module, name, _Refusal(what))
+
+    def _enter(self, module: nn.Module, arguments: Any) -> None:
+        self._refuse()
+        for owner, attribute, pointer, name in self._places:
+            parameter = own_parameters(owner)[attribute]
+            if parameter is None or _local(parameter).data_ptr() != pointer:
+                raise StateError(
+                    f"parameter {name} of the module of an average lies elsewhere than the "
+                    "average, which it would not follow: it was moved, replaced, gathered with "
+                    "unshard(), or by a forward that an exception ended. Call ema.module() again, "
+                    "which frees what is gathered, and leave the parameters as they are"
+                )
+            if parameter.requires_grad:
+                raise StateError(
+                    f"parameter {name} of the module of an average has requires_grad=True; it is "
+                    "the average and is not trained. Take the gradients of the model itself"
+                )
+        self.is_running = True
+
+    def _leave(self, module: nn.Module, arguments: Any, result: Any) -> None:
+        self.is_running = False
+
+    def _owns(self, optimizer: Optimizer) -> bool:
+        mine = {id(parameter) for parameter in self.module.parameters()}
+        return any(id(p) in mine for group in optimizer.param_groups for p in group["params"])
+
+    def _refuse_step(self) -> None:
+        raise StateError(
+            "an optimizer is about to step that has parameters of the module of an average: they "
+            "are the average, which only its own updates move. Give it those of the model"
+        )
+
+
+class _Refusal:
+    """Stands in the place of a method that would change the parameters."""
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+
+    def __call__(self, *arguments: Any, **named: Any) -> NoReturn:
+        raise StateError(
+            f"the module of an average was to be {self._what}, and its parameters are the average "
+            "itself; make another with ema.module(dtype=...), or one of your own with "
+            "ema.copy_to(module=...)"
+        )
+
+
+_CHANGES = {"_apply": "moved or converted", "requires_grad_": "trained"}
+
+
+def _refuse_load(module: nn.Module, *arguments: Any) -> None:
+    _Refusal("loaded from a state dict")()
+
+
+# ---------------------------------------------------------------------- what can have one
+
+
+def _check_layout(reader: ReadsShards) -> None:
+    if reader.kind not in ("plain", "ddp", "fsdp2"):
+        raise UnsupportedLayoutError(
+            f"ema.module() is not possible with {reader.kind}, which has no place for a second "
+            f"module in memory of its own choice; {_REMEDY}"
+        )
+    if isinstance(_inside(reader.inventory.model), Parts):
+        raise UnsupportedLayoutError(
+            f"ema.module() is not possible for a model in several parts, none of which is all of "
+            f"it; {_REMEDY}"
+        )
+    cut = [shard.name.fqn for shard in reader.shards if shard.range is not None]
+    if cut:
+        raise UnsupportedLayoutError(
+            f"ema.module() needs all of each average where the model has all of its parameter, "
+            f"and the replicas share the work of {cut[:3]}; make the ShardedEMA with "
+            f"shard_replicas=False, or {_REMEDY}"
+        )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """The module inside wrappers that only matter for training."""
+    while isinstance(model, DistributedDataParallel) or COMPILED in own_children(model):
+        inner = own_children(model)
+        model = inner[COMPILED if COMPILED in inner else "module"]  # type: ignore[assignment]
+    return model
+
+
+# ---------------------------------------------------------------------- the structure
+
+
+def _copied(original: nn.Module, tensors: Mapping[int, Tensor]) -> Copies:
+    """A copy of every module, without parameters, buffers and hooks.
+
+    Args:
+        tensors: what attributes get that lead to a parameter or buffer, by its identity.
+    """
+    modules = list(original.modules())
+    copies: Copies = {}
+    memo: dict[int, Any] = {}
+    for module in modules:
+        made = object.__new__(_bare_class(module))
+        nn.Module.__init__(made)
+        copies[id(module)] = memo[id(module)] = made
+    for module in modules:
+        for tensor in (*own_parameters(module).values(), *own_buffers(module).values()):
+            if tensor is not None:  # an attribute that leads to one is no copy of it
+                memo[id(tensor)] = tensors.get(id(tensor), tensor)
+    for module in modules:  # first, as what a wrapper does not have it asks its child for
+        for name, child in own_children(module).items():
+            own_children(copies[id(module)])[name] = None if child is None else copies[id(child)]
+    made_anew = nn.Module().__dict__.keys()
+    hooks = []
+    for module in modules:
+        made = copies[id(module)]
+        made.train(module.training) if not own_children(module) else None
+        try:
+            for name, value in module.__dict__.items():
+                if name not in made_anew and not fsdp2.is_mark(name):
+                    object.__setattr__(made, name, copy.deepcopy(value, memo))
+        except (TypeError, AttributeError, RuntimeError, AssertionError) as error:
+            raise BindError(
+                f"a {type(module).__name__} cannot be copied ({error}); pass "
+                "ema.module(build=function), which returns a module like the model, not wrapped"
+            ) from error
+        hooks += [type(module).__name__ for hook in hooks_of(module) if not fsdp2.is_own(hook)]
+    if hooks:
+        warn(
+            f"modules ({', '.join(dict.fromkeys(hooks))}) have forward hooks, which the module of "
+            "the average does not get; if its result depends on them, register them on it, too"
+        )
+    return copies
+
+
+def _bare_class(module: nn.Module) -> type[nn.Module]:
+    """Its class as it was before ``fully_shard`` gave it another."""
+    kinds = type(module).__mro__
+    return next(c for c in kinds if issubclass(c, nn.Module) and not issubclass(c, FSDPModule))
+
+
+def _built(build: Callable[[], nn.Module], original: nn.Module) -> Copies:
+    """The modules of what the user has built, by those of the model at the same places."""
+    made = build()
+    theirs = dict(walk(made))
+    copies: Copies = {}
+    for prefix, module in walk(original):
+        if prefix not in theirs or own_parameters(module).keys() - own_parameters(theirs[prefix]):
+            raise BindError(
+                f"what build= has returned is another model: it has no {prefix or 'root'} like "
+                "that of the model; build what the model was made of, not wrapped"
+            )
+        copies[id(module)] = theirs[prefix]
+    return copies
+
+
+# ---------------------------------------------------------------------- the tensors
+
+
+def _tensors(original: nn.Module, averages: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """What stands for each parameter and buffer of the model, by its identity; no sharded ones.
+
+    Averaged ones are the average. Other parameters are the model's own; other buffers are copied
+    once and belong to the module of the average from then on.
+    """
+    made: dict[int, Tensor] = {}
+    for module in original.modules():
+        for buffer in own_buffers(module).values():
+            if buffer is not None and id(buffer) not in made:
+                average = averages.get(id(buffer))
+                made[id(buffer)] = buffer.detach().clone() if average is None else average
+    for _, _, parameter in _each(original):
+        if parameter is not None and not isinstance(parameter, DTensor):
+            view = averages.get(id(parameter), parameter.detach())
+            made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+    return made
+
+
+def _give_buffers(original: nn.Module, copies: Copies, tensors: Mapping[int, Tensor]) -> None:
+    for module in original.modules():
+        for name, buffer in own_buffers(module).items():
+            value = None if buffer is None else tensors[id(buffer)]
+            copies[id(module)].register_buffer(name, value, persistent=is_persistent(module, name))
+
+
+def _each(original: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter | None]]:
+    for module in original.modules():
+        for name, parameter in own_parameters(module).items():
+            yield module, name, parameter
+
+
+def _give_whole(
+    original: nn.Module,
+    copies: Copies,
+    tensors: Mapping[int, Tensor],
+    dtype: torch.dtype | None,
+) -> None:
+    """Parameters that are tensors of the shadow; what is not averaged is the model's own."""
+    running = _Running(copies[id(original)])
+    for module, name, parameter in _each(original):
+        own = None if parameter is None else tensors[id(parameter)]
+        assert own is None or isinstance(own, nn.Parameter)
+        copies[id(module)].register_parameter(name, own)
+        if parameter is None or own is None:
+            continue
+        wanted = dtype if dtype is not None and own.is_floating_point() else parameter.dtype
+        if own.dtype != wanted:
+            _cast(copies[id(module)], name, wanted, running)
+
+
+class _Running:
+    """Tells whether a forward of some modules goes on."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._watched: set[nn.Module] = set()
+        self._now: set[nn.Module] = set()
+        self.watch(root)
+
+    def watch(self, module: nn.Module) -> None:
+        if module not in self._watched:
+            self._watched.add(module)
+            module.register_forward_pre_hook(lambda m, _: self._now.add(m), prepend=True)
+            module.register_forward_hook(lambda m, _, __: self._now.discard(m), always_call=True)
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+
+def _cast(module: nn.Module, name: str, dtype: torch.dtype, running: _Running) -> None:
+    """Let whoever asks a module for a parameter in a forward find it in another dtype.
+
+    That need not be its own forward: attention reads the weight of its projection, and a head that
+    of an embedding. The registered parameter stays as it is.
+    """
+
+    def converted(self: nn.Module) -> Tensor:
+        parameter = own_parameters(self)[name]
+        assert parameter is not None
+        return parameter.detach().to(dtype) if running else parameter
+
+    running.watch(module)
+    kind = type(module)
+    module.__class__ = type(kind.__name__, (kind,), {name: property(converted)})
+
+
+def _give_meta(
+    original: nn.Module,
+    copies: Copies,
+    averages: Mapping[int, Tensor],
+    tensors: Mapping[int, Tensor],
+) -> None:
+    """Parameters without memory, of global shapes, for ``fully_shard`` to divide."""
+    made: dict[int, nn.Parameter] = {}
+    for module, name, parameter in _each(original):
+        own = None if parameter is None else tensors.get(id(parameter))
+        if isinstance(parameter, DTensor):
+            dtype = averages.get(id(parameter), parameter).dtype
+            view = torch.empty(parameter.shape, dtype=dtype, device="meta")
+            own = made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
+        assert own is None or isinstance(own, nn.Parameter)
+        copies[id(module)].register_parameter(name, own)
+
+
+def _give_sharded(original: nn.Module, copies: Copies, averages: Mapping[int, Tensor]) -> None:
+    """Memory for the shards, in which the framework keeps them: padded, where they are uneven."""
+    made: dict[int, nn.Parameter] = {}
+    for module, name, parameter in _each(original):
+        if not isinstance(parameter, DTensor):
+            continue
+        divided = own_parameters(copies[id(module)])[name]
+        if not isinstance(divided, DTensor) or divided.placements != parameter.placements:
+            raise UnsupportedLayoutError(
+                f"ema.module() cannot divide {name} of a {type(module).__name__} as the model's "
+                f"is, {parameter.placements}, with fully_shard alone (tensor parallelism?); "
+                f"{_REMEDY}"
+            )
+        averaged = averages.get(id(parameter))
+        local = local_tensor(parameter).detach() if averaged is None else averaged
+        shard = DTensor.from_local(
+            torch.empty_like(local, memory_format=torch.contiguous_format).copy_(local)
+            if averaged is not None
+            else local,
+            divided.device_mesh,
+            divided.placements,
+            run_check=False,
+            shape=divided.shape,
+            stride=divided.stride(),
+        )
+        own = made.setdefault(id(parameter), nn.Parameter(shard, requires_grad=False))
+        own_parameters(copies[id(module)])[name] = own
+    fsdp2.take_up(copies[id(original)])
+
+
+def _local(parameter: Tensor | None) -> Tensor:
+    assert parameter is not None
+    tensor = local_tensor(parameter) if isinstance(parameter, DTensor) else parameter
+    return tensor.detach()
