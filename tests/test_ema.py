@@ -141,7 +141,7 @@ def test_buffers() -> None:
     ("arguments", "error", "match"),
     [
         ({"schedule": 1.5}, ConfigError, r"decay must lie in \[0, 1\]"),
-        ({"schedule": "cosine:3"}, ConfigError, "unknown schedule"),
+        ({"schedule": "parabola:3"}, ConfigError, "unknown schedule"),
         ({"schedule": {}}, ConfigError, "at least one profile"),
         ({"schedule": {"_x": 0.9}}, ConfigError, "profile name"),
         ({"schedule": {"a.b": 0.9}}, ConfigError, "profile name"),

@@ -233,7 +233,6 @@ def _copied(original: nn.Module, tensors: Mapping[int, Tensor]) -> Copies:
     hooks = []
     for module in modules:
         made = copies[id(module)]
-        made.train(module.training) if not own_children(module) else None
         try:
             for name, value in module.__dict__.items():
                 if name not in made_anew and not fsdp2.is_mark(name):

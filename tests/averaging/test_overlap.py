@@ -163,7 +163,7 @@ def test_memory_that_is_read_or_written_stays(device: Accelerator) -> None:
     run.ema.attach(run.optimizer)
     assert not device.held
     run.step()
-    (flat,) = run.ema._average.shadow._flats
+    (flat,) = run.ema._average.shadow._memory["ema"]
     assert {*map(Tensor.data_ptr, run.model.parameters()), flat.data_ptr()} < device.held
     run.ema.close()
 

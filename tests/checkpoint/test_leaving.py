@@ -215,7 +215,7 @@ def test_a_copy_keeps_what_was_counted_and_sees_other_weights() -> None:
     ema.update()
     skipped = copy.deepcopy(ema)
     with pytest.warns(UserWarning, match="NaN or Inf"):
-        assert skipped.metrics()["nonfinite_elements"] == 1
+        assert skipped.metrics()["ema/nonfinite_elements"] == 1
 
 
 def test_nothing_is_copied_in_a_swap() -> None:

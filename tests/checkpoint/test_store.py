@@ -745,7 +745,7 @@ def distances(mode: str) -> tuple[float, float]:
     average, live = averages(ema), run.gather()
     apart = sum(float((average[n].double() - live[n].double()).square().sum()) for n in live)
     norm = sum(float(live[n].double().square().sum()) for n in live)
-    found = ema.metrics(distance=True)["distance/ema"]
+    found = ema.metrics(distance=True)["ema/distance/ema"]
     ema.close()
     return found, (apart / norm) ** 0.5
 

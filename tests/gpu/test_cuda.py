@@ -421,9 +421,9 @@ def test_nonfinite_elements_are_skipped_and_counted(mesh: DeviceMesh, mode: str)
     expected = {n: torch.where(finite[n], value, before[n]) for n, value in expected.items()}
     ema.update()
     assert_equal(averages(ema), expected)
-    assert ema.metrics()["nonfinite_elements"] == 2
+    assert ema.metrics()["ema/nonfinite_elements"] == 2
     ema.update()
-    assert ema.metrics()["nonfinite_elements"] == 4
+    assert ema.metrics()["ema/nonfinite_elements"] == 4
     ema.close()
 
 
