@@ -496,8 +496,10 @@ class ShardedEMA:
         return self._store.state_dict()
 
     def _refuse_rank_0_writers(self) -> None:
+        if self._model.ranks.size == 1:
+            return
         caller = caller_among(_WRITE_RANK_0)
-        if caller is not None and self._model.ranks.size > 1:
+        if caller is not None:
             what, remedy = _WRITE_RANK_0[caller]
             raise CheckpointWriteError(
                 f"{what} writes the state of rank 0 alone, in which the pieces of "
@@ -669,7 +671,7 @@ class ShardedEMA:
 
     @property
     def decay(self) -> dict[str, float]:
-        """Decay per optimizer step in force, by profile."""
+        """Decay in force, by profile: per optimizer step, or as ``decay_per`` says."""
         return self._average.decays
 
     @property

@@ -768,3 +768,31 @@ def test_a_save_needs_its_step_by_name(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=r"by name: save\(path, step=(7|\.\.\.)\)"):
             call()
     assert not list(tmp_path.iterdir())
+
+
+def test_a_decay_per_update(tmp_path: Path) -> None:
+    """Every third step by a half, as references move; what is said of it counts steps."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 4)
+    settings: dict[str, Any] = {"update_every": 3, "decay_per": "update"}
+    with pytest.warns(EMAWarning, match=r"spans 6 steps .* at its end 25%"):
+        ema = ShardedEMA(model, 0.5, **settings, total_steps=8)
+    average = model.weight.detach().clone()
+    for step in range(1, 9):
+        with torch.no_grad():
+            model.weight.add_(torch.randn(4, 4))
+        ema.update()
+        if step % 3 == 0:
+            average.lerp_(model.weight.detach(), 0.5)
+        if step == 4:
+            ema.save(tmp_path / "step_4", step=4)
+            ema = ShardedEMA(model, 0.5, **settings)
+            ema.load(tmp_path / "step_4")
+        assert torch.equal(averages(ema)["weight"], average), step
+    found = ema.metrics()
+    assert found["ema/horizon_steps/ema"] == 6
+    assert found["ema/seed_weight/ema"] == 0.25
+    taken = ShardedEMA(model, 0.5, **settings)
+    torch.save(model.state_dict(), tmp_path / "old.pt")
+    taken.load(tmp_path / "old.pt", num_updates=7)
+    assert taken.metrics()["ema/seed_weight/ema"] == 0.25

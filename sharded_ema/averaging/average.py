@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.averaging.clock import Clock
+from sharded_ema.averaging.forgetting import per_step, share_left
 from sharded_ema.averaging.schedules import Schedule, horizon
 from sharded_ema.averaging.shadow import Shadow
 from sharded_ema.config import OFFLOAD_BUFFER
@@ -22,8 +23,6 @@ from sharded_ema.errors import ConfigError, NonFiniteError, StateError
 
 # The step whose decay stands for those of a long run, if nobody says how long it will be.
 _MANY_STEPS = 1_000_000
-# A share of the seed below which it plays no part in fp64 any more.
-_NOTHING = 1e-17
 
 
 class Average:
@@ -241,9 +240,18 @@ class Average:
 
     @property
     def decays(self) -> dict[str, float]:
-        """Decay per optimizer step in force, by profile."""
+        """Decay in force, by profile: per optimizer step, or per update."""
         n = max(1, self.num_updates)
         return {name: schedule.decay(n) for name, schedule in self.profiles.items()}
+
+    @property
+    def per_step(self) -> dict[str, Schedule]:
+        """The schedules by which steps are forgotten, by profile."""
+        clock = self.clock
+        return {
+            name: per_step(schedule, clock.decay_per, clock.update_every)
+            for name, schedule in self.profiles.items()
+        }
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -251,7 +259,7 @@ class Average:
         found: dict[str, float] = {}
         for name, decay in self.decays.items():
             found[f"decay/{name}"] = decay
-            found[f"horizon_steps/{name}"] = horizon(decay)
+            found[f"horizon_steps/{name}"] = self.clock.steps_per_decay * horizon(decay)
             found[f"seed_weight/{name}"] = self.seed_weights[name]
         return found
 
@@ -301,8 +309,8 @@ class Average:
             "seed_step": start,
             "last_lerp_step": steps,
             "profiles": {
-                name: {"seed_weight": _seed_weight(schedule, num_updates)}
-                for name, schedule in self.profiles.items()
+                name: {"seed_weight": share_left(schedule, num_updates)}
+                for name, schedule in self.per_step.items()
             },
         }
 
@@ -322,16 +330,6 @@ class Average:
         if fresh:
             self.copy_live(fresh)
         return fresh
-
-
-def _seed_weight(schedule: Schedule, num_updates: int) -> float:
-    """Share of the seed after so many updates; 0 where it is too small to matter."""
-    share = 1.0
-    for n in range(1, num_updates + 1):
-        share *= schedule.decay(n)
-        if share < _NOTHING:
-            return 0.0
-    return share
 
 
 def check_dtype(

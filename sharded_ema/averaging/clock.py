@@ -52,6 +52,11 @@ class Clock:
         """Applied steps since the seed: the ``n`` of ``schedule.decay(n)``."""
         return 0 if self.seed_step is None else self.applied_steps - self.seed_step
 
+    @property
+    def steps_per_decay(self) -> int:
+        """Applied steps for which one decay stands."""
+        return self.update_every if self.decay_per == "update" else 1
+
     def seeded(self) -> None:
         """The shadow has just become the parameters."""
         self.seed_step = self.last_lerp_step = self.applied_steps

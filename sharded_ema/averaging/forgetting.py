@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
-from sharded_ema.averaging.schedules import Constant, HalfLife, Schedule, Warmup
+from sharded_ema.averaging.schedules import Constant, Cosine, HalfLife, Linear, Schedule, Warmup
 
 #: The share of the seed above which an average is called unfit for use.
 MUCH_LEFT = 0.05
@@ -76,9 +78,34 @@ def _decays(schedule: Schedule, after: int) -> Iterator[tuple[int, float, bool]]
                 for_ever = True
             case Warmup():
                 for_ever = decay == schedule.max_decay
+            case Linear() | Cosine():
+                for_ever = n >= schedule.steps
             case _:
                 for_ever = False
         yield n, decay, for_ever
+
+
+@dataclass(frozen=True, slots=True)
+class _AtUpdates:
+    """Decays of updates as those of steps: nothing is forgotten in between."""
+
+    of_updates: Schedule
+    update_every: int
+
+    def decay(self, n: int) -> float:
+        return 1.0 if n % self.update_every else self.of_updates.decay(n)
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.of_updates.to_dict()
+
+
+def per_step(schedule: Schedule, decay_per: str, update_every: int) -> Schedule:
+    """The schedule by which steps are forgotten, whatever its decays are of.
+
+    >>> round(share_left(per_step(Constant(0.5), "update", 10), 35), 3)
+    0.125
+    """
+    return schedule if decay_per == "step" else _AtUpdates(schedule, update_every)
 
 
 def describe_seed(profile: str, steps: int, left: float, more: int | None) -> str:

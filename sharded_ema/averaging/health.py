@@ -231,13 +231,14 @@ class Health:
         if self._total_steps is None:
             return
         steps = max(0, self._total_steps - average.clock.start_step)
-        for name, schedule in average.profiles.items():
+        for name, schedule in average.per_step.items():
             left = share_left(schedule, steps)
             if left > MUCH_LEFT:
-                decay = schedule.decay(max(1, steps))
+                decay = average.profiles[name].decay(max(1, steps))
+                spans = average.clock.steps_per_decay * horizon(decay)
                 self.warn_once(
                     f"seed {name}",
-                    f"average {name!r} spans {horizon(decay):,.0f} steps but the run has {steps:,} "
+                    f"average {name!r} spans {spans:,.0f} steps but the run has {steps:,} "
                     f"after start_step: at its end {left:.0%} of the average would be the initial "
                     f"weights. Leave {_REMEDY}",
                 )
@@ -263,7 +264,7 @@ class Health:
         if not steps or (logged and steps < _EARLY):
             return
         for name in average.profiles if names is None else names:
-            left, schedule = average.seed_weights[name], average.profiles[name]
+            left, schedule = average.seed_weights[name], average.per_step[name]
             if left <= MUCH_LEFT or self._warned & {f"seed {name}", f"still {name}"}:
                 continue
             if self._total_steps is not None and not closing:

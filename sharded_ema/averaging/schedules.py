@@ -176,7 +176,24 @@ class HalfLifeFraction(_Settings):
 
 
 @dataclass(frozen=True, slots=True)
-class Linear(_Settings):
+class _Rise(_Settings):
+    start: float
+    steps: float
+    end: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check_unit("start", self.start)
+        _check_unit("end", self.end)
+        _check_positive("steps", self.steps)
+        if self.end < self.start:
+            raise ConfigError(
+                f"a decay that falls from {self.start} to {self.end} forgets what it has gathered; "
+                "let it rise"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Linear(_Rise):
     """A decay that grows from ``start`` to ``end`` in a straight line over ``steps`` steps.
 
     Then it stays. At 1, the default, the average stands still from there on.
@@ -185,20 +202,13 @@ class Linear(_Settings):
     0.95
     """
 
-    start: float
-    steps: float
-    end: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_rise(self.start, self.steps, self.end)
-
     def decay(self, n: int) -> float:
         """``start + (end - start) * n / steps``, at most ``end``."""
         return min(self.end, self.start + (self.end - self.start) * n / self.steps)
 
 
 @dataclass(frozen=True, slots=True)
-class Cosine(_Settings):
+class Cosine(_Rise):
     """A decay that grows from ``start`` to ``end`` along half a cosine over ``steps`` steps.
 
     ``end - (end - start) * (cos(pi * n / steps) + 1) / 2``: the schedule of the target network in
@@ -209,26 +219,11 @@ class Cosine(_Settings):
     1.0
     """
 
-    start: float
-    steps: float
-    end: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_rise(self.start, self.steps, self.end)
-
     def decay(self, n: int) -> float:
         """See the class."""
         if n >= self.steps:
             return self.end
         return self.end - (self.end - self.start) * (math.cos(math.pi * n / self.steps) + 1) / 2
-
-
-def _check_rise(start: float, steps: float, end: float) -> None:
-    _check_unit("start", start)
-    _check_unit("end", end)
-    _check_positive("steps", steps)
-    if end < start:
-        raise ConfigError(f"a decay that falls from {start} to {end} is none of these schedules")
 
 
 @dataclass(frozen=True, slots=True, init=False)

@@ -133,7 +133,6 @@ class Shadow:
             homes: one tensor per parameter, of the same shapes and dtypes.
             live: the parameters.
         """
-        self.settle()
         self.collect_skipped()
         self._views[profile] = list(homes)
         stored = {home.untyped_storage().data_ptr(): home for home in homes if home.numel()}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.files import URL, as_location, entries, open_regular
+from sharded_ema.checkpoint.files import URL, as_location, is_file, open_regular
 from sharded_ema.checkpoint.names import COMMITTED_NAMES
 from sharded_ema.checkpoint.reading.chunks import KnownChunks
 from sharded_ema.checkpoint.reading.models import holds_model, open_model
@@ -124,7 +124,7 @@ def open_other(path: str | PathLike[str]) -> OtherAverage | None:
     if isinstance(where, URL):
         return None
     if where.is_dir():
-        if entries(where) & COMMITTED_NAMES:
+        if any(is_file(where / name) for name in COMMITTED_NAMES):
             return None
         if holds_model(where):
             return _of_safetensors(where)

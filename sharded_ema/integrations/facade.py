@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FlatParameter
 from torch.distributed.tensor import DTensor
 
+from sharded_ema.averaging.forgetting import share_left
 from sharded_ema.averaging.schedules import Schedule
 from sharded_ema.checkpoint.names import META_KEY
 from sharded_ema.checkpoint.reading.manifest import decode_meta, encode_meta
@@ -237,7 +238,7 @@ class Keeper:
         if self.ema is None:
             self._given = list(values)
         else:
-            left = _left(self._schedule, num_updates)
+            left = share_left(self._schedule, num_updates)
             self.take_named(dict(zip(self.names, values, strict=True)), num_updates, left)
 
     def take_named(self, values: Mapping[str, Tensor], num_updates: int, left: float) -> None:
@@ -418,13 +419,3 @@ def _names_of(module: nn.Module) -> list[str]:
             if parameter is not None:
                 names.setdefault(id(parameter), prefix + name)
     return list(names.values())
-
-
-def _left(schedule: Schedule, n: int) -> float:
-    """The share of the seed after ``n`` updates."""
-    left = 1.0
-    for i in range(1, n + 1):
-        left *= schedule.decay(i)
-        if left < 1e-12:
-            return 0.0
-    return left

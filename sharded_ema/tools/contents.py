@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from sharded_ema.averaging.forgetting import MUCH_LEFT, describe_seed, steps_to_forget
+from sharded_ema.averaging.forgetting import MUCH_LEFT, describe_seed, per_step, steps_to_forget
 from sharded_ema.averaging.schedules import schedule_from_dict
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
@@ -61,7 +61,8 @@ class Average:
             return []
         more = None
         with suppress(ConfigError):  # of a later version
-            schedule = schedule_from_dict(settings["schedule"])
+            decay_per, every = self.meta.get("decay_per", "step"), self.meta["update_every"]
+            schedule = per_step(schedule_from_dict(settings["schedule"]), decay_per, every)
             more = steps_to_forget(schedule, MUCH_LEFT, left=left, after=steps)
         return [
             f"{describe_seed(self.profile, steps, left, more)}. Export a later checkpoint, or "

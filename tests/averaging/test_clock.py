@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,7 @@ from sharded_ema.averaging.schedules import Constant, Warmup
 from sharded_ema.errors import ConfigError
 
 
-def started(**settings: int) -> Clock:
+def started(**settings: Any) -> Clock:
     clock = Clock(**settings)
     clock.seeded()
     return clock
@@ -47,6 +48,16 @@ def test_window_is_the_product_of_its_decays() -> None:
     until_due(clock)
     assert clock.window_decay(schedule) == math.prod(schedule.decay(n) for n in (5, 6, 7, 8))
     assert clock.window_decay(Constant(0.9)) == pytest.approx(0.9**4)
+
+
+def test_a_decay_per_update_is_that_of_its_step_once() -> None:
+    clock, schedule = started(update_every=4, decay_per="update"), Warmup(0.999)
+    for n in (4, 8, 12):
+        until_due(clock)
+        assert clock.window_decay(schedule) == schedule.decay(n)
+        clock.taken_in()
+    clock.applied_steps += 6  # resumed with another update_every
+    assert clock.window_decay(schedule) == schedule.decay(18)
 
 
 @pytest.mark.parametrize("value", [1.5, -0.1, math.nan])

@@ -13,6 +13,7 @@ from sharded_ema.averaging import forgetting
 from sharded_ema.averaging.forgetting import describe_seed, share_left, steps_to_forget
 from sharded_ema.averaging.schedules import (
     Constant,
+    Cosine,
     HalfLife,
     HalfLifeFraction,
     Power,
@@ -82,3 +83,19 @@ def test_a_seed_that_hardly_fades_is_not_waited_for(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(forgetting, "_FAR", 1000)
     assert steps_to_forget(HalfLifeFraction(100.0), 0.05) is None
     assert "too many steps" in describe_seed("ema", 5, 0.9, None)
+
+
+def test_decays_of_updates_forget_nothing_in_between() -> None:
+    schedule = forgetting.per_step(Warmup(0.9), "update", 8)
+    for steps in (7, 8, 50):
+        wanted = math.prod(Warmup(0.9).decay(n) for n in range(8, steps + 1, 8))
+        assert share_left(schedule, steps) == pytest.approx(wanted)
+    assert steps_to_forget(forgetting.per_step(Constant(0.5), "update", 10), 0.05) == 50
+    assert forgetting.per_step(Constant(0.5), "step", 10) == Constant(0.5)
+
+
+def test_what_has_risen_to_one_is_never_forgotten() -> None:
+    assert steps_to_forget(Cosine(0.999, steps=10), 0.05) is None
+    assert share_left(Cosine(0.999, steps=10), 10**9) == pytest.approx(
+        math.prod(Cosine(0.999, steps=10).decay(n) for n in range(1, 11))
+    )

@@ -11,8 +11,10 @@ import pytest
 from sharded_ema.averaging import schedules
 from sharded_ema.averaging.schedules import (
     Constant,
+    Cosine,
     HalfLife,
     HalfLifeFraction,
+    Linear,
     Power,
     Schedule,
     Warmup,
@@ -32,6 +34,8 @@ ALL: list[Schedule] = [
     HalfLifeFraction(0.05),
     Power(sigma_rel=0.1),
     Power(gamma=16.97),
+    Linear(0.9, steps=100),
+    Cosine(0.996, steps=1000, end=0.9999),
 ]
 
 
@@ -156,3 +160,20 @@ def test_bad_settings_are_refused(make: object) -> None:
 def test_horizon() -> None:
     assert horizon(0.9) == pytest.approx(10)
     assert horizon(1.0) == math.inf
+
+
+def test_decays_that_rise() -> None:
+    linear, cosine = Linear(0.9, steps=100, end=0.99), Cosine(0.9, steps=100, end=0.99)
+    for n in (1, 25, 50, 99):
+        assert linear.decay(n) == pytest.approx(0.9 + 0.09 * n / 100)
+        rise = (1 - math.cos(math.pi * n / 100)) / 2
+        assert cosine.decay(n) == pytest.approx(0.9 + 0.09 * rise)
+    for schedule in (linear, cosine):
+        assert schedule.decay(100) == schedule.decay(10**6) == 0.99
+    assert parse_schedule("cosine:0.9,steps=100,end=0.99") == cosine
+    assert parse_schedule("linear:0.9,steps=100") == Linear(0.9, steps=100.0)
+    for kind in (Linear, Cosine):
+        with pytest.raises(ConfigError, match="a decay that falls from"):
+            kind(0.9, steps=10, end=0.5)
+        with pytest.raises(ConfigError, match="steps must be a positive"):
+            kind(0.9, steps=0)
