@@ -731,7 +731,7 @@ class ShardedEMA:
             **self._average.numbers,
             **distances,
         }
-        return {prefix + name: float(value) for name, value in found.items()}
+        return _Metrics(prefix, found)
 
     def _distances(self) -> dict[str, float]:
         def partial() -> dict[str, Part]:
@@ -964,6 +964,21 @@ class ShardedEMA:
         if self._model.is_itself:
             self._check_moving(closing=closing)
         self._health.check_finite(self._average.shadow.collect_skipped())
+
+
+class _Metrics(dict[str, float]):
+    """Numbers under names with a prefix; those without one, as they once were, are found too."""
+
+    def __init__(self, prefix: str, numbers: Mapping[str, float]) -> None:
+        super().__init__({prefix + name: float(value) for name, value in numbers.items()})
+        self._prefix = prefix
+
+    def __missing__(self, name: str) -> float:
+        now = self._prefix + name
+        if now not in self:
+            raise KeyError(name)
+        warn(f"metrics()[{name!r}] is deprecated: it is called {now!r}", DeprecationWarning)
+        return self[now]
 
 
 _BELOW = (

@@ -796,3 +796,15 @@ def test_a_decay_per_update(tmp_path: Path) -> None:
     torch.save(model.state_dict(), tmp_path / "old.pt")
     taken.load(tmp_path / "old.pt", num_updates=7)
     assert taken.metrics()["ema/seed_weight/ema"] == 0.25
+
+
+def test_names_of_metrics() -> None:
+    ema = ShardedEMA(nn.Linear(2, 2), 0.9)
+    found = ema.metrics(prefix="teacher/")
+    assert all(name.startswith("teacher/") for name in found)
+    assert all(name.startswith("ema/") for name in ema.metrics())
+    assert {**ema.metrics()}.keys() == ema.metrics().keys()
+    with pytest.warns(DeprecationWarning, match="is called 'teacher/num_updates'"):
+        assert found["num_updates"] == 0  # as it was called once
+    with pytest.raises(KeyError, match="x"):
+        found["x"]

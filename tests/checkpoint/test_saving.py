@@ -20,7 +20,7 @@ import pytest
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from sharded_ema import ShardedEMA
+from sharded_ema import ShardedEMA, latest_checkpoint
 from sharded_ema.errors import CheckpointError, CheckpointWriteError, EMAError
 from tests.helpers.layouts import assert_equal, build, rank, sizes
 from tests.helpers.pool import WorkerPool
@@ -371,3 +371,18 @@ def test_ranks_save_to_a_url(worlds: Worlds, tmp_path: Path) -> None:
         f"chunks-{uuid}.safetensors",
         *(f"shard-0000{rank}-{uuid}.safetensors" for rank in range(2)),
     }
+
+
+def test_the_latest_is_found_where_training_stacks_put_it(tmp_path: Path) -> None:
+    ema = ShardedEMA(nn.Linear(3, 2), 0.9)
+    places = (
+        "checkpoint-2/ema",  # transformers
+        "checkpoint-10/ema",
+        "checkpoints/checkpoint_0/ema",  # accelerate
+        "checkpoints/last.ckpt.ema",  # Lightning
+        "global_step12/ema",  # DeepSpeed
+    )
+    for step, place in enumerate(places):
+        ema.save(tmp_path / place, step=step, latest=False)
+        assert latest_checkpoint(tmp_path) == tmp_path / place
+        assert ema.load(latest_checkpoint(tmp_path)) == step

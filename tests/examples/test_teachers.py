@@ -41,7 +41,7 @@ def test_thirty_labels_teach_most_digits() -> None:
 
 def test_the_target_stands_longer_than_a_fall_takes() -> None:
     (found,) = numbers("target_network.py", 500)
-    assert min(found["network"], found["target"]) > 30  # always to one side: about 8
+    assert min(found["network"], found["target"]) > 120  # untrained: 91
 
 
 def test_a_reference_remembers_what_the_student_forgets() -> None:

@@ -20,6 +20,7 @@ from diffusers import UNet2DModel
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from sharded_ema.integrations.diffusers import EMAModel
+from tests.integrations.facades import UNET
 from tests.integrations.on_cpus import zero
 
 
@@ -42,16 +43,7 @@ def start(backend: str) -> Accelerator:
 
 def make() -> Any:
     torch.manual_seed(0)
-    return UNet2DModel(
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    return UNet2DModel(**UNET)
 
 
 def main() -> None:

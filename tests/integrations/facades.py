@@ -18,6 +18,17 @@ from tests.launch.programs import ROOT, execute, torchrun
 KILLED = Path(__file__).with_name("killed.py")
 ON_CPUS = {"DS_ACCELERATOR": "cpu", "PYTHONUNBUFFERED": "1"}
 
+#: The smallest UNet that diffusers makes.
+UNET: dict[str, Any] = {
+    "in_channels": 1,
+    "out_channels": 1,
+    "sample_size": 8,
+    "block_out_channels": (8,),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "down_block_types": ("DownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
 BACKENDS = {
     "ddp": "DDP",
     "fsdp1": "FSDP1",

@@ -18,6 +18,7 @@ from tests.helpers.layouts import assert_equal, rank, reference_step
 from tests.helpers.pool import WorkerPool
 from tests.integrations.facades import (
     ON_CPUS,
+    UNET,
     Training,
     assert_list,
     killed_and_resumed,
@@ -53,16 +54,7 @@ def unet_class() -> Any:
 
 def make_unet(unet_class: Any) -> Any:
     torch.manual_seed(0)
-    return unet_class(
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        down_block_types=("DownBlock2D",),
-        up_block_types=("UpBlock2D",),
-    )
+    return unet_class(**UNET)
 
 
 # ---------------------------------------------------------------------- its numbers
