@@ -412,10 +412,13 @@ class ShardedEMA:
         checkpoint stores them once. Frozen parameters are the model's own, buffers (but averaged
         ones) copies that are its own from then on. Under ``fully_shard`` it is sharded as the
         model is, and a forward gathers layer by layer; the average moves into its padded shards.
+        Where replicas share the average, a forward puts each parameter together when it asks for
+        it. Under tensor parallelism it has the plan of the model.
         It is frozen: training it, loading into it and converting it are refused. Mean teacher:
         Tarvainen and Valpola (2017), 1703.01780; momentum encoders: He et al. (2020), 1911.05722.
 
-        Every rank calls it, and under ``fully_shard`` every forward is collective. One module for
+        Every rank calls it, and under ``fully_shard`` or with shared replicas every forward is
+        collective. One module for
         each average: calls with the same arguments return the same one.
 
         Args:
@@ -427,8 +430,9 @@ class ShardedEMA:
                 its parameters and buffers are replaced.
 
         Raises:
-            UnsupportedLayoutError: replicas share the average (pass ``shard_replicas=False``), or
-                the layout has no place for it (FSDP1, DeepSpeed, tensor parallelism).
+            UnsupportedLayoutError: the layout has no place for it (FSDP1, DeepSpeed, tensor
+                parallelism under ``fully_shard``), or replicas share the average and a module
+                keeps its weights in a list, too (pass ``shard_replicas=False``).
             BindError: the model cannot be copied, or ``build`` returned another one.
             ConfigError: a module of this average was made with other arguments.
             SwapError: inside :meth:`swap`.
