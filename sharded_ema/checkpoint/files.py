@@ -363,12 +363,30 @@ class _RemoteObject(_RemoteFile):
         view[:] = data
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The content of a file in memory, or the beginning of it.
+
+    Attributes:
+        data: its first bytes.
+        size: of the file.
+    """
+
+    data: Bytes
+    size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there."""
+        return self.data.nbytes == self.size
+
+
 class _KeptFile(OpenFile):
     """What is in memory already."""
 
-    def __init__(self, location: Location, data: Bytes) -> None:
-        super().__init__(location, data.nbytes)
-        self._data = data
+    def __init__(self, location: Location, kept: Kept) -> None:
+        super().__init__(location, kept.size)
+        self._data = kept.data
 
     def _read_at(self, view: memoryview, position: int) -> int:
         part = self._data[position : position + view.nbytes]
@@ -680,7 +698,7 @@ class Directory:
         self._handle: _Handle | None = None
         # Under a URL: what it is known by, and the digest of that.
         self._known: tuple[str, bytes] | None = None
-        self.kept: dict[str, Bytes] = {}
+        self.kept: dict[str, Kept] = {}
         if isinstance(location, Path):
             try:
                 self._handle = _Handle(location)
@@ -709,9 +727,9 @@ class Directory:
     def is_as_kept(self, name: str) -> bool:
         """Whether a file has the size of what is taken for its content, and ends as that does."""
         kept = self.kept[name]
-        end = kept[-_END_BYTES:]
+        end = kept.data[-_END_BYTES:]
         with self._open_path(name) as file:
-            return file.size == kept.nbytes and file.read(file.size - end.nbytes, end.nbytes) == (
+            return file.size == kept.size and file.read(file.size - end.nbytes, end.nbytes) == (
                 end.tobytes()
             )
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from sharded_ema.checkpoint.files import URL, Bytes, Directory, as_location, gone
+from sharded_ema.checkpoint.files import URL, Directory, Kept, as_location, gone
 from sharded_ema.checkpoint.filling import Filling, fill
 from sharded_ema.checkpoint.names import MANIFEST_NAME, METADATA_NAME, is_part_of
+from sharded_ema.checkpoint.reading.chunks import TableIndex
 from sharded_ema.checkpoint.reading.manifest import check_header
 from sharded_ema.checkpoint.reading.opened import Checkpoint, data_files, open_directory
-from sharded_ema.checkpoint.reading.selection import select
+from sharded_ema.checkpoint.reading.selection import Selection, Wanted, select
 from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointGoneError, CheckpointNotFoundError
 from sharded_ema.model.agreement import Ranks
@@ -35,17 +36,19 @@ class Told:
 
     Attributes:
         where: its directory or URL.
-        sizes: of the files that it holds in memory, in bytes by name.
+        sizes: of the files that all are to hold in memory, by name: how many of their first bytes,
+            and how large they are.
     """
 
     where: str
-    sizes: dict[str, int]
+    sizes: dict[str, tuple[int, int]]
 
 
 class Loading:
-    """One load: :meth:`look`, :meth:`share`, :meth:`open`, :meth:`choose` and :meth:`read`.
+    """One load: :meth:`look`, :meth:`share`, :meth:`open`, :meth:`want`, :meth:`choose`,
+    :meth:`check` and :meth:`read`.
 
-    All ranks take all steps, and agree before and after each that may fail on one of them.
+    All ranks take all steps, and agree after each that may fail on one of them.
 
     Args:
         path: see :func:`~sharded_ema.checkpoint.run.find_checkpoint`.
@@ -56,8 +59,10 @@ class Loading:
         self._path = path
         self._ranks = ranks
         self._told: Told | None = None
-        self._kept: dict[str, Bytes] = {}
+        self._kept: dict[str, Kept] = {}
         self._checkpoint: Checkpoint | None = None
+        self._targets: list[tuple[str, Piece]] = []
+        self._selection: Selection | None = None
         self._fillings: list[Filling] = []
         self._unchecked: set[str] = set()
 
@@ -69,9 +74,14 @@ class Loading:
         """
         if self._ranks.rank:
             return None
-        self._checkpoint = open_checkpoint(self._path, check_files=False)
-        kept = self._checkpoint.directory.kept
-        return Told(str(self._checkpoint.path), {name: data.nbytes for name, data in kept.items()})
+        checkpoint = self._checkpoint = open_checkpoint(self._path, check_files=False)
+        sizes = {name: (kept.size, kept.size) for name, kept in checkpoint.directory.kept.items()}
+        if isinstance(checkpoint.index, TableIndex):
+            assert checkpoint.manifest is not None
+            # Its rows are given to the others as they choose among them.
+            name = checkpoint.manifest.chunks_name
+            sizes[name] = checkpoint.index.table.header_bytes, sizes[name][1]
+        return Told(str(checkpoint.path), sizes)
 
     def share(self, told: Told, purpose: str) -> None:
         """Give the metadata to all ranks. Collective.
@@ -82,13 +92,13 @@ class Loading:
         Raises:
             AbsentRankError: a rank was lost on the way.
         """
-        if self._checkpoint is None:
-            self._told = told
-            self._kept = {name: np.empty(size, np.uint8) for name, size in told.sizes.items()}
-        else:
-            self._kept = self._checkpoint.directory.kept
-        for name in told.sizes:
-            self._ranks.broadcast(self._kept[name], purpose)
+        self._told = told
+        for name, (count, size) in told.sizes.items():
+            if self._checkpoint is None:
+                self._kept[name] = Kept(np.empty(count, np.uint8), size)
+            else:
+                self._kept[name] = self._checkpoint.directory.kept[name]
+            self._ranks.broadcast(self._kept[name].data[:count], purpose)
 
     def open(self) -> Checkpoint:
         """The checkpoint, the same on all ranks.
@@ -115,37 +125,67 @@ class Loading:
         with directory.unless_gone():
             checkpoint = open_directory(directory, self._kept, check_files=False)
             committed = METADATA_NAME if checkpoint.manifest is None else MANIFEST_NAME
-            # Under a URL, names or headers tell whose the objects are.
-            told = isinstance(where, URL) and checkpoint.format != "dcp"
-            if not told and not directory.is_as_kept(committed):
+            # Under a URL names and headers tell whose the objects are, and none is replaced.
+            if not isinstance(where, URL) and not directory.is_as_kept(committed):
                 raise gone(where)
         return checkpoint
 
-    def choose(self, state: Mapping[str, Tensor]) -> None:
-        """Find where this rank's pieces of tensors lie, and check some of the files.
-
-        Every file is looked at by one rank, whether or not anybody reads from it. With many files
-        to a rank, the headers of some are only compared when they are read from.
+    def want(self, state: Mapping[str, Tensor]) -> None:
+        """Note what this rank needs.
 
         Args:
             state: tensors to fill, by the keys that they have in the checkpoint.
 
         Raises:
+            CheckpointCorruptError: a tensor has more dimensions than the chunk table.
+        """
+        self._targets = [
+            (key, piece)
+            for key, value in state.items()
+            if not isinstance(value, FlatShard) or value.reads
+            for piece in pieces_of(value)
+            if piece[0].numel
+        ]
+        checkpoint = self.open()
+        if isinstance(checkpoint.index, TableIndex):
+            self._selection = Selection(checkpoint, checkpoint.index, self._wanted())
+
+    def _wanted(self) -> list[Wanted]:
+        return [(key, box) for key, (box, _) in self._targets]
+
+    def choose(self, purpose: str) -> None:
+        """Choose among the rows of the chunk table, which the first rank gives to all. Collective.
+
+        Raises:
+            AbsentRankError: a rank was lost on the way.
+        """
+        if self._selection is None:
+            return
+        index = self.open().index
+        assert isinstance(index, TableIndex)
+        for first, count in index.table.slabs():
+            if self._ranks.rank:
+                rows = np.empty(count, index.table.row_type)
+            else:
+                rows = index.table.records(first, count)
+            self._ranks.broadcast(rows.view(np.uint8), purpose)
+            self._selection.take(rows)
+
+    def check(self) -> None:
+        """Check what was chosen, and some of the files.
+
+        Every file is looked at by one rank, whether or not anybody reads from it. With many files
+        to a rank, the headers of some are only compared when they are read from.
+
+        Raises:
             CheckpointCorruptError: chunks do not fit the tensors or the files, or a file is not the
                 one that was written.
         """
-        checkpoint = self.open()
-        wanted: list[tuple[str, Piece]] = [
-            (key, (box, tensor))
-            for key, value in state.items()
-            if not isinstance(value, FlatShard) or value.reads
-            for box, tensor in pieces_of(value)
-            if box.numel
-        ]
+        checkpoint, selection = self.open(), self._selection
         with checkpoint.directory.unless_gone():
-            parts = select(checkpoint, [(key, box) for key, (box, _) in wanted])
+            parts = selection.parts() if selection else select(checkpoint, self._wanted())
             for part in parts:
-                _, (box, tensor) = wanted[part.piece]
+                _, (box, tensor) = self._targets[part.piece]
                 into = tensor.detach()[part.box.within(box).slices]
                 inside = part.box.within(part.chunk.box)
                 self._fillings.append(Filling(part.key, part.chunk, inside, into))

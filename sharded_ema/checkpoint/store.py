@@ -337,16 +337,18 @@ class Store:
         def alike() -> dict[str, Any]:
             return {"path": str(path), "strict": strict, **self._average.settings()}
 
-        def choose() -> None:
+        def fit() -> None:
             stored = snapshot.stored_in_checkpoint(loading.open())
             self._check_fits(own, stored, strict=strict)
-            loading.choose({stored.prefix + key: own[key] for key in own if key in stored.shapes})
+            loading.want({stored.prefix + key: own[key] for key in own if key in stored.shapes})
             found.append(stored)
 
         told = ranks.agree(look, purpose, alike)[0]
         assert told is not None
         loading.share(told, purpose)
-        ranks.agree(choose, purpose)
+        ranks.agree(fit, purpose)
+        loading.choose(purpose)
+        ranks.agree(loading.check, purpose)
         (stored,) = found
         self._average.broken = f"loading {path} failed midway"
         ranks.agree(lambda: loading.read(verify=verify), purpose)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Protocol
@@ -26,6 +26,8 @@ from sharded_ema.model.layout import Box, Shape
 DIGEST_BYTES = 16
 # Of one tensor: more than any number of ranks makes, and what can be held in memory.
 _MAX_ROWS = 1 << 20
+# Some 6 MB of a table of three dimensions, and as much again for what is compared.
+_SLAB_ROWS = 1 << 16
 # Boxes cut in many dimensions have many corners; about five seconds' worth.
 _MAX_CORNERS = 1 << 22
 _COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
@@ -155,6 +157,7 @@ class ChunkTable:
         uuid: of the save that wrote it.
         num_rows: number of chunks.
         width: dimensions that a row has room for.
+        header_bytes: where its columns begin.
 
     Raises:
         CheckpointCorruptError: it has not the columns that it should have.
@@ -166,7 +169,7 @@ class ChunkTable:
         self._path = path = directory.location / name
         self._files = files
         with directory.open(name) as file:
-            self._entries, metadata, self._data_start = parse_header(file)
+            self._entries, metadata, self.header_bytes = parse_header(file)
         self.uuid = metadata.get("uuid", "")
         entry = self._entries.get("offsets", Entry("", "", (), 0, 0))
         if len(entry.shape) != 2 or entry.shape[1] < 1:
@@ -238,11 +241,22 @@ class ChunkTable:
             )
         ]
 
+    @property
+    def row_type(self) -> np.dtype[np.void]:
+        """A row as :meth:`records` gives it: a field per column."""
+        widths = {"offsets": (self.width,), "sizes": (self.width,), "digest": (DIGEST_BYTES,)}
+        return np.dtype(
+            [(name, "u1" if name == "digest" else "<i8", widths.get(name, ())) for name in _COLUMNS]
+        )
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of the parts that the table is gone through in."""
+        for first in range(0, self.num_rows, _SLAB_ROWS):
+            yield first, min(_SLAB_ROWS, self.num_rows - first)
+
     def records(self, first: int, count: int) -> NDArray[np.void]:
-        """Rows as they lie in the table, unchecked: ``(count,)`` with a field per column."""
-        row = [(name, "u1", DIGEST_BYTES) if name == "digest" else (name, "<i8", self.width)
-               if name in ("offsets", "sizes") else (name, "<i8") for name in _COLUMNS]  # fmt: skip
-        found = np.empty(count, np.dtype(row))
+        """Rows as they lie in the table, unchecked: ``(count,)`` of :attr:`row_type`."""
+        found = np.empty(count, self.row_type)
         with self._directory.open(self._name) as file:
             for name in _COLUMNS:
                 found[name] = self._read(file, name, first, count)
@@ -264,7 +278,7 @@ class ChunkTable:
         row_shape = entry.shape[1:]
         dtype: type[np.uint8] | type[np.int64] = np.uint8 if entry.dtype == "U8" else np.int64
         row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
-        position = self._data_start + entry.start + first * row_bytes
+        position = self.header_bytes + entry.start + first * row_bytes
         data = np.empty(count * row_bytes, np.uint8)
         file.fill(data.data, position)
         return data.view(np.dtype(dtype).newbyteorder("<")).reshape(count, *row_shape)

@@ -18,7 +18,7 @@ import xxhash
 
 from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import URL, Directory, Location, gone, is_file, read_whole
+from sharded_ema.checkpoint.files import URL, Directory, Kept, Location, gone, is_file, read_whole
 from sharded_ema.checkpoint.names import (
     CHUNKS_NAME,
     MANIFEST_NAME,
@@ -221,7 +221,7 @@ def read_manifest(directory: Directory, *, keep: bool = False) -> Manifest:
         raise
     directory.remember(MANIFEST_NAME, data)
     if keep:
-        directory.kept[MANIFEST_NAME] = np.frombuffer(bytearray(data), np.uint8)
+        directory.kept[MANIFEST_NAME] = Kept(np.frombuffer(bytearray(data), np.uint8), len(data))
     manifest = parse_manifest(data, str(file))
     kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
     for prefix in manifest.emas:

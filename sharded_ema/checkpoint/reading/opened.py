@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import xxhash
 
-from sharded_ema.checkpoint.files import Bytes, Directory, Location, read_array
+from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, read_array
 from sharded_ema.checkpoint.names import (
     MANIFEST_NAME,
     META_KEY,
@@ -315,7 +315,8 @@ def open_directory(
 
 def _keep(directory: Directory, name: str) -> None:
     if name not in directory.kept:
-        directory.kept[name] = read_array(directory / name, _MAX_TABLE_BYTES)
+        data = read_array(directory / name, _MAX_TABLE_BYTES)
+        directory.kept[name] = Kept(data, data.nbytes)
 
 
 def _tables(manifest: Manifest) -> tuple[str, str]:
@@ -337,7 +338,9 @@ def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
     """
     tables = _tables(manifest)
     for record in manifest.files:
-        if record.name in tables:
+        kept = directory.kept.get(record.name)
+        # Who gives only the beginning to others has compared the whole.
+        if record.name in tables and (kept is None or kept.is_whole):
             verify_file(directory / record.name, record.digest)
     if manifest.format == "safetensors":
         return Checkpoint(directory, TableIndex(directory, manifest), manifest)

@@ -7,7 +7,7 @@ asked for it; memory holds a few requests, whatever the size of what is read.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -24,7 +24,9 @@ from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 
 #: Most bytes of one request; a single element may be longer.
-REQUEST_BYTES = 1 << 24
+REQUEST_BYTES = 1 << 23
+# Bytes that are needed for each that is read in vain between two ranges.
+_NEEDED_PER_VAIN = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ class _Medium:
 
 
 _DISK = _Medium(at_once=4, near_bytes=1 << 12)
-_STORE = _Medium(at_once=16, near_bytes=1 << 16)
+_STORE = _Medium(at_once=24, near_bytes=1 << 16)
 
 
 def _medium(location: Location) -> _Medium:
@@ -248,24 +250,34 @@ class _Reading:
 
 
 def _requests(name: str, stretches: Sequence[Stretch], near: int) -> Iterator[_Request]:
-    """Stretches of a file that are near to each other, together."""
+    """Stretches of a file, those that are near to each other together."""
+    limit = _joined(stretches, near)
     groups: list[list[Stretch]] = []
     stop = 0
     for stretch in stretches:
-        group = groups[-1] if groups else None
-        if (
-            group is None
-            or stretch.start > stop + near
-            or (max(stop, stretch.stop) - group[0].start > REQUEST_BYTES)
-        ):
-            groups.append([stretch])
-            stop = stretch.stop
+        end = max(stop, stretch.stop)
+        if groups and stretch.start <= stop + limit and end - groups[-1][0].start <= REQUEST_BYTES:
+            groups[-1].append(stretch)
         else:
-            group.append(stretch)
-            stop = max(stop, stretch.stop)
+            groups.append([stretch])
+            end = stretch.stop
+        stop = end
     for number, group in enumerate(groups, start=1):
         end = max(stretch.stop for stretch in group)
         yield _Request(name, group[0].start, end, group, number == len(groups))
+
+
+def _joined(stretches: Sequence[Stretch], near: int) -> int:
+    """How far two stretches may lie apart to be read together, so that little is read in vain."""
+    left = sum(stretch.stop - stretch.start for stretch in stretches) // _NEEDED_PER_VAIN
+    limit = 0
+    gaps = Counter(max(0, after.start - before.stop) for before, after in pairwise(stretches))
+    for gap, count in sorted(gaps.items()):
+        left -= gap * count
+        if left < 0 or gap > near:
+            break
+        limit = gap
+    return limit
 
 
 def filled(stretches: Sequence[Stretch], num_bytes: int, check: Check) -> list[Stretch]:

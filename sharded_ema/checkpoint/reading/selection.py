@@ -12,16 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from sharded_ema.checkpoint.reading.chunks import Chunk, ChunkTable, TableIndex, tiles
+from sharded_ema.checkpoint.reading.chunks import Chunk, TableIndex, tiles
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 
-# Rows that are compared at a time; some 40 MB with all that is made of them.
-_SLAB_ROWS = 1 << 18
-
 Ints = NDArray[np.int64]
+#: Key of a tensor and the elements of it that are needed, at least one.
+Wanted = tuple[str, Box]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +40,8 @@ class Part:
     box: Box
 
 
-def select(checkpoint: Checkpoint, pieces: Sequence[tuple[str, Box]]) -> list[Part]:
-    """Where pieces of tensors lie.
-
-    Args:
-        pieces: key of a tensor in the checkpoint and the elements that are needed, at least one.
+def select(checkpoint: Checkpoint, pieces: Sequence[Wanted]) -> list[Part]:
+    """Where pieces of the tensors of a checkpoint lie.
 
     Returns:
         The parts of all pieces: those of a piece fill it with neither hole nor overlap.
@@ -54,21 +50,37 @@ def select(checkpoint: Checkpoint, pieces: Sequence[tuple[str, Box]]) -> list[Pa
         CheckpointCorruptError: the chunks do not fit the tensors or the files.
     """
     index = checkpoint.index
-    if isinstance(index, TableIndex):
-        parts, incomplete = _in_table(checkpoint, index, pieces)
-    else:
+    if not isinstance(index, TableIndex):
         assert isinstance(index, DcpIndex)
-        parts = list(_in_entries(checkpoint, index, pieces))
-        incomplete = set(range(len(pieces)))
+        return checked(checkpoint, pieces, list(_in_entries(checkpoint, index, pieces)))
+    selection = Selection(checkpoint, index, pieces)
+    for first, count in index.table.slabs():
+        selection.take(index.table.records(first, count))
+    return selection.parts()
+
+
+def checked(
+    checkpoint: Checkpoint,
+    pieces: Sequence[Wanted],
+    parts: list[Part],
+    filled: frozenset[int] = frozenset(),
+) -> list[Part]:
+    """Parts of pieces, after a look whether they can be true and fill the pieces.
+
+    Args:
+        filled: pieces of which it is known that they are filled.
+
+    Raises:
+        CheckpointCorruptError: they do not.
+    """
+    boxes: dict[int, list[Box]] = {n: [] for n in range(len(pieces)) if n not in filled}
     for part in parts:
         checkpoint.tensors[part.key].check((part.chunk,))
-    found: dict[int, list[Box]] = {number: [] for number in incomplete}
-    for part in parts:
-        if part.piece in found:
-            found[part.piece].append(part.box)
-    for number, boxes in found.items():
+        if part.piece in boxes:
+            boxes[part.piece].append(part.box)
+    for number, found in boxes.items():
         key, piece = pieces[number]
-        if not tiles((box.within(piece) for box in boxes), piece.sizes):
+        if not tiles((box.within(piece) for box in found), piece.sizes):
             raise CheckpointCorruptError(
                 f"{checkpoint.path}: the chunks of {key} leave holes or overlap at "
                 f"{piece.offsets} of size {piece.sizes}"
@@ -77,7 +89,7 @@ def select(checkpoint: Checkpoint, pieces: Sequence[tuple[str, Box]]) -> list[Pa
 
 
 def _in_entries(
-    checkpoint: Checkpoint, index: DcpIndex, pieces: Sequence[tuple[str, Box]]
+    checkpoint: Checkpoint, index: DcpIndex, pieces: Sequence[Wanted]
 ) -> Iterator[Part]:
     for number, (key, piece) in enumerate(pieces):
         for at in index.locations(key):
@@ -88,84 +100,92 @@ def _in_entries(
                 yield Part(number, key, index.chunk(key, at), box)
 
 
-# ---------------------------------------------------------------------- in the chunk table
-
-
-def _in_table(
-    checkpoint: Checkpoint, index: TableIndex, pieces: Sequence[tuple[str, Box]]
-) -> tuple[list[Part], set[int]]:
-    """The parts, and which pieces are not each the part of one chunk."""
-    table = index.table
-    ids = {key: number for number, key in enumerate(index.tensors)}
-    ndims = np.fromiter((len(box.sizes) for _, box in pieces), np.int64, len(pieces))
-    if (ndims > table.width).any():
-        raise CheckpointCorruptError(
-            f"{checkpoint.path}: the chunk table has room for {table.width} dimensions, and a "
-            f"tensor has {ndims.max()}"
-        )
-    tensors = np.fromiter((ids[key] for key, _ in pieces), np.int64, len(pieces))
-    starts = np.zeros((len(pieces), table.width), np.int64)
-    stops = np.ones((len(pieces), table.width), np.int64)
-    for number, (_, box) in enumerate(pieces):
-        starts[number, : len(box.offsets)] = box.offsets
-        stops[number, : len(box.offsets)] = [
-            o + n for o, n in zip(box.offsets, box.sizes, strict=True)
-        ]
-    numbers, rows = select_rows(table, len(ids), tensors, starts, stops)
-    table.check(rows, ndims[numbers])
-    first = np.maximum(rows["offsets"], starts[numbers])
-    last = np.minimum(rows["offsets"] + rows["sizes"], stops[numbers])
-    whole = (first == starts[numbers]).all(1) & (last == stops[numbers]).all(1)
-    alone = np.bincount(numbers, minlength=len(pieces)) == 1
-    alone[numbers[~whole]] = False
-    parts = []
-    chunks = table.chunks(rows, ndims[numbers].tolist())
-    boxes = zip(first.tolist(), (last - first).tolist(), strict=True)
-    for number, chunk, (offsets, sizes) in zip(numbers.tolist(), chunks, boxes, strict=True):
-        key, box = pieces[number]
-        if not alone[number]:
-            ndim = len(box.sizes)
-            box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
-        index.check_places(key, (chunk,))
-        parts.append(Part(number, key, chunk, box))
-    return parts, set(np.flatnonzero(~alone).tolist())
-
-
-def select_rows(
-    table: ChunkTable, num_tensors: int, tensors: Ints, starts: Ints, stops: Ints
-) -> tuple[Ints, NDArray[np.void]]:
-    """The rows of a chunk table that hold something of given pieces; nothing of them is checked.
+class Selection:
+    """The rows of a chunk table that hold something of given pieces.
 
     Args:
-        num_tensors: in the manifest.
-        tensors: ``(pieces,)``, the id of the tensor that each is a piece of.
-        starts, stops: ``(pieces, width)``, first element and the one after the last per dimension;
-            0 and 1 in dimensions that the tensor does not have.
+        checkpoint: of which the table is.
+        index: of the checkpoint.
+        pieces: that are needed.
 
-    Returns:
-        For each pair of a piece and a row that holds some of it, the position of the piece and the
-        row, in the order of the table; see :meth:`.ChunkTable.records`.
+    Raises:
+        CheckpointCorruptError: a piece has more dimensions than the table.
     """
-    order = np.argsort(tensors, kind="stable")
-    tensors, starts, stops = tensors[order], starts[order], stops[order]
-    # Of each tensor, where its pieces begin; those of unknown ones are none.
-    bounds = np.append(np.searchsorted(tensors, np.arange(num_tensors + 1)), len(tensors))
-    found = []
-    for slab in range(0, table.num_rows, _SLAB_ROWS):
-        rows = table.records(slab, min(_SLAB_ROWS, table.num_rows - slab))
-        ids = np.where(rows["tensor"] < 0, num_tensors, np.minimum(rows["tensor"], num_tensors))
-        counts = bounds[ids + 1] - bounds[ids]
-        at = np.repeat(np.arange(len(rows)), counts)
-        # Rows before this one that have a pair, subtracted from a count over all pairs.
-        nth = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
-        pieces = bounds[ids[at]] + nth
-        for dim in range(table.width):
-            offsets = rows["offsets"][at, dim]
-            both = (offsets < stops[pieces, dim]) & (
-                offsets + rows["sizes"][at, dim] > starts[pieces, dim]
+
+    def __init__(self, checkpoint: Checkpoint, index: TableIndex, pieces: Sequence[Wanted]) -> None:
+        self._checkpoint = checkpoint
+        self._index = index
+        self._pieces = pieces
+        width, count = index.table.width, len(pieces)
+        ids = {key: number for number, key in enumerate(index.tensors)}
+        self._ndims = np.fromiter((len(box.sizes) for _, box in pieces), np.int64, count)
+        if (self._ndims > width).any():
+            raise CheckpointCorruptError(
+                f"{checkpoint.path}: the chunk table has room for {width} dimensions, and a tensor "
+                f"has {self._ndims.max()}"
             )
+        # What a tensor lacks of the dimensions counts as one of a single element.
+        self._starts = np.zeros((count, width), np.int64)
+        self._stops = np.ones((count, width), np.int64)
+        for number, (_, box) in enumerate(pieces):
+            ndim = len(box.sizes)
+            self._starts[number, :ndim] = box.offsets
+            self._stops[number, :ndim] = box.sizes
+        self._stops += self._starts
+        tensors = np.fromiter((ids[key] for key, _ in pieces), np.int64, count)
+        self._order = np.argsort(tensors, kind="stable")
+        # Where in that order the pieces of each tensor begin; one that is unknown has none.
+        begins = np.searchsorted(tensors[self._order], np.arange(len(ids) + 1))
+        self._begins = np.append(begins, count)
+        self._found: list[tuple[Ints, NDArray[np.void]]] = []
+
+    def take(self, rows: NDArray[np.void]) -> None:
+        """Keep copies of those rows that hold something of a piece; nothing is checked here.
+
+        Args:
+            rows: see :meth:`.ChunkTable.records`.
+        """
+        unknown = len(self._begins) - 2
+        ids = np.where(rows["tensor"] < 0, unknown, np.minimum(rows["tensor"], unknown))
+        counts = self._begins[ids + 1] - self._begins[ids]
+        # All pairs of a row and a piece of its tensor.
+        at = np.repeat(np.arange(len(rows)), counts)
+        nth = np.arange(len(at)) - np.repeat(np.cumsum(counts) - counts, counts)
+        pieces = self._order[self._begins[ids[at]] + nth]
+        for dim in range(self._starts.shape[1]):
+            first = rows["offsets"][at, dim]
+            last = first + rows["sizes"][at, dim]
+            both = (first < self._stops[pieces, dim]) & (last > self._starts[pieces, dim])
             at, pieces = at[both], pieces[both]
-        found.append((order[pieces], rows[at]))
-    return np.concatenate([np.empty(0, np.int64), *(p for p, _ in found)]), np.concatenate(
-        [table.records(0, 0), *(rows for _, rows in found)]
-    )
+        if len(at):
+            self._found.append((pieces, rows[at]))
+
+    def parts(self) -> list[Part]:
+        """What the rows that were taken hold of the pieces.
+
+        Raises:
+            CheckpointCorruptError: see :func:`select`.
+        """
+        table, pieces = self._index.table, self._pieces
+        numbers = np.concatenate([np.empty(0, np.int64), *(n for n, _ in self._found)])
+        rows = np.concatenate([np.empty(0, table.row_type), *(rows for _, rows in self._found)])
+        starts, stops, ndims = self._starts[numbers], self._stops[numbers], self._ndims[numbers]
+        table.check(rows, ndims)
+        first = np.maximum(rows["offsets"], starts)
+        last = np.minimum(rows["offsets"] + rows["sizes"], stops)
+        # Most pieces are each the part of one chunk.
+        filled = np.bincount(numbers, minlength=len(pieces)) == 1
+        filled[numbers[((first != starts) | (last != stops)).any(1)]] = False
+        parts = []
+        chunks = table.chunks(rows, ndims.tolist())
+        boxes = zip(first.tolist(), (last - first).tolist(), ndims.tolist(), strict=True)
+        for number, chunk, (offsets, sizes, ndim) in zip(
+            numbers.tolist(), chunks, boxes, strict=True
+        ):
+            key, box = pieces[number]
+            if not filled[number]:
+                box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
+            self._index.check_places(key, (chunk,))
+            parts.append(Part(number, key, chunk, box))
+        known = frozenset(np.flatnonzero(filled).tolist())
+        return checked(self._checkpoint, pieces, parts, known)
