@@ -638,7 +638,7 @@ class ShardedEMA:
                 or the file ``latest`` that names one; or one of those above.
             strict: refuse missing or unknown names and a changed schedule; else keep what the
                 checkpoint lacks and go on with this object's schedule.
-            verify: check the digest of every chunk that is loaded before copying it.
+            verify: compare all that is read with its digests, for which chunks are read whole.
             num_updates: of an average of another library: after how many of its updates it was
                 saved, the ``n`` from which the schedule goes on. May be left out where the file
                 says so itself.
