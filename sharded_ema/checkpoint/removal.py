@@ -493,7 +493,7 @@ def remove_outdated(newest: Committed, keep_last: int) -> None:
     series = [
         c
         for c in committed(newest.path.parent)
-        if c.run and c.run == newest.run and is_of_series(c, newest)
+        if c.run and c.run == newest.run and is_of_series(c, newest) and not _is_link(c.path)
     ]
     others = [c for c in series if c.path.name != newest.path.name]
     spared = named_by_latest(newest.path.parent)
@@ -505,6 +505,10 @@ def remove_outdated(newest: Committed, keep_last: int) -> None:
             warn(f"keep_last={keep_last} leaves something of {old.path}: {problem}")
         else:
             logger.info("keep_last=%d removed %s (step %d)", keep_last, old.path, old.step)
+
+
+def _is_link(location: Location) -> bool:
+    return isinstance(location, Path) and location.is_symlink()
 
 
 def is_of_series(one: Committed, other: Committed) -> bool:

@@ -18,8 +18,8 @@ from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
-from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.config import DEFAULT_PROFILE, as_whole
+from sharded_ema.errors import CheckpointMismatchError, ConfigError, require_torch
 from sharded_ema.tools.contents import find_tensors
 from sharded_ema.tools.huggingface import left_out_code, read_like
 from sharded_ema.tools.naming import Renaming
@@ -101,14 +101,19 @@ def consolidate(
         CheckpointError: the source cannot be read, is corrupt or lacks the profile; the target
             exists or cannot be written. Nothing is left at ``dst``.
         ConfigError: an argument is out of range.
+        MissingPackageError: ``format`` needs PyTorch.
     """
     started = time.monotonic()
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    jobs = as_whole(jobs, "jobs", least=1)
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format != "safetensors":
+        require_torch(f"format={format!r}")
     limit = parse_size(max_shard_size)
-    report = Report("consolidate", str(src))
+    src, dst = os.fspath(src), os.fspath(dst)
+    done = f"{dst} is whole and on disk"
+    verdict = "only planned, nothing was written" if plan else done
+    report = Report("consolidate", src, verdict=verdict)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_source(src))
         average = find_tensors(checkpoint, profile, prefix)
@@ -150,10 +155,10 @@ def consolidate(
             "metadata": "verified" if checkpoint.verified_metadata else "unverified",
         }
         if plan:
-            report.facts["plan"] = {
-                name: f"{len(group)} tensors, {group_bytes(group):,} bytes"
+            report.facts["plan"] = [
+                {"file": name, "tensors": len(group), "bytes": group_bytes(group)}
                 for name, group in planned.files.items()
-            }
+            ]
         elif report.ok:
             with as_write_error(f"{src} could not be written to {target}"):
                 written = write_models(

@@ -10,16 +10,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy
 import xxhash
-from tqdm import tqdm
 
 from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.names import temporary
@@ -305,27 +304,42 @@ def run_jobs(
     Returns:
         What the tasks return, in the order in which they ended.
     """
-    shown = progress and sys.stderr is not None  # which may have been closed
-    with (
-        tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, desc=what, disable=not shown
-        ) as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-    ):
-        stopped = threading.Event()
+    stopped = threading.Event()
+    running: list[Future[Result]] = []
+    with _bar(what, total, initial, shown=progress) as bar:
 
         def advance(count: int) -> None:
             if stopped.is_set():  # nobody waits for the rest of this file
                 raise CancelledError
-            bar.update(count)
+            if bar is not None:
+                bar.update(count)
 
-        running = [pool.submit(task, advance) for task in tasks]
+        pool = ThreadPoolExecutor(max_workers=jobs)
         try:
+            for task in tasks:
+                running.append(pool.submit(task, advance))
             return [done.result() for done in as_completed(running)]
         finally:
             stopped.set()
-            for waiting in running:
-                waiting.cancel()
+            # The threads are not joined: a KeyboardInterrupt in Thread.join() leaves a thread that
+            # runs for one that has ended, at which the end of the interpreter stumbles (Python
+            # 3.11 and 3.12). Once its task has ended a thread has nothing to wait for.
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait([done for done in running if not done.cancelled()])
+
+
+def _bar(what: str, total: int, initial: int, *, shown: bool) -> AbstractContextManager[Any]:
+    """A progress bar on standard error; ``None`` where there is no place or no tqdm for one."""
+    if not shown or sys.stderr is None:  # which may have been closed
+        return nullcontext()
+    try:
+        from tqdm import tqdm  # which the tools do without
+    except ImportError:
+        return nullcontext()
+    bar: AbstractContextManager[Any] = tqdm(
+        total=total, initial=initial, unit="B", unit_scale=True, desc=what
+    )
+    return bar
 
 
 def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
