@@ -11,7 +11,6 @@ import traceback
 from collections.abc import Callable, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NoReturn
 
 from sharded_ema.config import DEFAULT_PROFILE
@@ -24,6 +23,7 @@ from sharded_ema.tools.diff import diff
 from sharded_ema.tools.env import env
 from sharded_ema.tools.inspection import inspect
 from sharded_ema.tools.interruption import Interruption
+from sharded_ema.tools.parts import Part
 from sharded_ema.tools.report import Report, printable, size
 from sharded_ema.tools.synthesize import synthesize
 from sharded_ema.tools.verify import verify
@@ -182,6 +182,12 @@ COMMANDS = {
                 "checkpoint; both need PyTorch (default: %(default)s)",
             ),
             _argument("--plan", action="store_true", help="only say what would be written"),
+            _argument(
+                "--part",
+                metavar="I/N",
+                help="which of N processes this one is, from 0 on, that share the files of the "
+                "output (default: as torchrun says, or the only one)",
+            ),
             _JOBS,
             _argument(
                 "--tied",
@@ -352,14 +358,12 @@ COMMON = (
 
 
 class _Parser(argparse.ArgumentParser):
-    """One that can say in JSON as well what is wrong with its arguments."""
+    """One that says in JSON as well what is wrong with its arguments, if ``in_json`` is set."""
 
-    def __init__(self, in_json: bool, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._in_json = in_json
+    in_json = False
 
     def error(self, message: str) -> NoReturn:
-        if self._in_json:
+        if self.in_json:
             command = self.prog.rpartition(" ")[2]
             _say_json(Report.of_error(command, "", "UsageError", message, WRONG_USE))
         super().error(message)
@@ -372,7 +376,6 @@ def build_parser(*, in_json: bool = False) -> argparse.ArgumentParser:
         in_json: say in JSON as well what is wrong with the arguments.
     """
     parser = _Parser(
-        in_json,
         prog="sharded-ema",
         description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
         "torchrun and no PyTorch.",
@@ -380,12 +383,8 @@ def build_parser(*, in_json: bool = False) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(
-        dest="command",
-        required=True,
-        metavar="COMMAND",
-        parser_class=partial(_Parser, in_json),
-    )
+    parser.in_json = in_json
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
@@ -395,6 +394,7 @@ def build_parser(*, in_json: bool = False) -> argparse.ArgumentParser:
             f"example:\n  sharded-ema {name} {command.example}\n\n{EXIT_CODES}",
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
+        sub.in_json = in_json
         for argument in (*command.arguments, *COMMON):
             sub.add_argument(argument.name, **argument.settings)
     return parser
@@ -406,6 +406,12 @@ def call(arguments: argparse.Namespace) -> Any:
     apart = {"command", *(each.name.removeprefix("--") for each in COMMON)}
     values = {k: v for k, v in vars(arguments).items() if k not in apart}
     return command.tool(*[values.pop(name) for name in _places(command)], **values)
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """What the environment says unless it was given."""
+    if arguments.command == "consolidate" and arguments.part is None:
+        arguments.part = Part.of_torchrun(os.environ)
 
 
 def _places(command: Command) -> list[str]:
@@ -420,6 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal does not write
             stream.reconfigure(errors="backslashreplace")
+    _fill_in(arguments)
     goes_on = arguments.command == "consolidate"
     said = "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was"
     with Interruption(said, INTERRUPTED) as interruption:

@@ -51,7 +51,7 @@ def test_whole_numbers(ema: ShardedEMA, tmp_path: Path, step: Any) -> None:
     assert next(watch(tmp_path / "run", tmp_path / "out", keep=step, once=True)).ok
     assert consolidate(tmp_path / "run" / "c", tmp_path / "x", jobs=step, progress=False).ok
     assert advise(steps=step, decay=0.1).facts["seed_weight"] < 1
-    made = ShardedEMA(nn.Linear(3, 2), update_every=step, start_step=step, total_steps=step)
+    made = ShardedEMA(nn.Linear(3, 2), update_every=step, start_step=step, total_steps=20 * step)
     made.save(tmp_path / "other", step=1)
 
 

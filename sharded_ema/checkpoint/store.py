@@ -210,6 +210,7 @@ class Store:
 
         target = self._model.ranks.agree(check, f"ema.save({path})", alike)[0]
         step = as_whole(step, "step")
+        keep_last = None if keep_last is None else as_whole(keep_last, "keep_last")
         ranks, wait = self._model.ranks, None
         with ranks.interruptible():
             state = snapshot.make_state(self._model, self._average, self._joint_meta(step))

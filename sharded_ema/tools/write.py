@@ -212,7 +212,7 @@ def _write_files(
     sizes = {name: len(folders) * group_bytes(group) for name, group in plan.files.items()}
     tallies = run_jobs(
         [
-            partial(_write_group, name, group, place, folders, blocks, format)
+            partial(write_file, name, group, place, folders, blocks, format)
             for name, group in plan.files.items()
             if name not in place.finished
         ],
@@ -228,7 +228,7 @@ def _write_files(
     return total
 
 
-def _write_group(
+def write_file(
     name: str,
     group: Sequence[Output],
     place: Workplace,
@@ -237,7 +237,7 @@ def _write_group(
     format: str,
     advance: Callable[[int], None],
 ) -> Tally:
-    """Write one file of every model."""
+    """Write one file of every model, and note that it is finished."""
     tally = Tally()
     described = [output.described(format) for output in group]
     files: list[_NewFile] = []
