@@ -17,25 +17,32 @@ import os
 import stat
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from sharded_ema.checkpoint import durable, removal
 from sharded_ema.checkpoint.names import JOURNAL_NAME, MODEL_DIRECTORY, new_uuid, temporary
-from sharded_ema.checkpoint.reading.stream import verify_file
-from sharded_ema.checkpoint.safetensors import build_header
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.errors import (
     CheckpointCorruptError,
+    CheckpointError,
     CheckpointExistsError,
     CheckpointWriteError,
     ConfigError,
 )
 from sharded_ema.tools.contents import Average
-from sharded_ema.tools.huggingface import Model, copy_description, write_index
+from sharded_ema.tools.huggingface import Model
 from sharded_ema.tools.plan import Plan, group_bytes
-from sharded_ema.tools.workplace import Finished, Workplace, as_line, check_space, parse_journal
-from sharded_ema.tools.write import Blocks, Tally, Written, run_jobs, write_file
+from sharded_ema.tools.workplace import (
+    Finished,
+    Workplace,
+    as_line,
+    check_space,
+    is_whole,
+    parse_journal,
+)
+from sharded_ema.tools.write import Blocks, Tally, Written, run_jobs, write_file, write_models
 
 FORMAT = "safetensors"
 #: Seconds between two looks at what others are still writing.
@@ -83,17 +90,16 @@ class Part:
 
 
 def is_made(plan: Plan, target: Path) -> bool:
-    """Whether a directory has the files of a plan already, as their headers and sizes say."""
-    for name, group in plan.files.items():
-        described = [output.described(FORMAT) for output in group]
-        header, _ = build_header(described, dict(plan.headers[""]))
-        try:
-            with open(target / name, "rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size != len(header) + group_bytes(group) or file.read(len(header)) != header:
-                    return False
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            return False
+    """Whether a directory has the files of a plan already, as their headers say."""
+    for folder, texts in plan.headers.items():
+        for name, group in plan.files.items():
+            try:
+                tensors, said, _ = read_header(target / folder / name)
+            except CheckpointError:
+                return False
+            found = [(key, tensor.dtype, tensor.shape) for key, tensor in tensors.items()]
+            if found != [o.described(FORMAT) for o in group] or not texts.items() <= said.items():
+                return False
     return True
 
 
@@ -148,8 +154,20 @@ def write_shared(
                 continue
             else:
                 earlier.clear()
-                copied, tally = shared.publish(inputs, like)
-                return Written(taken_over, copied, tally)
+                written = write_models(
+                    plan,
+                    target,
+                    blocks,
+                    inputs=inputs,
+                    like=like,
+                    what="consolidate",
+                    jobs=jobs,
+                    progress=False,
+                    resume=True,
+                    gather=shared.gather,
+                )
+                shared.close()
+                return replace(written, taken_over=taken_over)
         except CheckpointExistsError:  # another one is about to publish, or has
             pass
         except FileNotFoundError:
@@ -208,10 +226,15 @@ class _Shared:
                 if os.path.lexists(self._target) or self.is_done(name):
                     return False
                 if name not in place.finished:
-                    texts = self._plan.headers[""]
-                    folders = {place.model: texts}
+                    (texts,) = self._plan.headers.values()
                     write_file(
-                        name, self._plan.files[name], place, folders, blocks, FORMAT, advance
+                        name,
+                        self._plan.files[name],
+                        place,
+                        {place.model: texts},
+                        blocks,
+                        FORMAT,
+                        advance,
                     )
                 line = as_line(place.finished[name])
                 durable.write_durably(place.model / JOURNAL_NAME, line)
@@ -220,56 +243,43 @@ class _Shared:
             return False
         return True
 
-    def _finished(self, name: str) -> Finished:
-        """What the journal says of a file that is done.
-
-        Raises:
-            CheckpointCorruptError: there is no such line.
-        """
+    def _finished(self, name: str) -> Finished | None:
+        """What the journal says of a file that is done; ``None`` if it says nothing."""
         journal = self._folder / name / JOURNAL_NAME
-        self._check(journal, is_file=True)
-        self._check(self._folder / name / name, is_file=True)
-        for line in parse_journal(journal.read_bytes(), self._digest):
-            if line.file == name:
-                return line
-        raise CheckpointCorruptError(f"{journal} does not say what {name} is; remove {journal}")
+        for path in (journal, self._folder / name / name):
+            if os.path.lexists(path):
+                self._check(path, is_file=True)
+            else:
+                return None
+        lines = parse_journal(journal.read_bytes(), self._digest)
+        return next((line for line in lines if line.file == name), None)
 
     def is_sound(self, name: str) -> bool:
         """Whether a file that an earlier process has finished is what it wrote."""
-        try:
-            verify_file(self._folder / name / name, self._finished(name).digest)
-        except (CheckpointCorruptError, FileNotFoundError):
-            return False
-        return True
+        line = self._finished(name)
+        return line is not None and is_whole(self._folder / name / name, line)
 
     def remove(self, names: Iterable[str]) -> None:
         """Remove files that are not what they were."""
         for name in names:
             removal.remove(self._folder / name)
 
-    def publish(self, inputs: Sequence[Average], like: Model | None) -> tuple[list[str], Tally]:
-        """Make all files the target; what was copied beside them, and what is to be said.
+    def gather(self, place: Workplace, folder: Path) -> None:
+        """Put all files into the workplace of the target; see :func:`write_models`.
 
         Raises:
-            CheckpointExistsError: another process does, or has.
+            CheckpointCorruptError: what is known of a file was removed.
         """
-        tally = Tally()
-        with Workplace(self._target, self._digest) as place:
-            for average in inputs:
-                average.verify_rest()
-            for name in self._plan.files:
-                line = self._finished(name)
-                if name not in place.finished:
-                    _link(self._folder / name / name, place.model / name)
-                    durable.fsync(place.model)
-                    place.record(name, line.bytes, line.digest, line.unchecked, line.overflowed)
-                tally.add(Tally(line.unchecked, line.overflowed))
-            write_index(place.model, self._plan.files)
-            copied = copy_description(like, place.model) if like is not None else []
-            durable.fsync(place.model)
-            place.publish()
-        self.close()
-        return copied, tally
+        for name in self._plan.files:
+            line = self._finished(name)
+            if line is None:
+                raise CheckpointCorruptError(
+                    f"{self._folder / name} does not say what it holds; remove {self._place}"
+                )
+            if name not in place.finished:
+                _link(self._folder / name / name, folder / name)
+                durable.fsync(folder)
+                place.record(name, line.bytes, line.digest, line.unchecked, line.overflowed)
 
     def close(self) -> None:
         """Remove the directory, once the target is there."""

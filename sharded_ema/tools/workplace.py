@@ -181,12 +181,8 @@ class Workplace:
         """What is finished; whatever else lies there goes."""
         kept = []
         for line in _read(self._hold, self._plan):
-            path = self.model / line.file
-            try:
-                verify_file(path, line.digest)
-            except CheckpointCorruptError:  # or missing
-                continue
-            kept.append(line)
+            if is_whole(self.model / line.file, line):
+                kept.append(line)
         names = {line.file for line in kept}
         for path in list(self.model.iterdir()):
             if path.name not in names:
@@ -205,6 +201,15 @@ class Workplace:
         )
         os.fsync(self._hold.descriptor)
         return kept
+
+
+def is_whole(path: Path, line: Finished) -> bool:
+    """Whether a file is there, and what the journal says of it."""
+    try:
+        verify_file(path, line.digest)
+    except CheckpointCorruptError:  # or missing
+        return False
+    return True
 
 
 def _by_descriptor(folder: int, path: Path) -> Path:

@@ -153,6 +153,7 @@ def write_models(
     jobs: int,
     progress: bool,
     resume: bool = False,
+    gather: Callable[[Workplace, Path], None] | None = None,
     format: str = "safetensors",
 ) -> Written:
     """Write the models of a plan and make all of them ``target`` by one rename.
@@ -163,6 +164,8 @@ def write_models(
         what: is done, for the progress bar.
         jobs: files of a model written at a time.
         resume: go on with what a killed call has left; else it is removed.
+        gather: puts files that others have finished into a workplace and the folder of a model
+            there, before the rest is written.
         format: of the files in the end; see :func:`sharded_ema.consolidate`.
 
     Raises:
@@ -171,15 +174,17 @@ def write_models(
         OSError: a file cannot be written.
     """
     with Workplace(target, plan.digest(format) if resume else None) as place:
+        folders = {place.model / name: texts for name, texts in plan.headers.items()}
+        for folder in folders:
+            if folder != place.model:
+                folder.mkdir()
+            if gather is not None:
+                gather(place, folder)
         finished = list(place.finished.values())
         needed = plan.num_bytes * (1 if format == "safetensors" else 2)
         check_space(target, needed - sum(line.bytes for line in finished))
         for average in inputs:
             average.verify_rest()
-        folders = {place.model / name: texts for name, texts in plan.headers.items()}
-        for folder in folders:
-            if folder != place.model:
-                folder.mkdir()
         tally = _write_files(
             plan, place, folders, blocks, what=what, jobs=jobs, progress=progress, format=format
         )
