@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +38,7 @@ from sharded_ema.errors import (
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
+from sharded_ema.model.precision import as_dtype
 from sharded_ema.model.recipients import part_of_the_way, write_into
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.standing import Swap
@@ -141,6 +142,7 @@ class ShardedEMA:
     ) -> None:
         target = as_model(target)
         profiles = as_profiles(schedule)
+        shadow_dtype = as_dtype(shadow_dtype, "shadow_dtype")
         settings = Settings(
             update_every=update_every,
             start_step=start_step,
@@ -159,7 +161,7 @@ class ShardedEMA:
                 DeprecationWarning,
             )
         else:
-            check_dtype(shadow_dtype, profiles, total_steps)
+            check_dtype(shadow_dtype, profiles, settings.total_steps)
         selection = Selection(
             include=as_patterns(include),
             exclude=as_patterns(exclude) or (),
@@ -177,8 +179,8 @@ class ShardedEMA:
             profiles,
             self._model.live(),
             self._model.names,
-            update_every=update_every,
-            start_step=start_step,
+            update_every=settings.update_every,
+            start_step=settings.start_step,
             decay_per=decay_per,
             nonfinite=nonfinite,
             dtype=shadow_dtype,
@@ -186,7 +188,7 @@ class ShardedEMA:
             impl=impl,
             offload_buffer=offload_buffer,
         )
-        self._health = Health(total_steps)
+        self._health = Health(settings.total_steps)
         self._store = Store(self._average, self._model, settings, self._health)
         self._engine_checkpoints = EngineCheckpoints(target)
         self._health.see_statistics(self._model.statistics())
@@ -439,6 +441,7 @@ class ShardedEMA:
             AbsentRankError: a rank did not come.
         """
         name = self._average.choose(profile)
+        dtype = as_dtype(dtype, "dtype")
         known = self._twins.get(name)
         if known is not None:
             if known[0] != (dtype, train, build):
@@ -542,6 +545,7 @@ class ShardedEMA:
             AbsentRankError: a rank did not come.
         """
         name = self._average.choose(profile)
+        dtype = as_dtype(dtype, "dtype")
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"dtype must be a floating one, got {dtype}")
         return self._store.full_state_dict(
@@ -604,7 +608,7 @@ class ShardedEMA:
             given = unnamed[0] if unnamed else "..."
             raise ConfigError(f"save() takes the step by name: save(path, step={given})")
         handle = self._store.save(
-            path,
+            fspath(path),
             step=step,
             asynchronous=asynchronous,
             format=format,
@@ -661,7 +665,7 @@ class ShardedEMA:
             self._average.mirror()  # which is kept where the checkpoint lacks something
 
         meta = self._store.load(
-            path, strict=strict, verify=verify, num_updates=num_updates, ready=ready
+            fspath(path), strict=strict, verify=verify, num_updates=num_updates, ready=ready
         )
         self._go_on_from(meta)
         return int(meta["step"])
