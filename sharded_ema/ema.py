@@ -463,7 +463,12 @@ class ShardedEMA:
                 )
             views = average.shadow.views[name]
             return Twin(
-                self._model.reader, views, dtype=dtype, build=build, refuse=self._before_its_forward
+                self._model.reader,
+                views,
+                dtype=dtype,
+                build=build,
+                refuse=self._before_its_forward,
+                moment=lambda: average.moment,
             )
 
         self._model.meet()

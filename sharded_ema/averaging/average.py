@@ -6,7 +6,7 @@ parameters as they are then. Nothing here communicates.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -81,6 +81,7 @@ class Average:
         self.broken: str | None = None
         self._nonfinite = nonfinite
         self._fresh = False
+        self._moves = 0
 
     # ------------------------------------------------------------------ moving
 
@@ -112,6 +113,7 @@ class Average:
         with self._whole("an update"):
             self.clock = clock
             self._fresh = False
+            self._moves += clock.starts or bool(decays)
             if clock.starts:
                 clock.seeded()
                 started = self.copy_live()
@@ -171,10 +173,17 @@ class Average:
             As :meth:`copy_live`.
         """
         with self._whole("its start"):
+            self._moves += 1
             if self.clock.seed_step is not None or self.clock.start_step == 0:
                 self.clock.seeded()
             self._fresh = self.clock.seed_step is not None
             return self.copy_live()
+
+    @property
+    def moment(self) -> Hashable:
+        """Another one whenever the average has become another."""
+        clock = self.clock
+        return self._moves, clock.applied_steps if clock.seed_step is None else None
 
     @property
     def is_fresh(self) -> bool:
@@ -322,6 +331,7 @@ class Average:
         """
         self.clock.go_on_from(described)
         self._fresh = False
+        self._moves += 1
         stored = described["profiles"]
         for name in self.profiles.keys() & stored.keys():
             self.seed_weights[name] = stored[name]["seed_weight"]

@@ -7,7 +7,7 @@ its own. It computes and never trains: what would change its parameters is refus
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NoReturn
 
@@ -31,6 +31,7 @@ from sharded_ema.model.internals.pytorch import (
     own_children,
     own_parameters,
     placed_like,
+    tensors_in,
 )
 from sharded_ema.model.names import Parts, walk
 from sharded_ema.model.presented import Running, Whole, present, refuse_kept_elsewhere
@@ -58,6 +59,7 @@ class Twin:
         dtype: to compute in; ``None`` for that of the model.
         build: makes a module like the model; ``None`` to copy its structure.
         refuse: raises if it must not be used now.
+        moment: tells something else after each change of the average.
 
     Attributes:
         module: it.
@@ -78,6 +80,7 @@ class Twin:
         dtype: torch.dtype | None,
         build: Callable[[], nn.Module] | None,
         refuse: Callable[[], None],
+        moment: Callable[[], Hashable],
     ) -> None:
         _check_layout(reader)
         original = _inside(reader.inventory.model)
@@ -109,7 +112,7 @@ class Twin:
             for s, view, (module, attribute) in zip(reader.shards, shadow, places, strict=True)
         ]
         self.is_running = False
-        self._refuse = refuse
+        self._refuse, self._moment = refuse, moment
         self._places = [
             (module, attribute, home.data_ptr(), s.name.fqn)
             for s, home, (module, attribute) in zip(reader.shards, self.homes, places, strict=True)
@@ -158,6 +161,18 @@ class Twin:
 
     def _leave(self, module: nn.Module, arguments: Any, result: Any) -> None:
         self.is_running = False
+        for tensor in tensors_in(result):
+            if tensor.requires_grad:  # as what went in does
+                tensor.register_hook(partial(self._before_backward, self._moment()))
+
+    def _before_backward(self, moment: Hashable, gradient: Tensor) -> None:
+        # What autograd has kept is the memory of the average, or is gathered from it again.
+        if self._moment() != moment:
+            raise StateError(
+                "the average has moved since the forward of its module whose backward is taken "
+                "now, which would give the gradients of other weights; call backward() before the "
+                "update, or compute in torch.no_grad() what needs no gradients"
+            )
 
     def _owns(self, optimizer: Optimizer) -> bool:
         mine = {id(parameter) for parameter in self.module.parameters()}

@@ -447,6 +447,39 @@ def test_no_update_within_its_forward() -> None:
     teacher(data(0))
 
 
+def moved_between_forward_and_backward(layout: str) -> None:
+    model, options = wrap(layout)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ema = ShardedEMA(model, 0.5, update_every=2, **options)
+    ema.attach(optimizer)
+    teacher = ema.module()
+    for late in (False, True):
+        x = data(0).requires_grad_()
+        plain = x.detach().clone().requires_grad_()
+        copied = Net()
+        copied.load_state_dict(ema.full_state_dict(rank0_only=False), strict=False)
+        copied(plain).sum().backward()
+        found = {"out": [teacher(x)]}
+        for _ in range(1 + late):  # every second step moves the average
+            model(data(1)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        if late:
+            with pytest.raises(StateError, match="has moved since the forward"):
+                found["out"][0].sum().backward()
+        else:
+            found["out"][0].sum().backward()
+            assert torch.equal(x.grad, plain.grad)
+            optimizer.step()
+    ema.module()  # frees what the backward that failed has left gathered
+    ema.close()
+
+
+def test_no_backward_of_another_average(worlds: Worlds) -> None:
+    moved_between_forward_and_backward("plain")
+    worlds[2].run(moved_between_forward_and_backward, "fsdp2")
+
+
 def test_not_inside_a_swap() -> None:
     ema = ShardedEMA(Net(), 0.9)
     with ema.swap(), pytest.raises(SwapError, match=r"module\(\) is not allowed"):

@@ -90,6 +90,12 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in what a forward takes or gives, however nested."""
+    leaves = imported("torch.utils._pytree", "tree_leaves", SEEN)(value)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
 def is_of_a_plan(hook: Any) -> bool:
     """Whether a forward hook is one that a plan of tensor parallelism has registered."""
     return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
