@@ -2,6 +2,6 @@
 
 import sys
 
-from sharded_ema.cli import main
+from sharded_ema.cli import run
 
-sys.exit(main())
+sys.exit(run())

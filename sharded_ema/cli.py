@@ -6,6 +6,7 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -444,6 +445,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (EMAError, OSError, MemoryError) as error:
             return _tell(error, arguments)
     return 0 if report.ok else 1
+
+
+def run() -> int:
+    """The command as a process of its own: :func:`main`, after which Ctrl-C has nothing to stop.
+
+    The end of the interpreter would be interrupted with a traceback.
+    """
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
 
 
 def _tell(error: Exception, arguments: argparse.Namespace) -> int:

@@ -15,11 +15,10 @@ from typing import Self
 class Interruption:
     """A block in which the first Ctrl-C is ``KeyboardInterrupt``, and the next one the end.
 
-    The interpreter waits for threads that still write before it ends, and a ``KeyboardInterrupt``
-    in that wait is a traceback of its own. So once one was raised no other one is, up to the end of
-    the process: who presses again does not want to wait, and what lies on the disk then is what
-    any kill leaves. Where somebody else has decided about SIGINT, as ``nohup`` does, and in a
-    thread, nothing changes.
+    What was interrupted waits for threads that still write, and a ``KeyboardInterrupt`` in that
+    wait is a traceback of its own. Who presses again does not want to wait, and what lies on the
+    disk then is what any kill leaves. Where somebody else has decided about SIGINT, as ``nohup``
+    does, and in a thread, nothing changes.
 
     Args:
         said: the line about it on standard error, which is printed once.
@@ -42,7 +41,7 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._handles and not self._pressed:
+        if self._handles:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager

@@ -171,9 +171,12 @@ def _on_several(name: str, value: Any, indent: int) -> list[str]:
         return _shortened([f"{space}{_shown(name, item)}" for item in value], space)
     if all(map(_is_row, value)):
         head, *rows = _table(value)
-        if name == _ASKED_FOR or max(map(len, (head, *rows))) <= _TABLE:
+        if name == _ASKED_FOR or _is_narrow([head, *rows]):
             rows = rows if name == _ASKED_FOR else _shortened(rows, "")
             return [f"{space}{row}" for row in (head, *rows)]
+        turned = _turned(value)
+        if _is_narrow(turned):
+            return [f"{space}{row}" for row in turned]
     return [line for item in value for line in _item(item, indent)]
 
 
@@ -207,6 +210,23 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         title = name.replace("_", " ")
         columns.append([c.rjust(wide) if right else c.ljust(wide) for c in (title, *cells)])
     return ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+
+
+def _turned(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each name, with a column for each row: of few rows with much in them."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = [[name.replace("_", " ") for name in names]]
+    columns += [[_cell(name, row.get(name)) for name in names] for row in rows]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return [
+        "  ".join(cell.ljust(wide) for cell, wide in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
+
+
+def _is_narrow(lines: Iterable[str]) -> bool:
+    return all(len(line) <= _TABLE for line in lines)
 
 
 def _cell(name: str, value: Any) -> str:
@@ -252,7 +272,7 @@ def _shown(name: str, value: Any) -> str:
         case None:
             return "none"
         case bool() | str():
-            return str(value)
+            return str(value) or "''"
         case float():
             return f"{value:,.6g}"
         case int():

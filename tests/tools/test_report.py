@@ -187,6 +187,20 @@ def test_a_screen_whatever_there_is_to_say() -> None:
         assert any(name in line for line in lines)
 
 
+def test_few_rows_with_much_in_them_are_turned() -> None:
+    rows = [{f"a_rather_long_name_{i}": i * k for i in range(9)} for k in (1, 10)]
+    lines = Report("inspect", "x", facts={"rows": rows}).text().splitlines()[2:]
+    assert len(lines) == 9 and lines[8].split() == ["a", "rather", "long", "name", "8", "8", "80"]
+    assert len({line.rindex("  ") for line in lines}) == 1
+
+
+def test_an_average_is_told_on_a_screen(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for line in ("inspect run", "inspect run/step_100", "verify run/step_100"):
+        command, path = line.split()
+        assert main([command, str(run / path)]) == 0
+        assert len(capsys.readouterr().out.splitlines()) < 40
+
+
 def test_what_was_asked_for_is_whole() -> None:
     facts = {"list": [{"name": f"layer.{i}", "bytes": i} for i in range(500)]}
     assert len(Report("inspect", "x", facts=facts).text().splitlines()) > 500
