@@ -349,12 +349,10 @@ class _RemoteObject(_RemoteFile):
     """An object of a store whose driver serves any number of requests at once.
 
     Args:
-        cat: the bytes of the object from one position to another.
+        cat: the bytes of the object from ``start`` to ``end``.
     """
 
-    def __init__(
-        self, location: Location, file: Any, size: int, cat: Callable[[int, int], bytes]
-    ) -> None:
+    def __init__(self, location: Location, file: Any, size: int, cat: Callable[..., bytes]) -> None:
         super().__init__(location, file, size)
         self._cat = cat
 
@@ -362,7 +360,7 @@ class _RemoteObject(_RemoteFile):
         """See :meth:`OpenFile.fetch`."""
         stop = position + view.nbytes
         try:
-            data = self._cat(position, stop) if stop <= self.size else b""
+            data = self._cat(start=position, end=stop) if stop <= self.size else b""
         except FileNotFoundError as error:
             raise gone(self.location) from error
         if len(data) != view.nbytes:
