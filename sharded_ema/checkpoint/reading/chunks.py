@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Protocol
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.files import Directory, OpenFile
 from sharded_ema.checkpoint.names import CHUNKS_NAME
-from sharded_ema.checkpoint.reading.manifest import Manifest
+from sharded_ema.checkpoint.reading.coverage import Coverage, Integers
+from sharded_ema.checkpoint.reading.manifest import Manifest, TensorRecord
 from sharded_ema.checkpoint.safetensors import Entry, build_header, parse_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
@@ -28,6 +29,8 @@ DIGEST_BYTES = 16
 _MAX_ROWS = 1 << 20
 # Boxes cut in many dimensions have many corners; about five seconds' worth.
 _MAX_CORNERS = 1 << 22
+# Of all tensors: a few megabytes, which stay in the cache of a CPU.
+_BATCH_ROWS = 1 << 15
 _COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
 
 
@@ -219,6 +222,20 @@ class ChunkTable:
             for i in range(count)
         ]
 
+    def batches(self) -> Iterator[tuple[int, dict[str, Integers]]]:
+        """All columns but the digests, some rows at a time, each time with the first row."""
+        names = [name for name in _COLUMNS if name != "digest"]
+        with self._directory.open(self._name) as file:
+            for first in range(0, self.num_rows, _BATCH_ROWS):
+                count = min(_BATCH_ROWS, self.num_rows - first)
+                columns = ((name, self._read(file, name, first, count)) for name in names)
+                yield first, {name: column.view(np.int64) for name, column in columns}
+
+    @property
+    def width(self) -> int:
+        """Dimensions that a row has."""
+        return self._width
+
     def places(self) -> dict[str, NDArray[np.int64] | NDArray[np.uint8]]:
         """The columns ``tensor``, ``file``, ``byte_offset``, ``num_bytes`` and ``digest``, whole.
 
@@ -274,6 +291,39 @@ class TableIndex:
     def tensors(self) -> Mapping[str, tuple[Shape, str]]:
         """See :class:`Index`."""
         return {key: (record.shape, record.dtype) for key, (_, record) in self._records.items()}
+
+    def survey(self) -> tuple[list[TensorRecord], Coverage]:
+        """Look at all rows of the table.
+
+        Returns:
+            The tensors, and what their blocks say of them. What :meth:`chunks` or
+            :meth:`.opened.StoredTensor.chunks` would refuse is among the faulty ones.
+        """
+        records = [record for _, record in self._records.values()]
+        coverage = Coverage(
+            [record.shape for record in records],
+            [record.dtype for record in records],
+            self.table.width,
+        )
+        numbers = [(record.first_chunk, record.num_chunks) for record in records]
+        firsts, counts = np.array(numbers, np.int64).reshape(-1, 2).T
+        if (firsts != np.cumsum(counts) - counts).any():  # so no save has written it
+            coverage.refuse(np.ones(len(records), np.bool_))
+            return records, coverage
+        files = list(self._files.values())
+        starts = np.array([file.header_bytes or 1 << 62 for file in files], np.int64)
+        stops = np.array([file.num_bytes for file in files], np.int64)
+        expected = np.repeat(np.arange(len(records), dtype=np.int32), counts)
+        for first, columns in self.table.batches():
+            tensor = expected[first : first + len(columns["tensor"])].astype(np.int64)
+            num_bytes = coverage.add(tensor, columns["offsets"], columns["sizes"])
+            file, place = columns["file"], columns["byte_offset"]
+            wrong = (columns["tensor"] != tensor) | (columns["num_bytes"] != num_bytes)
+            wrong |= (file < 0) | (file >= len(files))
+            file = file.clip(0, len(files) - 1)
+            wrong |= (place < starts[file]) | (place > stops[file] - num_bytes)
+            coverage.refuse(tensor[wrong])
+        return records, coverage
 
     def chunks(self, key: str) -> list[Chunk]:
         """See :class:`Index`."""
