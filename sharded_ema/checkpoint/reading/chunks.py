@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ _MAX_CORNERS = 1 << 22
 # Of all tensors: a few megabytes, which stay in the cache of a CPU.
 _BATCH_ROWS = 1 << 15
 _COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
+
+Columns = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,38 +114,33 @@ class KnownChunks:
 # ---------------------------------------------------------------------- the table
 
 
-def write_chunk_table(
-    rows: Sequence[tuple[int, Chunk]], file_ids: dict[str, int], uuid: str
-) -> bytes:
-    """The bytes of ``chunks.safetensors``.
+def dump_chunk_table(columns: Columns, uuid: str) -> Iterator[memoryview]:
+    """The bytes of ``chunks.safetensors``, piece by piece.
 
     Args:
-        rows: ``(tensor id, chunk)``, sorted by tensor id, then by the offsets of the box.
-        file_ids: position of each file in the manifest.
+        columns: by name, ``[n, ...]``; rows sorted by tensor id, then by the offsets of the block.
+            Integers may be of any width.
         uuid: of the save.
     """
-    count = len(rows)
-    width = max([1, *(len(chunk.box.sizes) for _, chunk in rows)])
-    columns: dict[str, NDArray[np.int64] | NDArray[np.uint8]] = {
-        "tensor": np.fromiter((tensor for tensor, _ in rows), np.int64, count),
-        "offsets": np.zeros((count, width), np.int64),
-        "sizes": np.ones((count, width), np.int64),
-        "file": np.fromiter((file_ids[c.file] for _, c in rows), np.int64, count),
-        "byte_offset": np.fromiter((c.byte_offset for _, c in rows), np.int64, count),
-        "num_bytes": np.fromiter((c.num_bytes for _, c in rows), np.int64, count),
-        "digest": np.zeros((count, DIGEST_BYTES), np.uint8),
-    }
-    for row, (_, chunk) in enumerate(rows):
-        ndim = len(chunk.box.sizes)
-        columns["offsets"][row, :ndim] = chunk.box.offsets
-        columns["sizes"][row, :ndim] = chunk.box.sizes
-        assert chunk.digest is not None, "every chunk of this format has a digest"
-        columns["digest"][row] = np.frombuffer(chunk.digest, np.uint8)
+    yield memoryview(_table_header(columns, uuid)[0])
+    for name in _COLUMNS:
+        dtype = "u1" if name == "digest" else "<i8"
+        for first in range(0, len(columns[name]), _BATCH_ROWS):
+            rows = columns[name][first : first + _BATCH_ROWS]
+            yield np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
+
+
+def chunk_table_bytes(columns: Columns, uuid: str) -> int:
+    """How many they are."""
+    header, entries = _table_header(columns, uuid)
+    return len(header) + entries[-1].stop
+
+
+def _table_header(columns: Columns, uuid: str) -> tuple[bytes, list[Entry]]:
     tensors = [
         (name, "U8" if name == "digest" else "I64", columns[name].shape) for name in _COLUMNS
     ]
-    header, _ = build_header(tensors, {"format": "pt", "uuid": uuid}, align=8)
-    return header + b"".join(columns[name].tobytes() for name in _COLUMNS)
+    return build_header(tensors, {"format": "pt", "uuid": uuid}, align=8)
 
 
 class ChunkTable:

@@ -11,7 +11,7 @@ from safetensors.numpy import load
 
 from sharded_ema.checkpoint.files import Directory
 from sharded_ema.checkpoint.names import CHUNKS_NAME
-from sharded_ema.checkpoint.reading.chunks import Chunk, TableIndex, tiles, write_chunk_table
+from sharded_ema.checkpoint.reading.chunks import Chunk, TableIndex, dump_chunk_table, tiles
 from sharded_ema.checkpoint.reading.coverage import Coverage
 from sharded_ema.checkpoint.reading.manifest import read_manifest
 from sharded_ema.checkpoint.reading.opened import Checkpoint
@@ -30,20 +30,21 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def test_columns_are_plain_safetensors() -> None:
-    box, digest = Box((1, 2), (3, 4)), bytes(range(16))
-    chunks = [(0, Chunk(Box((), ()), "b", 4096, 4, digest)), (1, Chunk(box, "a", 8192, 48, digest))]
-    columns = load(write_chunk_table(chunks, {"a": 0, "b": 1}, "uuid"))
-    assert columns["tensor"].tolist() == [0, 1]
-    assert columns["offsets"].tolist() == [[0, 0], [1, 2]]
-    assert columns["sizes"].tolist() == [[1, 1], [3, 4]]
-    assert columns["file"].tolist() == [1, 0]
-    assert columns["byte_offset"].tolist() == [4096, 8192]
-    assert columns["num_bytes"].tolist() == [4, 48]
-    assert columns["digest"].shape == (2, 16) and columns["digest"][1].tobytes() == digest
-
-
-def test_a_table_without_rows() -> None:
-    assert load(write_chunk_table([], {}, "uuid"))["offsets"].shape == (0, 1)
+    """Whatever integers they come in, and in whatever order their memory lies."""
+    columns = {
+        "tensor": np.array([0, 1], np.int32),
+        "offsets": np.asfortranarray([[0, 0], [1, 2]]),
+        "sizes": np.array([[1, 1], [3, 4]], np.int16),
+        "file": np.array([1, 0]),
+        "byte_offset": np.array([4096, 8192], ">i8"),
+        "num_bytes": np.array([4, 48]),
+        "digest": np.arange(32, dtype=np.uint8).reshape(2, 16),
+    }
+    found = load(b"".join(dump_chunk_table(columns, "uuid")))
+    assert found.keys() == columns.keys()
+    for name, column in columns.items():
+        assert found[name].dtype == ("u1" if name == "digest" else "i8")
+        assert found[name].tolist() == column.tolist(), name
 
 
 @pytest.mark.parametrize("chunking", [whole, rows(3), grid, ranges(3)])
@@ -143,7 +144,7 @@ def test_a_survey_refuses_what_is_refused_one_by_one(tmp_path: Path) -> None:
     sound = table.read_bytes()
     entries, _, start = read_header(table)
     random, refused = np.random.default_rng(1), 0
-    for _ in range(300):
+    for _ in range(100):
         data = bytearray(sound)
         columns = {
             name: np.frombuffer(data, np.int64, (e.stop - e.start) // 8, start + e.start)
@@ -165,7 +166,7 @@ def test_a_survey_refuses_what_is_refused_one_by_one(tmp_path: Path) -> None:
         records, coverage = index.survey()
         assert {records[number].key for number in coverage.faulty()} == wrong, (name, row)
         refused += bool(wrong)
-    assert refused > 100
+    assert refused > 30
 
 
 def test_a_survey_of_blocks_that_tile_by_volume_only() -> None:
