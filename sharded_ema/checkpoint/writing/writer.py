@@ -1,6 +1,7 @@
 """A ``StorageWriter`` of torch.distributed.checkpoint that writes our format and commits.
 
-Planning, de-duplication and the exchange between ranks are DCP's. The order of calls is its own:
+The exchange between ranks is DCP's, and so is planning where its own planner is used; what
+:mod:`.planning` has planned and kept is taken from there. The order of calls is DCP's as well:
 ``prepare_local_plan`` (all ranks), ``prepare_global_plan`` (coordinator: makes the temporary
 directory), ``write_data`` (all ranks), ``finish`` (coordinator: checks, manifest, rename).
 """
