@@ -17,7 +17,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -39,6 +39,8 @@ from sharded_ema.errors import (
 _MAX_OPEN_FILES = 32
 # And directories.
 _MAX_HELD = 6
+# The end of a manifest has its digest in it.
+_END_BYTES = 64
 
 Bytes = NDArray[np.uint8]
 
@@ -299,6 +301,14 @@ class OpenFile(ABC):
             view = view[count:]
             position += count
 
+    def fetch(self, view: memoryview, position: int) -> None:
+        """The same, and nothing is read ahead; threads may share the file.
+
+        Raises:
+            CheckpointCorruptError: see :meth:`fill`.
+        """
+        self.fill(view, position)
+
     def read(self, position: int, num_bytes: int) -> bytes:
         """These bytes, or as many as there are."""
         data = bytearray(max(0, min(num_bytes, self.size - position)))
@@ -335,19 +345,83 @@ class _LocalFile(OpenFile):
 
 
 class _RemoteFile(OpenFile):
+    """An object of a store whose driver serves one request at a time."""
+
     def __init__(self, location: Location, file: Any, size: int) -> None:
         super().__init__(location, size)
         self._file = file
+        self._lock = threading.Lock()
 
     def _read_at(self, view: memoryview, position: int) -> int:
         if position >= self.size:
             return 0
-        with reaching(str(self.location)):
+        with self._lock, reaching(str(self.location)):
             self._file.seek(position)
             return int(self._file.readinto(view))
 
     def close(self) -> None:
         self._file.close()
+
+
+class _RemoteObject(_RemoteFile):
+    """An object of a store whose driver serves any number of requests at once.
+
+    Args:
+        cat: the bytes of the object from one position to another.
+    """
+
+    def __init__(
+        self, location: Location, file: Any, size: int, cat: Callable[[int, int], bytes]
+    ) -> None:
+        super().__init__(location, file, size)
+        self._cat = cat
+
+    def fetch(self, view: memoryview, position: int) -> None:
+        """See :meth:`OpenFile.fetch`."""
+        stop = position + view.nbytes
+        try:
+            data = self._cat(position, stop) if stop <= self.size else b""
+        except FileNotFoundError as error:
+            raise gone(self.location) from error
+        if len(data) != view.nbytes:
+            raise CheckpointCorruptError(
+                f"{self.location} ends before byte {stop}; it is truncated or replaced"
+            )
+        view[:] = data
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """The content of a file in memory, or the beginning of it.
+
+    Attributes:
+        data: its first bytes.
+        size: of the file.
+    """
+
+    data: Bytes
+    size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of it is there."""
+        return self.data.nbytes == self.size
+
+
+class _KeptFile(OpenFile):
+    """What is in memory already."""
+
+    def __init__(self, location: Location, kept: Kept) -> None:
+        super().__init__(location, kept.size)
+        self._data = kept.data
+
+    def _read_at(self, view: memoryview, position: int) -> int:
+        part = self._data[position : position + view.nbytes]
+        view[: part.nbytes] = part.data
+        return part.nbytes
+
+    def close(self) -> None:
+        pass
 
 
 def open_regular(location: Location | Member) -> OpenFile:
@@ -386,7 +460,11 @@ def _open_local(location: Path, opens: Callable[[], int]) -> OpenFile:
 def _open_remote(url: URL) -> OpenFile:
     fs, path = driver(url)
     try:
-        return _RemoteFile(url, fs.open(path, "rb"), int(fs.size(path)))
+        if fs.async_impl:
+            cat = partial(fs.cat_file, path)
+            return _RemoteObject(url, fs.open(path, "rb"), int(fs.size(path)), cat)
+        # Read in blocks that are large enough: what a driver reads ahead would be fetched in vain.
+        return _RemoteFile(url, fs.open(path, "rb", cache_type="none"), int(fs.size(path)))
     except FileNotFoundError:
         raise CheckpointCorruptError(f"{url} is missing") from None
     except OSError as error:
@@ -394,7 +472,12 @@ def _open_remote(url: URL) -> OpenFile:
 
 
 def read_whole(location: Location | Member, limit: int) -> bytes:
-    """The content of a small file.
+    """The content of a small file; see :func:`read_array`."""
+    return read_array(location, limit).tobytes()
+
+
+def read_array(location: Location | Member, limit: int) -> Bytes:
+    """The content of a file that fits into memory.
 
     Args:
         limit: bytes; a larger file is not read.
@@ -407,7 +490,9 @@ def read_whole(location: Location | Member, limit: int) -> bytes:
             raise CheckpointCorruptError(
                 f"{location} has {file.size} bytes, more than the {limit} that it may have"
             )
-        return file.read(0, file.size)
+        data = np.empty(file.size, np.uint8)
+        file.fetch(data.data, 0)
+        return data
 
 
 def read_if_file(location: Location, limit: int) -> bytes | None:
@@ -625,6 +710,7 @@ class Directory:
 
     Attributes:
         location, files: see above.
+        kept: what is taken for the content of files, by name, so that nobody reads them again.
 
     Raises:
         CheckpointNotFoundError: there is no such directory on this machine.
@@ -639,6 +725,7 @@ class Directory:
         self._handle: _Handle | None = None
         # Under a URL: what it is known by, and the digest of that.
         self._known: tuple[str, bytes] | None = None
+        self.kept: dict[str, Kept] = {}
         if isinstance(location, Path):
             try:
                 self._handle = _Handle(location)
@@ -663,6 +750,15 @@ class Directory:
     def remember(self, name: str, data: bytes) -> None:
         """Take a file of it for what it is known by, under a URL."""
         self._known = (name, hashlib.sha256(data).digest())
+
+    def is_as_kept(self, name: str) -> bool:
+        """Whether a file has the size of what is taken for its content, and ends as that does."""
+        kept = self.kept[name]
+        end = kept.data[-_END_BYTES:]
+        with self._open_path(name) as file:
+            return file.size == kept.size and file.read(file.size - end.nbytes, end.nbytes) == (
+                end.tobytes()
+            )
 
     def is_gone(self) -> bool:
         """Whether it was removed, or replaced, since it was opened."""
@@ -707,6 +803,11 @@ class Directory:
             CheckpointGoneError: it is missing with the whole directory.
             CheckpointError: it cannot be opened.
         """
+        if name in self.kept:
+            return _KeptFile(self.location / name, self.kept[name])
+        return self._open_path(name)
+
+    def _open_path(self, name: str) -> OpenFile:
         path = self.location / name
         with self.unless_gone():
             if isinstance(path, URL):

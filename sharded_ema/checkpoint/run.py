@@ -63,12 +63,15 @@ _MAX_REMEMBERED = 10_000
 # ---------------------------------------------------------------------- the one that a path means
 
 
-def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:
+def open_checkpoint(
+    path: str | os.PathLike[str], files: OpenFiles | None = None, *, check_files: bool = True
+) -> Checkpoint:
     """Open a committed checkpoint of this library, or one of torch.distributed.checkpoint.
 
     Args:
         path: see :func:`find_checkpoint`.
         files: see :class:`~sharded_ema.checkpoint.files.Directory`.
+        check_files: see :func:`~sharded_ema.checkpoint.reading.opened.open_directory`.
 
     Raises:
         CheckpointNotFoundError: nothing is there.
@@ -79,7 +82,9 @@ def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None
     found: CheckpointGoneError | None = None
     for _ in range(_MAX_LOOKS):
         try:
-            return _open_found(path, files)
+            directory, names = find_checkpoint(path, files)
+            with directory.unless_gone():
+                return open_directory(directory, names, check_files=check_files)
         except CheckpointGoneError as error:
             found = error
         except CheckpointUncommittedError:
@@ -88,12 +93,6 @@ def open_checkpoint(path: str | os.PathLike[str], files: OpenFiles | None = None
             break  # under a URL the manifest is removed first, and what is left is no save
     assert found is not None
     raise found
-
-
-def _open_found(path: str | os.PathLike[str], files: OpenFiles | None) -> Checkpoint:
-    directory, names = find_checkpoint(path, files)
-    with directory.unless_gone():
-        return open_directory(directory, names)
 
 
 def find_checkpoint(

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributed.checkpoint import LoadPlan, LoadPlanner, Metadata, StorageReader
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -23,14 +23,13 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
-from sharded_ema.checkpoint.files import Directory, as_location, gone
+from sharded_ema.checkpoint.files import as_location, gone
+from sharded_ema.checkpoint.filling import Filling, fill
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.errors import CheckpointCorruptError
-
-# Bytes read at a time; a row of a tensor that is longer is read whole.
-BLOCK_BYTES = 1 << 24
+from sharded_ema.model.layout import Box
 
 
 class SafetensorsStorageReader(StorageReader):
@@ -64,26 +63,14 @@ class SafetensorsStorageReader(StorageReader):
     def catalog(self) -> Checkpoint:
         """What is in the checkpoint; opened on first use."""
         if self._catalog is None:
-            self._catalog = open_checkpoint(self._path)
+            self._catalog = open_checkpoint(self._path, check_files=False)
         return self._catalog
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         if self._metadata is None:
-            self._metadata = self._read_metadata()
+            described: Any = _Described(self.catalog)
+            self._metadata = Metadata(state_dict_metadata=described)
         return self._metadata
-
-    def _read_metadata(self) -> Metadata:
-        stored = {}
-        for key, tensor in self.catalog.tensors.items():
-            stored[key] = TensorStorageMetadata(
-                properties=TensorProperties(dtype=TORCH_DTYPE[tensor.dtype]),
-                size=torch.Size(tensor.shape),
-                chunks=[
-                    ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes))
-                    for c in tensor.chunks()
-                ],
-            )
-        return Metadata(state_dict_metadata=stored)  # type: ignore[arg-type]
 
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
@@ -103,15 +90,14 @@ class SafetensorsStorageReader(StorageReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         with self.catalog as checkpoint, checkpoint.directory.unless_gone():
             chunks = self._chunks_of(plan)
-            if self._verify:
-                # Several items may read from one chunk.
-                checkpoint.verify(
-                    {c: i.storage_index.fqn for i, c in zip(plan.items, chunks, strict=True)}
-                )
-            for item, chunk in zip(plan.items, chunks, strict=True):
-                target = planner.resolve_tensor(item).detach()
-                dtype = TORCH_DTYPE[checkpoint.tensors[item.storage_index.fqn].dtype]
-                _read_block(checkpoint.directory, chunk, dtype, item, target)
+            targets = [planner.resolve_tensor(item).detach() for item in plan.items]
+            fillings = [
+                Filling(item.storage_index.fqn, chunk, _box(item), target)
+                for item, chunk, target in zip(plan.items, chunks, targets, strict=True)
+            ]
+            # Any rank may be the only one to look at a file.
+            fill(checkpoint, fillings, verify=self._verify, headers={c.file for c in chunks})
+            for item, target in zip(plan.items, targets, strict=True):
                 planner.commit_tensor(item, target)
         future: Future[None] = Future()
         future.set_result(None)
@@ -135,35 +121,33 @@ class SafetensorsStorageReader(StorageReader):
         return True
 
 
-def _read_block(
-    directory: Directory, chunk: Chunk, dtype: torch.dtype, item: ReadItem, target: Tensor
-) -> None:
-    """Copy ``lengths`` elements from ``storage_offsets`` of a chunk into ``target``."""
-    sizes, start, lengths = chunk.box.sizes, item.storage_offsets, item.lengths
-    if chunk.strides is not None or not sizes:
-        whole = _read(directory, chunk, 0, chunk.num_bytes, dtype)
-        block = whole.as_strided(sizes, chunk.strides or ())
-        for dim, (offset, length) in enumerate(zip(start, lengths, strict=True)):
-            block = block.narrow(dim, offset, length)
-        target.copy_(block)
-        return
-    row_numel = chunk.box.numel // sizes[0]
-    row_bytes = row_numel * dtype.itemsize
-    rows = max(1, BLOCK_BYTES // row_bytes)
-    for first in range(0, lengths[0], rows):
-        count = min(rows, lengths[0] - first)
-        position = (start[0] + first) * row_bytes
-        block = _read(directory, chunk, position, count * row_bytes, dtype)
-        block = block.view(count, *sizes[1:])
-        for dim in range(1, len(sizes)):
-            block = block.narrow(dim, start[dim], lengths[dim])
-        target.narrow(0, first, count).copy_(block)
+def _box(item: ReadItem) -> Box:
+    """The elements that an item reads, counted from the first of its chunk."""
+    return Box(tuple(item.storage_offsets), tuple(item.lengths))
 
 
-def _read(
-    directory: Directory, chunk: Chunk, position: int, num_bytes: int, dtype: torch.dtype
-) -> Tensor:
-    """Elements of a chunk, from its byte ``position`` on."""
-    buffer = torch.empty(num_bytes // dtype.itemsize, dtype=dtype, device="cpu")
-    directory.read_into(chunk.file, buffer.view(torch.uint8).numpy(), chunk.byte_offset + position)
-    return buffer
+class _Described(Mapping[str, TensorStorageMetadata]):
+    """What DCP is told of the tensors of a checkpoint, made for those that it asks for."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._tensors = checkpoint.tensors
+
+    def __getitem__(self, key: str) -> TensorStorageMetadata:
+        tensor = self._tensors[key]
+        return TensorStorageMetadata(
+            properties=TensorProperties(dtype=TORCH_DTYPE[tensor.dtype]),
+            size=torch.Size(tensor.shape),
+            chunks=[
+                ChunkStorageMetadata(torch.Size(c.box.offsets), torch.Size(c.box.sizes))
+                for c in tensor.chunks()
+            ],
+        )
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)

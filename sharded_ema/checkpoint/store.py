@@ -17,10 +17,10 @@ from sharded_ema.averaging.distance import partial_distances, relative_distance
 from sharded_ema.averaging.health import Health
 from sharded_ema.checkpoint import snapshot
 from sharded_ema.checkpoint.files import Location, as_location
+from sharded_ema.checkpoint.loading import Loading, Told
 from sharded_ema.checkpoint.names import new_uuid
 from sharded_ema.checkpoint.others import OtherAverage, open_other
-from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
-from sharded_ema.checkpoint.transfer import check_target, load_state, save_state
+from sharded_ema.checkpoint.transfer import check_target, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.planning import Plan
 from sharded_ema.checkpoint.writing.staging import Staging
@@ -309,14 +309,12 @@ class Store:
         other = opened[0]
         if other is not None:
             return self._take_over(other, path, num_updates, strict=strict, ready=ready)
-        reader = SafetensorsStorageReader(path, verify=verify)
         found: CheckpointGoneError | None = None  # all ranks are told the same
         for _ in range(_MAX_READS):
             try:
-                return self._load(reader, path, strict=strict, ready=ready)
+                return self._load(path, strict=strict, verify=verify, ready=ready)
             except CheckpointGoneError as error:
                 found = error
-                reader.reset(path)
             except CheckpointUncommittedError:
                 if found is None:
                     raise
@@ -325,31 +323,41 @@ class Store:
 
     def _load(
         self,
-        reader: SafetensorsStorageReader,
         path: str | PathLike[str],
         *,
         strict: bool,
+        verify: bool,
         ready: Callable[[], None],
     ) -> Mapping[str, Any]:
+        ranks, purpose = self._model.ranks, f"ema.load({path})"
+        loading = Loading(path, ranks)
         own: dict[str, Tensor] = {}
         found: list[snapshot.Stored] = []
 
-        def check() -> None:
+        def look() -> Told | None:
             self._background.wait()
             ready()
             own.update(self._averages())
-            found.append(snapshot.stored_in_checkpoint(reader.catalog))
-            self._check_fits(own, found[0], strict=strict)
-            reader.read_metadata()  # of what fails within DCP only the words come through
+            return loading.look()
 
         def alike() -> dict[str, Any]:
             return {"path": str(path), "strict": strict, **self._average.settings()}
 
-        self._model.ranks.agree(check, f"ema.load({path})", alike)
+        def fit() -> None:
+            stored = snapshot.stored_in_checkpoint(loading.open())
+            self._check_fits(own, stored, strict=strict)
+            loading.want({stored.prefix + key: own[key] for key in own if key in stored.shapes})
+            found.append(stored)
+
+        told = ranks.agree(look, purpose, alike)[0]
+        assert told is not None
+        loading.share(told, purpose)
+        ranks.agree(fit, purpose)
+        loading.choose(purpose)
+        ranks.agree(loading.check, purpose)
         (stored,) = found
         self._average.broken = f"loading {path} failed midway"
-        state = {stored.prefix + key: own[key] for key in own if key in stored.shapes}
-        load_state(state, reader, ranks=self._model.ranks)
+        ranks.agree(lambda: loading.read(verify=verify), purpose)
         self._run = stored.meta.get("run", self._run)
         return stored.meta
 

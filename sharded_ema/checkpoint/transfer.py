@@ -1,4 +1,4 @@
-"""Save and load a state dict through DCP, with every failure turned into one error on all ranks.
+"""Save a state dict through DCP, with every failure turned into one error on all ranks.
 
 DCP reports failures as ``CheckpointException``, which is a ``BaseException``: it must not leave the
 library. What it says is kept, rank by rank. Ctrl-C stays what it is where it was pressed.
@@ -15,14 +15,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_ema.checkpoint.files import URL, Location
 from sharded_ema.checkpoint.names import is_marked
-from sharded_ema.checkpoint.storage_reader import SafetensorsStorageReader
 from sharded_ema.checkpoint.writing.planning import ColumnPlanner, Plan, Planner, digest_of
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.checkpoint.writing.target import make_target
 from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter
 from sharded_ema.errors import (
-    CheckpointCorruptError,
-    CheckpointError,
     CheckpointWriteError,
     ConfigError,
     EMAError,
@@ -112,26 +109,6 @@ def save_state(
     plans[format] = planner.made(digest)
     if ranks.rank == 0:  # DCP's coordinator, which has committed
         make_target(path).settle(latest=latest, keep_last=keep_last)
-
-
-def load_state(state: dict[str, Tensor], reader: SafetensorsStorageReader, *, ranks: Ranks) -> None:
-    """Fill the tensors of ``state`` in place; all ranks call it.
-
-    Raises:
-        CheckpointError: on every rank, if any rank could not read. ``state`` may then be
-            half-filled.
-    """
-    try:
-        with ranks.interruptible():
-            _expect_one_process(ranks)
-            dcp.load(
-                state, storage_reader=reader, process_group=ranks.group, no_dist=ranks.size == 1
-            )
-    except CheckpointException as error:
-        _raise_failures(error, CheckpointCorruptError, ranks.rank)
-    except RuntimeError as error:
-        ranks.give_up()
-        raise CheckpointError(f"the ranks lost contact while reading: {error}") from error
 
 
 def _expect_one_process(ranks: Ranks) -> None:

@@ -14,9 +14,11 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import xxhash
+from numpy.typing import NDArray
 
 from sharded_ema.errors import (
     AbsentRankError,
@@ -29,6 +31,9 @@ from sharded_ema.model.internals.pytorch import is_of_a_lost_rank, new_gloo_grou
 from sharded_ema.model.meeting import Room, absence, restart_hint
 
 T = TypeVar("T")
+
+# Of one collective, for each of which the ranks wait no longer than the timeout.
+_BROADCAST_BYTES = 1 << 26
 
 
 @contextmanager
@@ -181,6 +186,22 @@ class Ranks:
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self._group)
         low, high = least.tolist()
         return low == -high != -1
+
+    def broadcast(self, data: NDArray[np.uint8], purpose: str) -> None:
+        """Overwrite bytes on all ranks with those of the first; the ranks have just met.
+
+        Args:
+            data: ``(bytes,)``, of one size on all ranks.
+
+        Raises:
+            AbsentRankError: a rank was lost on the way.
+        """
+        if self.size == 1:
+            return
+        with self.talking(purpose):
+            for start in range(0, data.nbytes, _BROADCAST_BYTES):
+                part = torch.from_numpy(data[start : start + _BROADCAST_BYTES])
+                dist.broadcast(part, src=self.members[0], group=self._group)
 
     @contextmanager
     def talking(self, purpose: str) -> Iterator[None]:

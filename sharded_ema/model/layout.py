@@ -58,6 +58,11 @@ class Box:
         """The same block, counted from where ``offsets`` is the origin's place."""
         return Box(tuple(o + by for o, by in zip(self.offsets, offsets, strict=True)), self.sizes)
 
+    def within(self, other: Box) -> Box:
+        """The same block, which lies in ``other``, counted from the start of that."""
+        offsets = (o - by for o, by in zip(self.offsets, other.offsets, strict=True))
+        return Box(tuple(offsets), self.sizes)
+
     def permuted(self, dims: Sequence[int]) -> Box:
         """The box with its dimensions in another order, as by ``torch.permute``."""
         return Box(tuple(self.offsets[d] for d in dims), tuple(self.sizes[d] for d in dims))
@@ -69,6 +74,17 @@ class Box:
             return None
         part = Box(tuple(offsets), self.sizes)
         return part if part.fits(other.sizes) else None
+
+    def common(self, other: Box) -> Box | None:
+        """The elements that both have; ``None`` if there are none."""
+        offsets = tuple(map(max, self.offsets, other.offsets))
+        sizes = tuple(
+            min(a + n, b + m) - offset
+            for a, n, b, m, offset in zip(
+                self.offsets, self.sizes, other.offsets, other.sizes, offsets, strict=True
+            )
+        )
+        return Box(offsets, sizes) if min(sizes, default=1) > 0 else None
 
     def overlaps(self, other: Box) -> bool:
         """Whether the two boxes share at least one element."""

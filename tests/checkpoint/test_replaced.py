@@ -104,15 +104,15 @@ def test_one_that_is_replaced_again_and_again_is_an_error(
 ) -> None:
     path = tmp_path / "last"
     save(path, 1)
-    check = manifest.check_file
+    check = manifest.check_header
 
-    def meddle(directory: Directory, record: manifest.FileRecord, uuid: str) -> None:
+    def meddle(directory: Directory, record: manifest.FileRecord) -> None:
         save(path, 2)
         shutil.rmtree(path)
         save(path, 3)
-        check(directory, record, uuid)
+        check(directory, record)
 
-    monkeypatch.setattr("sharded_ema.checkpoint.reading.opened.check_file", meddle)
+    monkeypatch.setattr("sharded_ema.checkpoint.loading.check_header", meddle)
     with pytest.raises(CheckpointNotFoundError, match="removed or replaced while it was read"):
         ShardedEMA(torch.nn.Linear(3, 2), 0.9).load(path)
 

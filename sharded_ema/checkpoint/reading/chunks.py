@@ -27,10 +27,10 @@ from sharded_ema.model.layout import Box, Shape
 DIGEST_BYTES = 16
 # Of one tensor: more than any number of ranks makes, and what can be held in memory.
 _MAX_ROWS = 1 << 20
+# Some 6 MB of a table of three dimensions, and as much again for what is compared.
+_SLAB_ROWS = 1 << 16
 # Boxes cut in many dimensions have many corners; about five seconds' worth.
 _MAX_CORNERS = 1 << 22
-# Of all tensors: a few megabytes, which stay in the cache of a CPU.
-_BATCH_ROWS = 1 << 15
 _COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
 
 Columns = Mapping[str, NDArray[Any]]
@@ -125,8 +125,8 @@ def dump_chunk_table(columns: Columns, uuid: str) -> Iterator[memoryview]:
     yield memoryview(_table_header(columns, uuid)[0])
     for name in _COLUMNS:
         dtype = "u1" if name == "digest" else "<i8"
-        for first in range(0, len(columns[name]), _BATCH_ROWS):
-            rows = columns[name][first : first + _BATCH_ROWS]
+        for first in range(0, len(columns[name]), _SLAB_ROWS):
+            rows = columns[name][first : first + _SLAB_ROWS]
             yield np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
 
 
@@ -154,6 +154,8 @@ class ChunkTable:
     Attributes:
         uuid: of the save that wrote it.
         num_rows: number of chunks.
+        width: dimensions that a row has room for.
+        header_bytes: where its columns begin.
 
     Raises:
         CheckpointCorruptError: it has not the columns that it should have.
@@ -165,12 +167,12 @@ class ChunkTable:
         self._path = path = directory.location / name
         self._files = files
         with directory.open(name) as file:
-            self._entries, metadata, self._data_start = parse_header(file)
+            self._entries, metadata, self.header_bytes = parse_header(file)
         self.uuid = metadata.get("uuid", "")
         entry = self._entries.get("offsets", Entry("", "", (), 0, 0))
         if len(entry.shape) != 2 or entry.shape[1] < 1:
             raise CheckpointCorruptError(f"{path} has no column of offsets")
-        self.num_rows, self._width = entry.shape
+        self.num_rows, self.width = entry.shape
         shapes: dict[str, Shape] = dict.fromkeys(_COLUMNS, (self.num_rows,))
         shapes |= {"offsets": entry.shape, "sizes": entry.shape}
         shapes["digest"] = (self.num_rows, DIGEST_BYTES)
@@ -191,47 +193,80 @@ class ChunkTable:
         Raises:
             CheckpointCorruptError: rows that are not there, or of another tensor, or impossible.
         """
-        if first + count > self.num_rows or ndim > self._width or count > _MAX_ROWS:
+        if first + count > self.num_rows or ndim > self.width or count > _MAX_ROWS:
             raise CheckpointCorruptError(
-                f"{self._path} has {self.num_rows} rows of {self._width} dimensions, the manifest "
+                f"{self._path} has {self.num_rows} rows of {self.width} dimensions, the manifest "
                 f"asks for rows {first} to {first + count} of {ndim}"
             )
-        with self._directory.open(self._name) as file:
-            columns = {name: self._read(file, name, first, count) for name in _COLUMNS}
-        padding = (columns["offsets"][:, ndim:] != 0) | (columns["sizes"][:, ndim:] != 1)
-        integers = [columns[name] for name in _COLUMNS if name != "digest"]
-        if padding.any() or any((column < 0).any() for column in integers):
-            raise CheckpointCorruptError(f"{self._path}: rows {first} and on are malformed")
-        if (columns["tensor"] != tensor).any() or (columns["file"] >= len(self._files)).any():
-            raise CheckpointCorruptError(
-                f"{self._path}: rows {first} and on name another tensor or an unknown file"
-            )
-        digests = columns["digest"].tobytes()
-        lists = {name: columns[name].tolist() for name in _COLUMNS if name != "digest"}
+        found = self.records(first, count)
+        self.check(found, np.full(count, ndim))
+        if (found["tensor"] != tensor).any():
+            raise CheckpointCorruptError(f"{self._path}: rows {first} and on name another tensor")
+        return self.chunks(found, [ndim] * count)
+
+    def check(self, records: NDArray[np.void], ndims: NDArray[np.int64]) -> None:
+        """Whether rows can be true.
+
+        Args:
+            records: what :meth:`records` has returned, or some of it.
+            ndims: number of dimensions of the tensor of each.
+
+        Raises:
+            CheckpointCorruptError: they cannot.
+        """
+        beyond = np.arange(self.width) >= ndims[:, None]
+        padding = beyond & ((records["offsets"] != 0) | (records["sizes"] != 1))
+        negative = any((records[name] < 0).any() for name in _COLUMNS if name != "digest")
+        if padding.any() or negative:
+            raise CheckpointCorruptError(f"{self._path} has malformed rows")
+        if (records["file"] >= len(self._files)).any():
+            raise CheckpointCorruptError(f"{self._path} has rows that name an unknown file")
+
+    def chunks(self, records: NDArray[np.void], ndims: Sequence[int]) -> list[Chunk]:
+        """What checked rows say, an object each; arguments as of :meth:`check`."""
+        columns = [records[name].tolist() for name in _COLUMNS if name not in ("tensor", "digest")]
+        digests = records["digest"].tobytes()
         return [
             Chunk(
-                box=Box(tuple(lists["offsets"][i][:ndim]), tuple(lists["sizes"][i][:ndim])),
-                file=self._files[lists["file"][i]],
-                byte_offset=lists["byte_offset"][i],
-                num_bytes=lists["num_bytes"][i],
+                box=Box(tuple(offsets[:ndim]), tuple(sizes[:ndim])),
+                file=self._files[file],
+                byte_offset=byte_offset,
+                num_bytes=num_bytes,
                 digest=digests[i * DIGEST_BYTES : (i + 1) * DIGEST_BYTES],
             )
-            for i in range(count)
+            for i, (ndim, offsets, sizes, file, byte_offset, num_bytes) in enumerate(
+                zip(ndims, *columns, strict=True)
+            )
         ]
 
     def batches(self) -> Iterator[tuple[int, dict[str, Integers]]]:
         """All columns but the digests, some rows at a time, each time with the first row."""
         names = [name for name in _COLUMNS if name != "digest"]
         with self._directory.open(self._name) as file:
-            for first in range(0, self.num_rows, _BATCH_ROWS):
-                count = min(_BATCH_ROWS, self.num_rows - first)
+            for first, count in self.slabs():
                 columns = ((name, self._read(file, name, first, count)) for name in names)
                 yield first, {name: column.view(np.int64) for name, column in columns}
 
     @property
-    def width(self) -> int:
-        """Dimensions that a row has."""
-        return self._width
+    def row_type(self) -> np.dtype[np.void]:
+        """A row as :meth:`records` gives it: a field per column."""
+        widths = {"offsets": (self.width,), "sizes": (self.width,), "digest": (DIGEST_BYTES,)}
+        return np.dtype(
+            [(name, "u1" if name == "digest" else "<i8", widths.get(name, ())) for name in _COLUMNS]
+        )
+
+    def slabs(self) -> Iterator[tuple[int, int]]:
+        """First row and number of rows of the parts that the table is gone through in."""
+        for first in range(0, self.num_rows, _SLAB_ROWS):
+            yield first, min(_SLAB_ROWS, self.num_rows - first)
+
+    def records(self, first: int, count: int) -> NDArray[np.void]:
+        """Rows as they lie in the table, unchecked: ``(count,)`` of :attr:`row_type`."""
+        found = np.empty(count, self.row_type)
+        with self._directory.open(self._name) as file:
+            for name in _COLUMNS:
+                found[name] = self._read(file, name, first, count)
+        return found
 
     def places(self) -> dict[str, NDArray[np.int64] | NDArray[np.uint8]]:
         """The columns ``tensor``, ``file``, ``byte_offset``, ``num_bytes`` and ``digest``, whole.
@@ -249,7 +284,7 @@ class ChunkTable:
         row_shape = entry.shape[1:]
         dtype: type[np.uint8] | type[np.int64] = np.uint8 if entry.dtype == "U8" else np.int64
         row_bytes = math.prod(row_shape) * np.dtype(dtype).itemsize
-        position = self._data_start + entry.start + first * row_bytes
+        position = self.header_bytes + entry.start + first * row_bytes
         data = np.empty(count * row_bytes, np.uint8)
         file.fill(data.data, position)
         return data.view(np.dtype(dtype).newbyteorder("<")).reshape(count, *row_shape)
@@ -308,8 +343,9 @@ class TableIndex:
             coverage.refuse(np.ones(len(records), np.bool_))
             return records, coverage
         files = list(self._files.values())
-        starts = np.array([file.header_bytes or 1 << 62 for file in files], np.int64)
-        stops = np.array([file.num_bytes for file in files], np.int64)
+        beyond = 1 << 62  # of any file; where the data of one without a header would begin
+        starts = np.array([min(file.header_bytes or beyond, beyond) for file in files], np.int64)
+        stops = np.array([min(file.num_bytes, beyond) for file in files], np.int64)
         expected = np.repeat(np.arange(len(records), dtype=np.int32), counts)
         for first, columns in self.table.batches():
             tensor = expected[first : first + len(columns["tensor"])].astype(np.int64)
@@ -328,6 +364,15 @@ class TableIndex:
         chunks = self.table.rows(
             record.first_chunk, record.num_chunks, tensor=number, ndim=len(record.shape)
         )
+        self.check_places(key, chunks)
+        return chunks
+
+    def check_places(self, key: str, chunks: Iterable[Chunk]) -> None:
+        """Whether chunks of a tensor lie in the data of a shard.
+
+        Raises:
+            CheckpointCorruptError: one does not.
+        """
         for chunk in chunks:
             file = self._files[chunk.file]
             stop = chunk.byte_offset + chunk.num_bytes
@@ -338,7 +383,6 @@ class TableIndex:
                     f"{self._path}: {key} should lie in bytes {chunk.byte_offset} to {stop} of "
                     f"{chunk.file}, which has {file.num_bytes}"
                 )
-        return chunks
 
 
 def tiles(boxes: Iterable[Box], shape: Sequence[int]) -> bool:

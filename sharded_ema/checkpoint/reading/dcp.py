@@ -129,15 +129,18 @@ class DcpIndex:
         Raises:
             CheckpointCorruptError: an entry is not there, or is not what ``.metadata`` says.
         """
-        locations = self._tensors[key].locations
-        if self._listed is not None:
-            for name in {at.file for at in locations} - self._listed:
-                raise CheckpointCorruptError(
-                    f"{self._root}: {key} lies in {name}, which is not listed"
-                )
-        return [self._chunk(key, at) for at in locations]
+        return [self.chunk(key, at) for at in self._tensors[key].locations]
 
-    def _chunk(self, key: str, location: StoredAt) -> Chunk:
+    def chunk(self, key: str, location: StoredAt) -> Chunk:
+        """The same of one of :meth:`locations`.
+
+        Raises:
+            CheckpointCorruptError: see :meth:`chunks`.
+        """
+        if self._listed is not None and location.file not in self._listed:
+            raise CheckpointCorruptError(
+                f"{self._root}: {key} lies in {location.file}, which is not listed"
+            )
         dtype, box = self._tensors[key].dtype, location.box
         assert box is not None
         where = f"{key} at {box.offsets} in {self._root / location.file}"

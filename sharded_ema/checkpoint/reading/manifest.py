@@ -13,11 +13,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 
 from sharded_ema.averaging.schedules import is_profile_name
 from sharded_ema.checkpoint.checked_json import is_sizes, is_text, load_json, shown
-from sharded_ema.checkpoint.files import URL, Directory, Location, gone, is_file, read_whole
+from sharded_ema.checkpoint.files import (
+    URL,
+    Bytes,
+    Directory,
+    Kept,
+    Location,
+    gone,
+    is_file,
+    read_whole,
+)
 from sharded_ema.checkpoint.names import (
     CHUNKS_NAME,
     MANIFEST_NAME,
@@ -199,8 +209,11 @@ def parse_manifest(data: bytes, where: str) -> Manifest:
 # ---------------------------------------------------------------------- the files it lists
 
 
-def read_manifest(directory: Directory) -> Manifest:
+def read_manifest(directory: Directory, *, keep: bool = False) -> Manifest:
     """The manifest of the checkpoint in a directory, which was seen to have one.
+
+    Args:
+        keep: its bytes, in the directory, for whoever asks for them later.
 
     Raises:
         CheckpointGoneError: it has none any more.
@@ -216,6 +229,8 @@ def read_manifest(directory: Directory) -> Manifest:
             raise gone(directory.location) from error
         raise
     directory.remember(MANIFEST_NAME, data)
+    if keep:
+        directory.kept[MANIFEST_NAME] = Kept(np.frombuffer(bytearray(data), np.uint8), len(data))
     manifest = parse_manifest(data, str(file))
     kinds = {t.key: (t.dtype, len(t.shape)) for t in manifest.tensors}
     for prefix in manifest.emas:
@@ -249,6 +264,23 @@ def check_file(directory: Directory, record: FileRecord, uuid: str) -> None:
     Raises:
         CheckpointCorruptError: it is not the file that was written.
     """
+    header = check_header(directory, record).tobytes()
+    # With its digest all is known of it but this. To parse what it says of thousands of tensors,
+    # for each of a thousand files, would take minutes; within a text its quotes would be escaped.
+    length, named = int.from_bytes(header[:8], "little"), f'"uuid":{json.dumps(uuid)}'
+    if header and (named.encode() not in header or 8 + length != len(header)):
+        raise CheckpointCorruptError(f"{directory / record.name} belongs to another save")
+
+
+def check_header(directory: Directory, record: FileRecord) -> Bytes:
+    """Check kind and size of a file, and that the bytes of its header are those that were written.
+
+    Returns:
+        The header; nothing of a file that is no shard.
+
+    Raises:
+        CheckpointCorruptError: it is not the file that was written.
+    """
     file = directory / record.name
     with directory.open(record.name) as opened:
         if opened.size != record.num_bytes:
@@ -256,21 +288,16 @@ def check_file(directory: Directory, record: FileRecord, uuid: str) -> None:
                 f"{file} has {opened.size} bytes, {record.num_bytes} were written: it is truncated "
                 "or replaced"
             )
-        if not record.header_bytes:
-            return
-        if record.header_bytes > MAX_HEADER_BYTES:
+        if record.header_bytes > min(MAX_HEADER_BYTES, opened.size):
             raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
-        header = opened.read(0, record.header_bytes)
-    if xxhash.xxh3_128_hexdigest(header) != record.header_digest:
+        header = np.empty(record.header_bytes, np.uint8)
+        opened.fetch(header.data, 0)
+    if record.header_bytes and xxhash.xxh3_128_hexdigest(header.data) != record.header_digest:
         raise CheckpointCorruptError(
-            f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of "
-            "another save"
+            f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "
+            "save"
         )
-    # With its digest all is known of it but this. To parse what it says of thousands of tensors,
-    # for each of a thousand files, would take minutes; within a text its quotes would be escaped.
-    length, named = int.from_bytes(header[:8], "little"), f'"uuid":{json.dumps(uuid)}'
-    if named.encode() not in header or 8 + length != record.header_bytes:
-        raise CheckpointCorruptError(f"{file} belongs to another save")
+    return header
 
 
 # ---------------------------------------------------------------------- descriptions
@@ -377,15 +404,19 @@ class _Fields:
 
 
 def _tensor(fields: _Fields) -> TensorRecord:
-    first, count = fields.get("chunks", lambda v: is_sizes(v) and len(v) == 2)
-    check_dtype(fields.get("dtype", lambda _: True), fields.get("key", is_text), fields.where)
-    return TensorRecord(
-        key=fields.get("key", is_text),
-        shape=tuple(fields.get("shape", is_sizes)),
-        dtype=fields.get("dtype", is_text),
-        first_chunk=first,
-        num_chunks=count,
-    )
+    key = fields.get("key", is_text)
+    dtype = fields.get("dtype", _is_given)  # told by its own words what is wrong with it
+    check_dtype(dtype, key, fields.where)
+    first, count = fields.get("chunks", _is_pair)
+    return TensorRecord(key, tuple(fields.get("shape", is_sizes)), dtype, first, count)
+
+
+def _is_given(_: Any) -> bool:
+    return True
+
+
+def _is_pair(value: Any) -> bool:
+    return is_sizes(value) and len(value) == 2
 
 
 def _file(fields: _Fields) -> FileRecord:

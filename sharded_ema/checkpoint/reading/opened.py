@@ -7,7 +7,7 @@ beyond this module takes a path to read a tensor from.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import xxhash
 
-from sharded_ema.checkpoint.files import Bytes, Directory, Location
+from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, read_array
 from sharded_ema.checkpoint.names import (
     MANIFEST_NAME,
     META_KEY,
@@ -24,6 +24,7 @@ from sharded_ema.checkpoint.names import (
 from sharded_ema.checkpoint.reading.chunks import Chunk, Index, TableIndex, tiles
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.manifest import (
+    FileRecord,
     Manifest,
     check_file,
     check_listing,
@@ -35,9 +36,11 @@ from sharded_ema.checkpoint.reading.manifest import (
 from sharded_ema.checkpoint.reading.stream import stream_tensor, verify_chunk, verify_file
 from sharded_ema.checkpoint.safetensors import ITEMSIZE, num_bytes
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
-from sharded_ema.model.layout import Shape
+from sharded_ema.model.layout import Box, Shape
 
 _MAX_META_BYTES = 1 << 24
+# Ten times the chunk table of a trillion parameters on a thousand ranks.
+_MAX_TABLE_BYTES = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,18 +76,7 @@ class StoredTensor:
             CheckpointCorruptError: the blocks do not fit the tensor or the files.
         """
         chunks = self.checkpoint.index.chunks(self.key)
-        for chunk in chunks:
-            if not chunk.box.fits(self.shape) or not chunk.box.numel:
-                raise CheckpointCorruptError(
-                    f"{self.checkpoint.path}: {self.key} has shape {self.shape} and a chunk at "
-                    f"{chunk.box.offsets} of size {chunk.box.sizes}"
-                )
-            size = chunk.box.numel * self.itemsize
-            if chunk.num_bytes != size:
-                raise CheckpointCorruptError(
-                    f"{self.checkpoint.path}: {self.key} has a chunk of {chunk.num_bytes} bytes, "
-                    f"{self.dtype} of shape {chunk.box.sizes} takes {size}"
-                )
+        self.check(chunks)
         if not tiles((chunk.box for chunk in chunks), self.shape):
             stored = sum(chunk.num_bytes for chunk in chunks)
             raise CheckpointCorruptError(
@@ -92,6 +84,33 @@ class StoredTensor:
                 f"hold {stored} of {self.num_bytes} bytes"
             )
         return chunks
+
+    def check(self, chunks: Iterable[Chunk]) -> None:
+        """Whether chunks of it can lie where they do.
+
+        Raises:
+            CheckpointCorruptError: one does not fit the tensor.
+        """
+        for chunk in chunks:
+            self.check_box(chunk.box)
+            size = chunk.box.numel * self.itemsize
+            if chunk.num_bytes != size:
+                raise CheckpointCorruptError(
+                    f"{self.checkpoint.path}: {self.key} has a chunk of {chunk.num_bytes} bytes, "
+                    f"{self.dtype} of shape {chunk.box.sizes} takes {size}"
+                )
+
+    def check_box(self, box: Box) -> None:
+        """Whether a chunk of it can hold these elements.
+
+        Raises:
+            CheckpointCorruptError: it cannot.
+        """
+        if not box.fits(self.shape) or not box.numel:
+            raise CheckpointCorruptError(
+                f"{self.checkpoint.path}: {self.key} has shape {self.shape} and a chunk at "
+                f"{box.offsets} of size {box.sizes}"
+            )
 
     def blocks(self, chunks: list[Chunk] | None = None, block_bytes: int = 0) -> Iterator[Bytes]:
         """Its bytes in C order, block by block; see :func:`.stream.stream_tensor`.
@@ -223,27 +242,6 @@ class Checkpoint:
 
     # ------------------------------------------------------------------ what was written
 
-    def verify(self, chunks: Mapping[Chunk, str]) -> None:
-        """Compare the data of chunks, given with the keys of their tensors, with their digests.
-
-        Of this library's checkpoints in the format ``"dcp"`` the files that hold them are hashed
-        whole: what an entry says of itself does not show that it belongs to this save.
-
-        Raises:
-            CheckpointCorruptError: it is not what was written.
-            CheckpointMismatchError: a chunk carries no checksum.
-        """
-        if self.format == "dcp" and self.manifest is not None:
-            self.verify_files({chunk.file for chunk in chunks})
-            return
-        for chunk, key in chunks.items():
-            if chunk.digest is None and chunk.crc32 is None:
-                raise CheckpointMismatchError(
-                    f"{key} in {self.path} was written without a CRC32, so it cannot be verified; "
-                    "load it with verify=False if you trust it"
-                )
-            verify_chunk(self.directory, chunk, key)
-
     def verify_files(self, names: set[str] | None = None) -> None:
         """Compare whole files with their digests in the manifest; all of them if none is named.
 
@@ -282,7 +280,9 @@ class Checkpoint:
         return known.hexdigest()
 
 
-def open_directory(directory: Directory, names: set[str]) -> Checkpoint:
+def open_directory(
+    directory: Directory, names: Iterable[str], *, check_files: bool = True
+) -> Checkpoint:
     """Open the checkpoint in a directory, one of this library or of DCP.
 
     Everything but the tensors' data is checked here: the manifest's digest, presence and size of
@@ -290,6 +290,8 @@ def open_directory(directory: Directory, names: set[str]) -> Checkpoint:
 
     Args:
         names: in the directory; a manifest or DCP's metadata is among them.
+        check_files: look at the files with the data as well. If not, what tells where the data lies
+            is read whole and once, and kept in memory; what is kept there already is not read.
 
     Raises:
         CheckpointUncommittedError: DCP's metadata is that of a save that did not finish.
@@ -297,12 +299,35 @@ def open_directory(directory: Directory, names: set[str]) -> Checkpoint:
         CheckpointMismatchError: written by a later version of this library.
     """
     if MANIFEST_NAME not in names:
+        if not check_files:
+            _keep(directory, METADATA_NAME)
         return Checkpoint(directory, DcpIndex(directory))
-    manifest = read_manifest(directory)
-    check_listing(directory.location, names, manifest)
+    manifest = read_manifest(directory, keep=not check_files)
+    check_listing(directory.location, set(names), manifest)
+    tables = _tables(manifest)
     for record in manifest.files:
-        check_file(directory, record, manifest.uuid)
+        if check_files:
+            check_file(directory, record, manifest.uuid)
+        elif record.name in tables:
+            _keep(directory, record.name)
     return open_listed(directory, manifest)
+
+
+def _keep(directory: Directory, name: str) -> None:
+    if name not in directory.kept:
+        data = read_array(directory / name, _MAX_TABLE_BYTES)
+        directory.kept[name] = Kept(data, data.nbytes)
+
+
+def _tables(manifest: Manifest) -> tuple[str, str]:
+    """Names of the files, one of which tells where the data lies."""
+    return manifest.chunks_name, METADATA_NAME
+
+
+def data_files(manifest: Manifest) -> list[FileRecord]:
+    """The files of a checkpoint that hold data."""
+    tables = _tables(manifest)
+    return [record for record in manifest.files if record.name not in tables]
 
 
 def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
@@ -311,8 +336,11 @@ def open_listed(directory: Directory, manifest: Manifest) -> Checkpoint:
     Raises:
         CheckpointCorruptError: the chunk table, or ``.metadata``, is damaged.
     """
+    tables = _tables(manifest)
     for record in manifest.files:
-        if record.name in (manifest.chunks_name, METADATA_NAME):
+        kept = directory.kept.get(record.name)
+        # Who gives only the beginning to others has compared the whole.
+        if record.name in tables and (kept is None or kept.is_whole):
             verify_file(directory / record.name, record.digest)
     if manifest.format == "safetensors":
         return Checkpoint(directory, TableIndex(directory, manifest), manifest)

@@ -27,7 +27,7 @@ from sharded_ema.model.layout import Shape
 BLOCK_BYTES = 1 << 22
 
 
-class _Check:
+class ChunkCheck:
     """The checksum of one chunk, fed in order of its bytes."""
 
     def __init__(self, directory: Directory, chunk: Chunk, key: str) -> None:
@@ -192,7 +192,7 @@ def stream_tensor(
 
 
 def _read_run(directory: Directory, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
-    check = _Check(directory, chunk, key)
+    check = ChunkCheck(directory, chunk, key)
     buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
     for start in range(0, chunk.num_bytes, block_bytes):
         block = buffer[: chunk.num_bytes - start]
@@ -251,7 +251,7 @@ class _BandSource:
         self._key = key
         self._dim = dim
         self._element = np.dtype(f"V{itemsize}")
-        self._check = _Check(directory, chunk, key)
+        self._check = ChunkCheck(directory, chunk, key)
         self._position = chunk.byte_offset
         self._whole: NDArray[Any] | None = None
         self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
