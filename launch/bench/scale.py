@@ -37,12 +37,14 @@ from sharded_ema import ShardedEMA, consolidate
 from sharded_ema.checkpoint.names import META_KEY, shard_name
 from sharded_ema.checkpoint.reading.chunks import DIGEST_BYTES
 from sharded_ema.checkpoint.reading.manifest import FileRecord
+from sharded_ema.checkpoint.reading.selection import select
+from sharded_ema.checkpoint.run import open_checkpoint
 from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.checkpoint.writing.commit import meta_of
 from sharded_ema.checkpoint.writing.planning import ColumnPlanner, Plan
 from sharded_ema.checkpoint.writing.rows import Rows
 from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter, WrittenShard
-from sharded_ema.model.layout import Shape
+from sharded_ema.model.layout import Box, Shape
 from sharded_ema.tools.inspection import inspect
 
 T = TypeVar("T")
@@ -281,6 +283,21 @@ def look(checkpoint: Path) -> Figures:
     return {"inspect": (meter.seconds, meter.megabytes)}
 
 
+def choose(checkpoint: Path, packed: bytes) -> Figures:
+    """What a rank reads and chooses from before it loads its pieces; as one that is alone."""
+    rows = Rows.unpack(packed)
+    wanted = []
+    columns = (column.tolist() for column in (rows.tensor, rows.offsets, rows.sizes))
+    for i, offsets, sizes in zip(*columns, strict=True):
+        dims = len(rows.shapes[i])
+        wanted.append((rows.keys[i], Box(tuple(offsets[:dims]), tuple(sizes[:dims]))))
+    meter = Meter()
+    with meter, open_checkpoint(checkpoint, check_files=False) as opened:
+        parts = select(opened, wanted)
+    assert len(parts) == len(wanted)
+    return {"load: metadata of a rank": (meter.seconds, meter.megabytes)}
+
+
 def plan(checkpoint: Path) -> Figures:
     """``consolidate --plan``."""
     meter = Meter()
@@ -296,6 +313,7 @@ def measure(model: Model, folder: Path) -> tuple[dict[str, int], Figures]:
     figures = alone(commit, packed, folder)
     for function in (look, plan):
         figures |= alone(function, folder / SAVES[-1])
+    figures |= alone(choose, folder / SAVES[-1], packed[model.ranks // 2])
     return counts, figures
 
 
