@@ -110,10 +110,12 @@ docs: $(VENV)/.docs
 links: $(VENV)/.docs
 	$(BIN)/sphinx-build -b linkcheck docs build/links
 
-# What is uploaded for a release: sdist and wheel, looked at as the index will.
+# What is uploaded for a release: sdist and wheel of the code, and of the distribution that brings
+# PyTorch with it, looked at as the index will.
 dist: $(VENV)/.release
 	rm -rf dist
 	$(BIN)/python -m build --outdir dist
+	$(BIN)/python -m build --outdir dist distributions/sharded-ema
 	$(BIN)/twine check --strict dist/*
 
 clean:
@@ -145,9 +147,9 @@ $(VENV)/.azurite: | $(BIN)/python
 	fi
 	touch $@
 
-EXTRAS_train     := train
-EXTRAS_deepspeed := train,deepspeed
-EXTRAS_test      := train,deepspeed,test,docs,stores,stacks
+EXTRAS_train     := launch
+EXTRAS_deepspeed := launch,deepspeed
+EXTRAS_test      := launch,deepspeed,test,docs,stores,stacks
 EXTRAS_docs      := docs
 EXTRAS_release   := release
 .PRECIOUS: $(VENV)/.torch

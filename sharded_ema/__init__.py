@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sharded_ema.errors import require_torch
 from sharded_ema.version import __version__
 
 if TYPE_CHECKING:
@@ -96,7 +97,12 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOME[name]}")
+    except ImportError:
+        require_torch(f"sharded_ema.{name}")
+        raise
+    return getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -6,12 +6,12 @@ import argparse
 import io
 import json
 import os
-import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointCorruptError, EMAError
@@ -22,7 +22,9 @@ from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
 from sharded_ema.tools.env import env
 from sharded_ema.tools.inspection import inspect
-from sharded_ema.tools.report import Report, printable
+from sharded_ema.tools.interruption import Interruption
+from sharded_ema.tools.parts import Part
+from sharded_ema.tools.report import Report, printable, size
 from sharded_ema.tools.synthesize import synthesize
 from sharded_ema.tools.verify import verify
 from sharded_ema.tools.watch import watch
@@ -68,20 +70,17 @@ def _numbers(text: str) -> list[float]:
         raise argparse.ArgumentTypeError(f"numbers with commas between, got {text!r}") from None
 
 
-def _profile(help: str = "") -> Argument:
-    return _argument(
-        "--profile", default=DEFAULT_PROFILE, help=f"{help} (default: %(default)s)".strip()
-    )
+def _profile(help: str = "average of the checkpoint") -> Argument:
+    return _argument("--profile", default=DEFAULT_PROFILE, help=f"{help} (default: %(default)s)")
 
 
 def _dtype(stored: str = "as stored") -> Argument:
     return _argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
 
 
-def _repeated(name: str, metavar: str, help: str) -> Argument:
-    return _argument(
-        name, action="append", default=[], metavar=metavar, help=f"{help}; may be repeated"
-    )
+def _repeated(name: str, metavar: str, help: str, default: str = "none") -> Argument:
+    said = f"{help}; may be repeated (default: {default})"
+    return _argument(name, action="append", default=[], metavar=metavar, help=said)
 
 
 _TRUST_CODE = _argument(
@@ -93,7 +92,7 @@ def _writing(stored: str) -> tuple[Argument, ...]:
     """What the commands take that write models made of several checkpoints."""
     like = (
         "model directory to take configuration from and, if it has weights, to check names and "
-        "shapes against"
+        "shapes against (default: weights alone)"
     )
     return (
         _argument("--out", metavar="DIR", required=True, help="directory to create"),
@@ -103,11 +102,9 @@ def _writing(stored: str) -> tuple[Argument, ...]:
         _TRUST_CODE,
         _JOBS,
         _NO_PROGRESS,
-        _JSON,
     )
 
 
-_JSON = _argument("--json", action="store_true", help="print the report as JSON")
 _TENSORS = _argument("--tensors", action="store_true", help="list every tensor")
 _SIZE = _argument("--max-shard-size", default="5GB", help="per file (default: %(default)s)")
 _JOBS = _argument("--jobs", type=int, default=1, help="files at a time (default: %(default)s)")
@@ -128,7 +125,6 @@ COMMANDS = {
                 help="checkpoint, directory of a run, model directory or safetensors file",
             ),
             _TENSORS,
-            _JSON,
         ),
     ),
     "verify": Command(
@@ -141,9 +137,8 @@ COMMANDS = {
                 "--model",
                 metavar="DIR",
                 help="raw weights to compare with: a Hugging Face directory, a safetensors file or "
-                "a DCP checkpoint",
+                "a DCP checkpoint (default: none)",
             ),
-            _JSON,
         ),
     ),
     "consolidate": Command(
@@ -159,21 +154,25 @@ COMMANDS = {
             _argument(
                 "--prefix",
                 help="key prefix of the average inside a larger checkpoint, or of tensors that "
-                "other software has stored ('' for all)",
+                "other software has stored, '' for all (default: the only average there)",
             ),
             _argument(
                 "--like",
                 metavar="DIR",
                 help="model or PEFT adapter directory to take configuration from and, if it has "
-                "weights, to check names and shapes against",
+                "weights, to check names and shapes against (default: weights alone)",
             ),
             _TRUST_CODE,
-            _argument("--adapter", help="PEFT adapter to write, if the model had several"),
-            _repeated("--include", "PATTERN", "only tensors whose names in the output fit"),
+            _argument(
+                "--adapter", help="PEFT adapter to write, of several (default: the only one)"
+            ),
+            _repeated("--include", "PATTERN", "only tensors whose names in the output fit", "all"),
             _repeated("--exclude", "PATTERN", "no tensors whose names in the output fit"),
             _repeated("--rename", "s/A/B/", "substitution in the names, as in Python's re"),
             _argument(
-                "--base", metavar="DIR", help="model directory to take what is not stored from"
+                "--base",
+                metavar="DIR",
+                help="model directory to take what is not stored from (default: none)",
             ),
             _argument(
                 "--format",
@@ -183,6 +182,12 @@ COMMANDS = {
                 "checkpoint; both need PyTorch (default: %(default)s)",
             ),
             _argument("--plan", action="store_true", help="only say what would be written"),
+            _argument(
+                "--part",
+                metavar="I/N",
+                help="which of N processes this one is, from 0 on, that share the files of the "
+                "output (default: as torchrun says, or the only one)",
+            ),
             _JOBS,
             _argument(
                 "--tied",
@@ -191,7 +196,6 @@ COMMANDS = {
                 "names in its weights, or one if it has none)",
             ),
             _NO_PROGRESS,
-            _JSON,
         ),
     ),
     "diff": Command(
@@ -202,7 +206,11 @@ COMMANDS = {
             _argument("a", metavar="A", help=_SIDE),
             _argument("b", metavar="B", help=_SIDE),
             _profile("average of a checkpoint"),
-            _argument("--prefix", help="key prefix of the average if a checkpoint holds several"),
+            _argument(
+                "--prefix",
+                help="key prefix of the average if a checkpoint holds several (default: the only "
+                "one)",
+            ),
             _TENSORS,
             _argument(
                 "--tolerance",
@@ -211,7 +219,6 @@ COMMANDS = {
                 metavar="R",
                 help="relative distance that any tensor may have (default: all bits equal)",
             ),
-            _JSON,
         ),
     ),
     "watch": Command(
@@ -223,7 +230,7 @@ COMMANDS = {
             _argument("--out", required=True, metavar="DIR", help="directory for the exports"),
             _profile(),
             _dtype(),
-            _argument("--like", metavar="DIR", help="as for consolidate"),
+            _argument("--like", metavar="DIR", help="as for consolidate (default: weights alone)"),
             _TRUST_CODE,
             _argument("--keep", type=int, default=2, help="exports (default: %(default)s)"),
             _argument(
@@ -234,7 +241,6 @@ COMMANDS = {
                 help="seconds (default: %(default)g)",
             ),
             _argument("--once", action="store_true", help="export what is missing, and end"),
-            _argument("--json", action="store_true", help="print a line of JSON for each export"),
         ),
     ),
     "synthesize": Command(
@@ -272,9 +278,15 @@ COMMANDS = {
         "run/step_900 run/step_1000 --out mean",
         (
             _argument("checkpoints", metavar="CKPT", nargs="+", help=_SIDE),
-            _argument("--weights", type=_numbers, metavar="W,...", help="such as 1,2,1"),
+            _argument(
+                "--weights", type=_numbers, metavar="W,...", help="such as 1,2,1 (default: equal)"
+            ),
             _profile("of our checkpoints"),
-            _argument("--prefix", help="key prefix of the average or model in a larger checkpoint"),
+            _argument(
+                "--prefix",
+                help="key prefix of the average or model in a larger checkpoint (default: the only "
+                "average there)",
+            ),
             *_writing("that of the last input"),
         ),
     ),
@@ -285,7 +297,10 @@ COMMANDS = {
         (
             _argument("--steps", type=int, required=True, metavar="N", help="of the optimizer"),
             _argument(
-                "--batch", type=float, metavar="B", help="tokens or images in a step, of all ranks"
+                "--batch",
+                type=float,
+                metavar="B",
+                help="tokens or images in a step, of all ranks (default: lengths in steps alone)",
             ),
             _argument(
                 "--unit",
@@ -293,7 +308,12 @@ COMMANDS = {
                 default=UNITS[0],
                 help="of --half-life and of the report (default: %(default)s)",
             ),
-            _argument("--decay", type=float, metavar="D", help="a constant decay per step"),
+            _argument(
+                "--decay",
+                type=float,
+                metavar="D",
+                help="a constant decay per step (default: none, see --half-life)",
+            ),
             _argument(
                 "--half-life",
                 type=float,
@@ -301,46 +321,81 @@ COMMANDS = {
                 help="after which a weight counts half (default: a twentieth of the run)",
             ),
             _argument(
-                "--sigma-rel", type=float, metavar="S", help="width of a power-function average"
+                "--sigma-rel",
+                type=float,
+                metavar="S",
+                help="width of a power-function average (default: none, see --half-life)",
             ),
-            _argument("--plot", metavar="FILE", help="draw the weights and the seed's share"),
-            _JSON,
+            _argument("--plot", metavar="FILE", help="draw weights and seed (default: none)"),
         ),
     ),
     "env": Command(
         env,
         "say which versions are installed and what updates an average on which device",
         "--json",
-        (_JSON,),
+        (),
     ),
 }
 
 
-EXIT_CODES = (
-    "exit status: 0 all is well; 1 a check failed; 2 wrong use, or something cannot be read or "
-    "written; 130 interrupted by Ctrl-C"
+EXIT_CODES = """exit status:
+  0    all is well
+  1    a check failed: something differs, is damaged, or is not what was asked for
+  2    wrong use, or something cannot be read or written
+  130  interrupted by Ctrl-C"""
+WRONG_USE = 2
+INTERRUPTED = 130
+
+#: Of every command, and of none of the tools.
+COMMON = (
+    _argument("--json", action="store_true", help="print the report as JSON (default: as text)"),
+    _argument(
+        "--debug",
+        action="store_true",
+        help="show where in the program an error comes from (default: its message)",
+    ),
 )
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """All commands and their flags."""
-    parser = argparse.ArgumentParser(
+class _Parser(argparse.ArgumentParser):
+    """One that says in JSON as well what is wrong with its arguments, if ``in_json`` is set."""
+
+    in_json = False
+
+    def error(self, message: str) -> NoReturn:
+        if self.in_json:
+            command = self.prog.rpartition(" ")[2]
+            _say_json(Report.of_error(command, "", "UsageError", message, WRONG_USE))
+        super().error(message)
+
+
+def build_parser(*, in_json: bool = False) -> argparse.ArgumentParser:
+    """All commands and their flags.
+
+    Args:
+        in_json: say in JSON as well what is wrong with the arguments.
+    """
+    parser = _Parser(
         prog="sharded-ema",
         description="Tools for sharded checkpoints of averaged weights. They need no GPU, no "
         "torchrun and no PyTorch.",
         epilog=EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    parser.in_json = in_json
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, command in COMMANDS.items():
         sub = commands.add_parser(
             name,
             help=command.help,
-            description=f"{command.help[0].upper()}{command.help[1:]}. "
-            f"Example: sharded-ema {name} {command.example}",
-            epilog=EXIT_CODES,
+            description=f"{command.help[0].upper()}{command.help[1:]}.",
+            epilog=f"Flags without a value are off unless they are given.\n\n"
+            f"example:\n  sharded-ema {name} {command.example}\n\n{EXIT_CODES}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        for argument in command.arguments:
+        sub.in_json = in_json
+        for argument in (*command.arguments, *COMMON):
             sub.add_argument(argument.name, **argument.settings)
     return parser
 
@@ -348,36 +403,71 @@ def build_parser() -> argparse.ArgumentParser:
 def call(arguments: argparse.Namespace) -> Any:
     """Call the tool that the command names; what it returns."""
     command = COMMANDS[arguments.command]
-    values = {k: v for k, v in vars(arguments).items() if k not in ("command", "json")}
-    names = [each.name for each in command.arguments if not each.name.startswith("-")]
-    return command.tool(*[values.pop(name) for name in names], **values)
+    apart = {"command", *(each.name.removeprefix("--") for each in COMMON)}
+    values = {k: v for k, v in vars(arguments).items() if k not in apart}
+    return command.tool(*[values.pop(name) for name in _places(command)], **values)
+
+
+def _fill_in(arguments: argparse.Namespace) -> None:
+    """What the environment says unless it was given."""
+    if arguments.command == "consolidate" and arguments.part is None:
+        arguments.part = Part.of_torchrun(os.environ)
+
+
+def _places(command: Command) -> list[str]:
+    """The arguments that are no flags."""
+    return [each.name for each in command.arguments if not each.name.startswith("-")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; see the module for exit codes."""
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(in_json="--json" in given).parse_args(given)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # names may hold what the terminal does not write
             stream.reconfigure(errors="backslashreplace")
-    try:
-        if arguments.command == "watch":
-            return _watch(arguments)
-        report = call(arguments)
-        if arguments.json:
-            _say(json.dumps(report.to_dict(), indent=1))
-        else:
-            _say(report.text())
-    except KeyboardInterrupt:
-        goes_on = arguments.command == "consolidate"
-        print(
-            "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was",
-            file=sys.stderr,
-        )
-        return 130
-    except (EMAError, OSError) as error:
-        print(printable(f"sharded-ema: error: {error}"), file=sys.stderr)
-        return 1 if isinstance(error, CheckpointCorruptError) else 2
+    _fill_in(arguments)
+    goes_on = arguments.command == "consolidate"
+    said = "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was"
+    with Interruption(said, INTERRUPTED) as interruption:
+        try:
+            if arguments.command == "watch":
+                return _watch(arguments, interruption)
+            report = call(arguments)
+            if arguments.json:
+                _say_json(report, indent=1)
+            else:
+                _say(report.text())
+        except KeyboardInterrupt:
+            interruption.say()
+            return INTERRUPTED
+        except (EMAError, OSError, MemoryError) as error:
+            return _tell(error, arguments)
     return 0 if report.ok else 1
+
+
+def _tell(error: Exception, arguments: argparse.Namespace) -> int:
+    """Say what went wrong, on one line; the exit status."""
+    status = 1 if isinstance(error, CheckpointCorruptError) else WRONG_USE
+    message = str(error) or type(error).__name__
+    if arguments.debug:
+        traceback.print_exception(error)
+    print(printable(f"sharded-ema: error: {message}"), file=sys.stderr)
+    if arguments.json:
+        report = Report.of_error(
+            arguments.command, _subject(arguments), type(error).__name__, message, status
+        )
+        with suppress(OSError):  # which may have been the error
+            _say_json(report, indent=1)
+    return status
+
+
+def _subject(arguments: argparse.Namespace) -> str:
+    """The first argument that is no flag, or those that stand in its place."""
+    for name in _places(COMMANDS[arguments.command]):
+        value = getattr(arguments, name)
+        return value if isinstance(value, str) else ", ".join(value)
+    return ""
 
 
 def _say(text: str) -> bool:
@@ -397,27 +487,27 @@ def _say(text: str) -> bool:
     return True
 
 
-def _watch(arguments: argparse.Namespace) -> int:
+def _say_json(report: Report, indent: int | None = None) -> bool:
+    return _say(json.dumps(report.to_dict(), indent=indent, allow_nan=False))
+
+
+def _watch(arguments: argparse.Namespace, interruption: Interruption) -> int:
     """Print a line for each report, until SIGTERM or SIGINT, which abandon an export under way."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     ok = True
     try:
-        reports = call(arguments)
-        with closing(reports):
+        with interruption.by_termination(), closing(call(arguments)) as reports:
             for report in reports:
                 ok &= report.ok
-                if not _say(json.dumps(report.to_dict()) if arguments.json else _line(report)):
+                if not (_say_json(report) if arguments.json else _say(_line(report))):
                     break
     except KeyboardInterrupt:
         return 1 if arguments.once else 0
-    finally:
-        signal.signal(signal.SIGTERM, before)
     return 0 if ok else 1
 
 
 def _line(report: Report) -> str:
     facts, said = report.facts, [*report.notes, *(f"FAILED: {p}" for p in report.problems)]
     if report.ok and "output" in facts:
-        size = f"step {facts['step']}, {facts['bytes']:,} bytes in {facts['seconds']:.3g} s"
-        said.insert(0, f"exported to {facts['output']} ({size})")
+        what = f"step {facts['step']}, {size(facts['bytes'])} in {facts['seconds']:.3g} s"
+        said.insert(0, f"exported to {facts['output']} ({what})")
     return printable(f"{report.path}: {'; '.join(said)}")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from sharded_ema.errors import ConfigError
@@ -23,6 +25,30 @@ _CHOICES = {
     "nonfinite": ("skip", "raise", "allow"),
     "decay_per": ("step", "update"),
 }
+
+
+def as_whole(value: object, what: str, *, least: int | None = None) -> int:
+    """A whole number that a user has given: Python's, or one of numpy or PyTorch.
+
+    Args:
+        what: its name, for the message.
+        least: what it must be at least.
+
+    Raises:
+        ConfigError: it is something else, ``True`` above all, or too small.
+    """
+    if "bool" not in str(getattr(value, "dtype", type(value).__name__)):
+        with suppress(TypeError):
+            number = operator.index(value)  # type: ignore[arg-type]
+            if least is None or number >= least:
+                return number
+            raise ConfigError(f"{what} must be at least {least}, got {number}")
+    raise ConfigError(f"{what} must be an int, got {value!r}")
+
+
+def dtype_name(dtype: object) -> str:
+    """The name of a dtype, such as ``"float32"``: of PyTorch's, numpy's, or a text."""
+    return (dtype.__name__ if isinstance(dtype, type) else str(dtype)).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +93,8 @@ class Settings:
                     f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}"
                 )
         for name in ("update_every", "start_step", "total_steps"):
-            value = getattr(self, name)
-            if value is not None and type(value) is not int:
-                raise ConfigError(f"{name} counts optimizer steps, so it must be an int: {value!r}")
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, as_whole(getattr(self, name), name))
         if type(self.overlap) is not bool and self.overlap != "auto":
             raise ConfigError(f"overlap must be 'auto', True or False, got {self.overlap!r}")
         if type(self.offload_buffer) is not int or self.offload_buffer < _LEAST_BUFFER:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -38,6 +38,7 @@ from sharded_ema.errors import (
 from sharded_ema.model.devices import check_device
 from sharded_ema.model.followed import FollowedModel
 from sharded_ema.model.inventory import Selection, adapters_of, as_model, as_patterns
+from sharded_ema.model.precision import as_dtype
 from sharded_ema.model.recipients import part_of_the_way, write_into
 from sharded_ema.model.sources import make_source
 from sharded_ema.model.standing import Swap
@@ -141,6 +142,7 @@ class ShardedEMA:
     ) -> None:
         target = as_model(target)
         profiles = as_profiles(schedule)
+        shadow_dtype = as_dtype(shadow_dtype, "shadow_dtype")
         settings = Settings(
             update_every=update_every,
             start_step=start_step,
@@ -159,7 +161,7 @@ class ShardedEMA:
                 DeprecationWarning,
             )
         else:
-            check_dtype(shadow_dtype, profiles, total_steps)
+            check_dtype(shadow_dtype, profiles, settings.total_steps)
         selection = Selection(
             include=as_patterns(include),
             exclude=as_patterns(exclude) or (),
@@ -177,8 +179,8 @@ class ShardedEMA:
             profiles,
             self._model.live(),
             self._model.names,
-            update_every=update_every,
-            start_step=start_step,
+            update_every=settings.update_every,
+            start_step=settings.start_step,
             decay_per=decay_per,
             nonfinite=nonfinite,
             dtype=shadow_dtype,
@@ -186,7 +188,7 @@ class ShardedEMA:
             impl=impl,
             offload_buffer=offload_buffer,
         )
-        self._health = Health(total_steps)
+        self._health = Health(settings.total_steps)
         self._store = Store(self._average, self._model, settings, self._health)
         self._engine_checkpoints = EngineCheckpoints(target)
         self._health.see_statistics(self._model.statistics())
@@ -412,10 +414,13 @@ class ShardedEMA:
         checkpoint stores them once. Frozen parameters are the model's own, buffers (but averaged
         ones) copies that are its own from then on. Under ``fully_shard`` it is sharded as the
         model is, and a forward gathers layer by layer; the average moves into its padded shards.
+        Where replicas share the average, a forward puts each parameter together when it asks for
+        it. Under tensor parallelism it has the plan of the model.
         It is frozen: training it, loading into it and converting it are refused. Mean teacher:
         Tarvainen and Valpola (2017), 1703.01780; momentum encoders: He et al. (2020), 1911.05722.
 
-        Every rank calls it, and under ``fully_shard`` every forward is collective. One module for
+        Every rank calls it, and under ``fully_shard`` or with shared replicas every forward is
+        collective. One module for
         each average: calls with the same arguments return the same one.
 
         Args:
@@ -427,14 +432,16 @@ class ShardedEMA:
                 its parameters and buffers are replaced.
 
         Raises:
-            UnsupportedLayoutError: replicas share the average (pass ``shard_replicas=False``), or
-                the layout has no place for it (FSDP1, DeepSpeed, tensor parallelism).
+            UnsupportedLayoutError: the layout has no place for it (FSDP1, DeepSpeed, tensor
+                parallelism under ``fully_shard``), or replicas share the average and a module
+                keeps its weights in a list, too (pass ``shard_replicas=False``).
             BindError: the model cannot be copied, or ``build`` returned another one.
             ConfigError: a module of this average was made with other arguments.
             SwapError: inside :meth:`swap`.
             AbsentRankError: a rank did not come.
         """
         name = self._average.choose(profile)
+        dtype = as_dtype(dtype, "dtype")
         known = self._twins.get(name)
         if known is not None:
             if known[0] != (dtype, train, build):
@@ -538,6 +545,7 @@ class ShardedEMA:
             AbsentRankError: a rank did not come.
         """
         name = self._average.choose(profile)
+        dtype = as_dtype(dtype, "dtype")
         if dtype is not None and not dtype.is_floating_point:
             raise ConfigError(f"dtype must be a floating one, got {dtype}")
         return self._store.full_state_dict(
@@ -600,7 +608,7 @@ class ShardedEMA:
             given = unnamed[0] if unnamed else "..."
             raise ConfigError(f"save() takes the step by name: save(path, step={given})")
         handle = self._store.save(
-            path,
+            fspath(path),
             step=step,
             asynchronous=asynchronous,
             format=format,
@@ -634,7 +642,7 @@ class ShardedEMA:
                 or the file ``latest`` that names one; or one of those above.
             strict: refuse missing or unknown names and a changed schedule; else keep what the
                 checkpoint lacks and go on with this object's schedule.
-            verify: check the digest of every chunk that is loaded before copying it.
+            verify: compare all that is read with its digests, for which chunks are read whole.
             num_updates: of an average of another library: after how many of its updates it was
                 saved, the ``n`` from which the schedule goes on. May be left out where the file
                 says so itself.
@@ -657,7 +665,7 @@ class ShardedEMA:
             self._average.mirror()  # which is kept where the checkpoint lacks something
 
         meta = self._store.load(
-            path, strict=strict, verify=verify, num_updates=num_updates, ready=ready
+            fspath(path), strict=strict, verify=verify, num_updates=num_updates, ready=ready
         )
         self._go_on_from(meta)
         return int(meta["step"])

@@ -8,6 +8,7 @@ average useless is warned of by :func:`warn`, at the line of the user's program.
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import warnings
 from collections.abc import Iterable, Iterator
@@ -67,8 +68,16 @@ class RanksDifferError(EMAError):
     """Ranks that must count, call or be set alike do not."""
 
 
+class MissingPackageError(EMAError, ImportError):
+    """A package that this call needs is not installed."""
+
+
 class CheckpointError(EMAError):
     """Base of everything that goes wrong with a checkpoint on disk."""
+
+
+class CheckpointUnreachableError(CheckpointError):
+    """A store does not answer, or refuses: whether anything is there, and whole, is not known."""
 
 
 class CheckpointNotFoundError(CheckpointError, FileNotFoundError):
@@ -101,6 +110,24 @@ class CheckpointWriteError(CheckpointError):
 
 class EMAWarning(UserWarning):
     """Something is legal but makes the average useless; the text names the remedy."""
+
+
+def require_torch(what: str) -> None:
+    """Refuse what needs PyTorch where it is not installed.
+
+    Args:
+        what: needs it.
+
+    Raises:
+        MissingPackageError: it cannot be imported.
+    """
+    try:
+        importlib.import_module("torch")
+    except ImportError as error:
+        raise MissingPackageError(
+            f"{what} needs PyTorch ({error}): pip install sharded-ema, which brings it; "
+            "sharded-ema-core alone has the tools that do without"
+        ) from error
 
 
 # ---------------------------------------------------------------------- who has called

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from argparse import _SubParsersAction
+from dataclasses import replace
 from inspect import Parameter, signature
 from pathlib import Path
 
@@ -132,7 +134,8 @@ def test_closed_streams(tmp_path: Path) -> None:
 
 INTERRUPTED = """
 import os, signal, sys
-from sharded_ema.cli import COMMANDS, build_parser, main
+from sharded_ema.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's & has switched off
 write = os.write
 def interrupt(descriptor, data):
     if len(data) < 1000:  # who is at work, before there is anything to go on with
@@ -162,6 +165,67 @@ def test_interrupted_is_130(tmp_path: Path, command: str) -> None:
     assert len(left) == ("goes on" in ended.stderr) == (command == "consolidate")
 
 
+PRESSED_AGAIN = """
+import os, signal, sys, threading
+from sharded_ema.cli import main
+signal.signal(signal.SIGINT, signal.default_int_handler)
+write, main_thread = os.write, threading.main_thread()
+def never_ends(descriptor, data):
+    if threading.current_thread() is main_thread or len(data) < 1000:
+        return write(descriptor, data)
+    while True:  # as a disk that does not answer
+        os.kill(os.getpid(), signal.SIGINT)
+        threading.Event().wait(0.05)
+os.write = never_ends
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_pressed_again_while_a_thread_still_writes(tmp_path: Path) -> None:
+    path, out = make(tmp_path / "c", {"ema.w": np.ones(3000, "f4")}), tmp_path / "out"
+    ended = subprocess.run(
+        [sys.executable, "-c", PRESSED_AGAIN, "consolidate", path, out, "--no-progress"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 130 and not ended.stdout and not out.exists()
+    assert ended.stderr == "sharded-ema: interrupted; the same command goes on where this one was\n"
+    assert main(["consolidate", str(path), str(out), "--no-progress"]) == 0
+
+
+def test_a_host_keeps_its_handler(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_debug_shows_where_an_error_comes_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(tmp_path / "nothing"), "--debug"]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("Traceback") and said[-1].startswith("sharded-ema: error: ")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [ConnectionError("reset by peer"), TimeoutError(), MemoryError(), PermissionError(13)],
+)
+def test_trouble_of_stores_and_disks_is_one_line(
+    tmp_path: Path,
+    trouble: Exception,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise trouble
+
+    monkeypatch.setitem(COMMANDS, "verify", replace(COMMANDS["verify"], tool=fails))
+    assert main(["verify", str(tmp_path)]) == 2
+    assert error_line(capsys).strip().removeprefix("sharded-ema: error:").strip()
+
+
 def python(*arguments: str) -> str:
     command = [sys.executable, *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -180,18 +244,29 @@ def test_the_help_of_a_command(name: str, capsys: pytest.CaptureFixture[str]) ->
         main([name, "--help"])
     told = " ".join(capsys.readouterr().out.split())
     assert f"sharded-ema {name} {COMMANDS[name].example}" in told
-    assert "0 all is well; 1 a check failed; 2 wrong use" in told
+    assert "0 all is well 1 a check failed" in told and "2 wrong use" in told
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_says_every_default(name: str) -> None:
+    commands = next(a for a in build_parser()._actions if isinstance(a, _SubParsersAction))
+    for action in commands.choices[name]._actions:
+        if action.option_strings and action.nargs != 0 and not action.required:
+            assert "(default: " in str(action.help), action.dest
 
 
 def test_a_verdict_is_the_last_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, value in (("a", 1.0), ("b", 2.0)):
         make(tmp_path / name, {"ema.w": np.full(3, value, "f4")})
-    a, b = str(tmp_path / "a"), str(tmp_path / "b")
+    a, b, out, mean = (str(tmp_path / name) for name in ("a", "b", "out", "mean"))
     for command, code, verdict in (
         (["verify", a], 0, "ok: no damage was found"),
         (["diff", a, a], 0, "ok: equal in every bit"),
         (["diff", a, b, "--tolerance", "1"], 0, "ok: equal within 1"),
         (["diff", a, b], 1, "FAILED: a check did not pass"),
+        (["consolidate", a, out, "--plan"], 0, "ok: only planned, nothing was written"),
+        (["consolidate", a, out, "--no-progress"], 0, f"ok: {out} is whole and on disk"),
+        (["average", a, b, "--out", mean, "--no-progress"], 0, f"ok: {mean} is whole and on disk"),
     ):
         assert main(command) == code
         assert capsys.readouterr().out.splitlines()[-1] == verdict
@@ -219,7 +294,7 @@ def test_flags_are_the_parameters_of_the_tools() -> None:
     for name, parser in commands.choices.items():
         parameters = signature(COMMANDS[name].tool).parameters
         for action in parser._actions:
-            if action.dest in ("help", "json") or not action.option_strings:
+            if action.dest in ("help", "json", "debug") or not action.option_strings:
                 continue
             wanted = parameters[action.dest].default
             if wanted is not Parameter.empty:

@@ -500,7 +500,7 @@ def test_buffers_by_pattern(tmp_path: Path) -> None:
     with ema.swap():
         assert wave.tolist() == [0.5 + 1.5j] * 2
     ema.save(tmp_path / "x", step=1)
-    said = inspect(tmp_path / "x").facts["average"]["buffers"]["policy"]
+    said = inspect(tmp_path / "x").facts["averages"][0]["buffers"]["policy"]
     assert list(json.loads(said).items()) == list(rules.items())
     assert ShardedEMA(model, 0.5, include="0.weight", buffers=rules).load(tmp_path / "x") == 1
     model[1].register_buffer("late", torch.ones(1))  # type: ignore[union-attr]

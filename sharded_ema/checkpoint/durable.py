@@ -16,6 +16,8 @@ from sharded_ema.checkpoint.names import temporary
 
 #: So much of a file waits in memory before its way to the disk begins.
 FLUSH_BYTES = 1 << 26
+# macOS has only the call that waits for the times of a file as well.
+_DATASYNC: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
 
 
 @contextmanager
@@ -55,7 +57,7 @@ def new_file(
         finally:
             flush.wait()  # the thread must not meet another file under this descriptor
         flush.check()
-        os.fdatasync(descriptor)
+        _DATASYNC(descriptor)
 
 
 def _opener(folder: int | None) -> Callable[[str, int], int]:
@@ -94,7 +96,7 @@ def _allocate(descriptor: int, num_bytes: int) -> None:
 
 
 class _Flush:
-    """``fdatasync`` in a thread, one at a time."""
+    """What is written on its way to the disk, in a thread, one at a time."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -132,7 +134,7 @@ class _Flush:
 
     def _run(self) -> None:
         try:
-            os.fdatasync(self._descriptor)
+            _DATASYNC(self._descriptor)
         except OSError as error:
             self._error = error
 

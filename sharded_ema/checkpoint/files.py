@@ -31,6 +31,7 @@ from sharded_ema.errors import (
     CheckpointError,
     CheckpointGoneError,
     CheckpointNotFoundError,
+    CheckpointUnreachableError,
     ConfigError,
     EMAError,
 )
@@ -124,7 +125,7 @@ class reaching:
     this library.
 
     Raises:
-        CheckpointError: the store cannot be reached, or refuses.
+        CheckpointUnreachableError: the store cannot be reached, or refuses.
     """
 
     def __init__(self, url: str) -> None:
@@ -140,7 +141,7 @@ class reaching:
             return
         if issubclass(kind, OSError) or kind.__module__.partition(".")[0] in _CLIENTS:
             said = " ".join(str(error).split()) or kind.__name__
-            raise CheckpointError(f"{self._url} cannot be reached: {said}") from error
+            raise CheckpointUnreachableError(f"{self._url} cannot be reached: {said}") from error
 
 
 class _Driver:
@@ -332,13 +333,21 @@ class OpenFile(ABC):
         self.close()
 
 
+# Not every system has it: macOS before 11 does not.
+_PREADV = getattr(os, "preadv", None)
+
+
 class _LocalFile(OpenFile):
     def __init__(self, location: Location, descriptor: int, size: int) -> None:
         super().__init__(location, size)
         self._descriptor = descriptor
 
     def _read_at(self, view: memoryview, position: int) -> int:
-        return os.preadv(self._descriptor, [view], position)
+        if _PREADV is not None:
+            return int(_PREADV(self._descriptor, [view], position))
+        data = os.pread(self._descriptor, view.nbytes, position)
+        view[: len(data)] = data
+        return len(data)
 
     def close(self) -> None:
         os.close(self._descriptor)

@@ -96,6 +96,12 @@ def remove(location: Location, identity: tuple[int, int] | None = None) -> str |
     if isinstance(location, URL):
         _remove_objects(location)
         return None
+    grave = _bury(location, identity)
+    return _erase(grave) if isinstance(grave, Path) else grave
+
+
+def _bury(location: Path, identity: tuple[int, int] | None) -> Path | str | None:
+    """Give a directory the name of what is being removed: that; why not; ``None`` if it is gone."""
     grave = doomed(location)
     try:
         os.rename(location, grave)
@@ -107,7 +113,7 @@ def remove(location: Location, identity: tuple[int, int] | None = None) -> str |
         return None
     except OSError as error:
         return f"{location} cannot be removed: {error.strerror}"
-    return _erase(grave)
+    return grave
 
 
 def _erase(grave: Path) -> str | None:
@@ -382,10 +388,13 @@ def occupy(place: Path, beside: Path) -> Hold | Found:
 
 def discard(hold: Hold) -> str | None:
     """Remove a directory that this process holds, and hold it no longer; why not, if it fails."""
-    mine = hold.is_mine
-    status = os.fstat(hold.descriptor) if mine else None
-    hold.close()
-    return remove(hold.place, (status.st_dev, status.st_ino)) if status is not None else None
+    grave: Path | str | None = None
+    if hold.is_mine:
+        status = os.fstat(hold.descriptor)
+        # While it is held, or another thread would take it over under the name that it has.
+        grave = _bury(hold.place, (status.st_dev, status.st_ino))
+    hold.close()  # files that are open would stay behind on NFS
+    return _erase(grave) if isinstance(grave, Path) else grave
 
 
 @contextmanager
@@ -493,7 +502,7 @@ def remove_outdated(newest: Committed, keep_last: int) -> None:
     series = [
         c
         for c in committed(newest.path.parent)
-        if c.run and c.run == newest.run and is_of_series(c, newest)
+        if c.run and c.run == newest.run and is_of_series(c, newest) and not _is_link(c.path)
     ]
     others = [c for c in series if c.path.name != newest.path.name]
     spared = named_by_latest(newest.path.parent)
@@ -505,6 +514,10 @@ def remove_outdated(newest: Committed, keep_last: int) -> None:
             warn(f"keep_last={keep_last} leaves something of {old.path}: {problem}")
         else:
             logger.info("keep_last=%d removed %s (step %d)", keep_last, old.path, old.step)
+
+
+def _is_link(location: Location) -> bool:
+    return isinstance(location, Path) and location.is_symlink()
 
 
 def is_of_series(one: Committed, other: Committed) -> bool:

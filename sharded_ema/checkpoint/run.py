@@ -4,12 +4,14 @@ One grammar for all that look for checkpoints. Those of a run lie in its directo
 (``RUN/step_100``), or each in the directory of a step that holds more (``RUN/step_100/ema``, as
 DeepSpeed engines save), or either below ``RUN/checkpoints``. A file ``latest`` beside them names
 one. What bears the mark of a save that has not finished, or of a replacement, is none of them.
+Links are followed, as to a larger disk; what is in the run under its own name as well comes once,
+under that.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
@@ -383,10 +385,10 @@ def committed(run: str | os.PathLike[str]) -> list[Committed]:
 
     Oldest first. Only manifests are read. One that is damaged does not count.
     """
-    found = []
-    for name in entries(as_location(run)):
+    root, found = as_location(run), []
+    for path in _once(root, _beside(root)):
         with suppress(CheckpointError):
-            at = None if looks_temporary(name) else committed_at(as_location(run) / name)
+            at = None if is_marked(path.name) else committed_at(path)
             found += [at] if at else []
     return sorted(found, key=lambda checkpoint: checkpoint.order)
 
@@ -435,11 +437,11 @@ class Run:
 
 
 def read_run(run: str | os.PathLike[str]) -> Run:
-    """Look at the manifests in a run; links are not followed."""
+    """Look at the manifests in a run."""
     root = as_location(run)
     latest = named_by_latest(root) or named_by_latest(root / CHECKPOINTS_DIRECTORY)
     found = Run([], {}, [], latest)
-    for path in _places(root, links=False):
+    for path in _places(root):
         if _is_unfinished(path):
             found.leftovers.append(str(path).removeprefix(f"{root}/"))
             continue
@@ -455,31 +457,39 @@ def read_run(run: str | os.PathLike[str]) -> Run:
 
 
 def checkpoints_of(run: Location) -> Iterator[Location]:
-    """Where the committed checkpoints of a run lie, DCP's among them, or the one at ``run`` itself.
-
-    Links are followed; what several lead to comes once.
-    """
-    seen = set()
-    for path in (run, *_places(run, links=True)):
-        if is_marked(path.name) and path != run:
-            continue
-        # launch/train.py has a link to the last one.
-        itself = path.resolve() if isinstance(path, Path) else path
-        if itself not in seen and _names(path) & COMMITTED_NAMES:
-            seen.add(itself)
+    """Where committed checkpoints of a run lie, DCP's among them, or the one at ``run`` itself."""
+    for path in (run, *_places(run)):
+        if _names(path) & COMMITTED_NAMES and (path == run or not is_marked(path.name)):
             yield path
 
 
-def _places(run: Location, *, links: bool) -> Iterator[Location]:
-    """Where checkpoints of a run may lie, and what saves have left there."""
+def _places(run: Location) -> list[Location]:
+    """Where checkpoints of a run may lie, and what saves have left there; each place once."""
+    found: list[Location] = []
     for folder in (run, run / CHECKPOINTS_DIRECTORY):
-        for name in sorted(_names(folder)):
-            path = folder / name
-            if isinstance(path, Path) and not (path.is_dir() and (links or not path.is_symlink())):
-                continue
-            yield path
-            if not is_marked(name) and name != CHECKPOINTS_DIRECTORY:
-                yield from (path / inner for inner in sorted(filter(_is_engines, _names(path))))
+        for path in _beside(folder):
+            found.append(path)
+            if not is_marked(path.name) and path.name != CHECKPOINTS_DIRECTORY:
+                found += [path / inner for inner in sorted(filter(_is_engines, _names(path)))]
+    return _once(run, found)
+
+
+def _beside(folder: Location) -> list[Location]:
+    """What may be a checkpoint among the entries of a directory."""
+    paths = [folder / name for name in sorted(_names(folder))]
+    return [path for path in paths if isinstance(path, URL) or path.is_dir()]
+
+
+def _once(root: Location, paths: Sequence[Location]) -> list[Location]:
+    """Each place below ``root`` once: what has a name there and a link to it, by that name."""
+    if isinstance(root, URL):
+        return list(paths)
+    real = {path: path.resolve() for path in paths if isinstance(path, Path)}
+    own = [path for path in real if real[path] == root.resolve() / path.relative_to(root)]
+    found: dict[Path, Location] = {}
+    for path in (*own, *real):
+        found.setdefault(real[path], path)
+    return list(found.values())
 
 
 def _is_engines(name: str) -> bool:

@@ -39,8 +39,8 @@ class SafetensorsStorageReader(StorageReader):
 
     Args:
         path: directory or URL of the checkpoint.
-        verify: check the digest of every chunk, in DCP's format of the files that hold them,
-            before anything is copied.
+        verify: compare the digest of every chunk that is read, in DCP's format of the files that
+            hold them; some of the state may be overwritten when one is wrong.
 
     Raises:
         CheckpointNotFoundError, CheckpointUncommittedError, CheckpointCorruptError: when the

@@ -24,7 +24,7 @@ from sharded_ema.checkpoint.transfer import check_target, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
 from sharded_ema.checkpoint.writing.planning import Plan
 from sharded_ema.checkpoint.writing.staging import Staging
-from sharded_ema.config import Settings
+from sharded_ema.config import Settings, as_whole
 from sharded_ema.errors import (
     CheckpointExistsError,
     CheckpointGoneError,
@@ -193,10 +193,9 @@ class Store:
         self._model.meet()
 
         def check() -> Location:
-            if not isinstance(step, int):
-                raise ConfigError(f"step must be an int, got {step!r}")
-            if keep_last is not None and (type(keep_last) is not int or keep_last < 1):
-                raise ConfigError(f"keep_last must be at least 1, got {keep_last!r}")
+            as_whole(step, "step", least=0)
+            if keep_last is not None:
+                as_whole(keep_last, "keep_last", least=1)
             target = as_location(path)
             self._background.wait()
             ready()
@@ -216,6 +215,8 @@ class Store:
             }
 
         target = self._model.ranks.agree(check, f"ema.save({path})", alike)[0]
+        step = as_whole(step, "step")
+        keep_last = None if keep_last is None else as_whole(keep_last, "keep_last")
         ranks, wait = self._model.ranks, None
         with ranks.interruptible():
             state = snapshot.make_state(self._model, self._average, self._joint_meta(step))
@@ -376,7 +377,9 @@ class Store:
         def check() -> int:
             self._background.wait()
             ready()
-            count = other.num_updates if num_updates is None else num_updates
+            count = other.num_updates
+            if num_updates is not None:
+                count = as_whole(num_updates, "num_updates")
             if count is None or count < 0:
                 raise ConfigError(
                     f"{path} does not say after how many updates it was saved: pass num_updates, "

@@ -5,6 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharded_ema.config import dtype_name
+from sharded_ema.errors import ConfigError
+
+
+def as_dtype(dtype: object, what: str) -> torch.dtype | None:
+    """A dtype that a user has given: PyTorch's, numpy's, or the name of one.
+
+    Args:
+        dtype: ``None`` for none.
+        what: the name of the argument, for the message.
+
+    Raises:
+        ConfigError: PyTorch has none of that name.
+    """
+    if dtype is None:
+        return None
+    found = getattr(torch, dtype_name(dtype), None)
+    if not isinstance(found, torch.dtype):
+        raise ConfigError(f"{what} must be a dtype such as torch.bfloat16, got {dtype!r}")
+    return found
+
 
 def average_dtype(parameter: torch.dtype, asked: torch.dtype | None) -> torch.dtype:
     """The dtype of an average: at least fp32, and at least as precise as its parameter.

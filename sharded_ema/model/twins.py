@@ -7,7 +7,8 @@ its own. It computes and never trains: what would change its parameters is refus
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -21,15 +22,22 @@ from sharded_ema.errors import BindError, StateError, UnsupportedLayoutError, wa
 from sharded_ema.model.internals import fsdp2
 from sharded_ema.model.internals.pytorch import (
     COMPILED,
+    copy_plan,
     hooks_of,
+    is_of_a_plan,
     is_persistent,
     local_tensor,
     own_buffers,
     own_children,
     own_parameters,
+    placed_like,
 )
 from sharded_ema.model.names import Parts, walk
+from sharded_ema.model.presented import Running, Whole, present, refuse_kept_elsewhere
+from sharded_ema.model.sources.ddp import DDPShards
+from sharded_ema.model.sources.fsdp2 import FSDP2Shards
 from sharded_ema.model.sources.protocol import ReadsShards
+from sharded_ema.model.sources.replicas import Shares
 from sharded_ema.model.steps import StepWatch
 
 #: The copy of each module, by the identity of the original.
@@ -75,24 +83,32 @@ class Twin:
         original = _inside(reader.inventory.model)
         if reader.kind == "fsdp2":
             fsdp2.settle(original)
+        shares = _shared(reader)
         averages = {id(s.name.tensor): view for s, view in zip(reader.shards, shadow, strict=True)}
-        tensors = _tensors(original, averages)
+        divided = fsdp2.meshes(original)
+        self._is_sharded = bool(divided) and shares is None
+        tensors = (
+            _tensors(original, averages, left_out=divided.keys(), in_parts=())
+            if self._is_sharded
+            else _tensors(original, averages, in_parts={*divided, *_parted(shares)})
+        )
         copies = _copied(original, tensors) if build is None else _built(build, original)
         self.module = copies[id(original)]
+        for module in original.modules():
+            copy_plan(module, copies[id(module)])
         _give_buffers(original, copies, tensors)
-        if reader.kind == "fsdp2":
+        if self._is_sharded:
             _give_meta(original, copies, averages, tensors)
             fsdp2.wrap_alike(original, copies, dtype)
             _give_sharded(original, copies, averages)
         else:
-            _give_whole(original, copies, tensors, dtype)
+            _give_present(original, copies, tensors, dtype, shares)
         places = [(copies[id(s.name.owner)], s.name.attribute) for s in reader.shards]
         self.homes = [
             view if not s.name.is_parameter else _local(own_parameters(module)[attribute])
             for s, view, (module, attribute) in zip(reader.shards, shadow, places, strict=True)
         ]
         self.is_running = False
-        self._is_sharded = reader.kind == "fsdp2"
         self._refuse = refuse
         self._places = [
             (module, attribute, home.data_ptr(), s.name.fqn)
@@ -189,13 +205,38 @@ def _check_layout(reader: ReadsShards) -> None:
             f"ema.module() is not possible for a model in several parts, none of which is all of "
             f"it; {_REMEDY}"
         )
-    cut = [shard.name.fqn for shard in reader.shards if shard.range is not None]
-    if cut:
-        raise UnsupportedLayoutError(
-            f"ema.module() needs all of each average where the model has all of its parameter, "
-            f"and the replicas share the work of {cut[:3]}; make the ShardedEMA with "
-            f"shard_replicas=False, or {_REMEDY}"
-        )
+    model = _inside(reader.inventory.model)
+    meshes = fsdp2.meshes(model)
+    for named in reader.inventory.parameters:
+        mesh = meshes.get(id(named.tensor))
+        if mesh is not None and named.tensor.device_mesh.ndim > mesh.ndim:  # type: ignore[attr-defined]
+            raise UnsupportedLayoutError(
+                f"ema.module() cannot divide {named.fqn} as the model's is, by fully_shard and by "
+                f"tensor parallelism; {_REMEDY}"
+            )
+    parted = _parted(_shared(reader))
+    refuse_kept_elsewhere(
+        model,
+        {
+            id(named.tensor): named.fqn
+            for named in reader.inventory.parameters
+            if id(named.tensor) in parted
+        },
+    )
+
+
+def _shared(reader: ReadsShards) -> Shares | None:
+    """How replicas share the averages, if they do."""
+    if isinstance(reader, DDPShards | FSDP2Shards) and reader.shares.together:
+        return reader.shares
+    return None
+
+
+def _parted(shares: Shares | None) -> dict[int, int]:
+    """Which averages replicas share: their positions, by the identity of the parameter."""
+    if shares is None:
+        return {}
+    return {id(shares.shards[i].name.tensor): i for i in shares.parted}
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -242,7 +283,11 @@ def _copied(original: nn.Module, tensors: Mapping[int, Tensor]) -> Copies:
                 f"a {type(module).__name__} cannot be copied ({error}); pass "
                 "ema.module(build=function), which returns a module like the model, not wrapped"
             ) from error
-        hooks += [type(module).__name__ for hook in hooks_of(module) if not fsdp2.is_own(hook)]
+        hooks += [
+            type(module).__name__
+            for hook in hooks_of(module)
+            if not (fsdp2.is_own(hook) or is_of_a_plan(hook))
+        ]
     if hooks:
         warn(
             f"modules ({', '.join(dict.fromkeys(hooks))}) have forward hooks, which the module of "
@@ -275,11 +320,22 @@ def _built(build: Callable[[], nn.Module], original: nn.Module) -> Copies:
 # ---------------------------------------------------------------------- the tensors
 
 
-def _tensors(original: nn.Module, averages: Mapping[int, Tensor]) -> dict[int, Tensor]:
-    """What stands for each parameter and buffer of the model, by its identity; no sharded ones.
+def _tensors(
+    original: nn.Module,
+    averages: Mapping[int, Tensor],
+    *,
+    in_parts: Collection[int],
+    left_out: Collection[int] = (),
+) -> dict[int, Tensor]:
+    """What stands for each parameter and buffer of the model, by its identity.
 
     Averaged ones are the average. Other parameters are the model's own; other buffers are copied
     once and belong to the module of the average from then on.
+
+    Args:
+        in_parts: identities of parameters for which this rank's part is given as it is, without
+            saying what it is part of.
+        left_out: those of parameters for which there is nothing.
     """
     made: dict[int, Tensor] = {}
     for module in original.modules():
@@ -288,8 +344,10 @@ def _tensors(original: nn.Module, averages: Mapping[int, Tensor]) -> dict[int, T
                 average = averages.get(id(buffer))
                 made[id(buffer)] = buffer.detach().clone() if average is None else average
     for _, _, parameter in _each(original):
-        if parameter is not None and not isinstance(parameter, DTensor):
-            view = averages.get(id(parameter), parameter.detach())
+        if parameter is not None and id(parameter) not in left_out:
+            view = averages.get(id(parameter), _local(parameter))
+            if isinstance(parameter, DTensor) and id(parameter) not in in_parts:
+                view = placed_like(parameter, view)
             made.setdefault(id(parameter), nn.Parameter(view, requires_grad=False))
     return made
 
@@ -307,58 +365,35 @@ def _each(original: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter | 
             yield module, name, parameter
 
 
-def _give_whole(
+def _give_present(
     original: nn.Module,
     copies: Copies,
     tensors: Mapping[int, Tensor],
     dtype: torch.dtype | None,
+    shares: Shares | None,
 ) -> None:
-    """Parameters that are tensors of the shadow; what is not averaged is the model's own."""
-    running = _Running(copies[id(original)])
+    """Parameters that are tensors of the shadow; what is not averaged is the model's own.
+
+    Args:
+        shares: how the replicas share the shadow, or ``None`` where each has all that it needs.
+    """
+    running = Running(copies[id(original)])
+    divided = {} if shares is None else fsdp2.cast_alike(original, copies, dtype)
+    parted = _parted(shares)
     for module, name, parameter in _each(original):
         own = None if parameter is None else tensors[id(parameter)]
         assert own is None or isinstance(own, nn.Parameter)
         copies[id(module)].register_parameter(name, own)
         if parameter is None or own is None:
             continue
-        wanted = dtype if dtype is not None and own.is_floating_point() else parameter.dtype
-        if own.dtype != wanted:
-            _cast(copies[id(module)], name, wanted, running)
-
-
-class _Running:
-    """Tells whether a forward of some modules goes on."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._watched: set[nn.Module] = set()
-        self._now: set[nn.Module] = set()
-        self.watch(root)
-
-    def watch(self, module: nn.Module) -> None:
-        if module not in self._watched:
-            self._watched.add(module)
-            module.register_forward_pre_hook(lambda m, _: self._now.add(m), prepend=True)
-            module.register_forward_hook(lambda m, _, __: self._now.discard(m), always_call=True)
-
-    def __bool__(self) -> bool:
-        return bool(self._now)
-
-
-def _cast(module: nn.Module, name: str, dtype: torch.dtype, running: _Running) -> None:
-    """Let whoever asks a module for a parameter in a forward find it in another dtype.
-
-    That need not be its own forward: attention reads the weight of its projection, and a head that
-    of an embedding. The registered parameter stays as it is.
-    """
-
-    def converted(self: nn.Module) -> Tensor:
-        parameter = own_parameters(self)[name]
-        assert parameter is not None
-        return parameter.detach().to(dtype) if running else parameter
-
-    running.watch(module)
-    kind = type(module)
-    module.__class__ = type(kind.__name__, (kind,), {name: property(converted)})
+        wanted = parameter.dtype if dtype is None or not own.is_floating_point() else dtype
+        wanted = divided.get(id(parameter), wanted)
+        if shares is not None and (id(parameter) in parted or id(parameter) in divided):
+            index, gathered = parted.get(id(parameter)), id(parameter) in divided
+            whole = Whole(parameter, shares, index, gathered=gathered, dtype=wanted)
+            present(copies[id(module)], name, whole, running)
+        elif own.dtype != wanted:
+            present(copies[id(module)], name, partial(Tensor.to, dtype=wanted), running)
 
 
 def _give_meta(
@@ -389,21 +424,14 @@ def _give_sharded(original: nn.Module, copies: Copies, averages: Mapping[int, Te
         if not isinstance(divided, DTensor) or divided.placements != parameter.placements:
             raise UnsupportedLayoutError(
                 f"ema.module() cannot divide {name} of a {type(module).__name__} as the model's "
-                f"is, {parameter.placements}, with fully_shard alone (tensor parallelism?); "
+                f"is, {parameter.placements}, with fully_shard alone; "
                 f"{_REMEDY}"
             )
         averaged = averages.get(id(parameter))
         local = local_tensor(parameter).detach() if averaged is None else averaged
-        shard = DTensor.from_local(
-            torch.empty_like(local, memory_format=torch.contiguous_format).copy_(local)
-            if averaged is not None
-            else local,
-            divided.device_mesh,
-            divided.placements,
-            run_check=False,
-            shape=divided.shape,
-            stride=divided.stride(),
-        )
+        if averaged is not None:
+            local = torch.empty_like(local, memory_format=torch.contiguous_format).copy_(local)
+        shard = placed_like(divided, local)
         own = made.setdefault(id(parameter), nn.Parameter(shard, requires_grad=False))
         own_parameters(copies[id(module)])[name] = own
     fsdp2.take_up(copies[id(original)])

@@ -18,6 +18,7 @@ from sharded_ema.averaging.schedules import (
     Warmup,
     horizon,
 )
+from sharded_ema.config import as_whole
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.report import Report
 
@@ -65,8 +66,7 @@ def advise(
     Raises:
         ConfigError: an argument is out of range, or two contradict each other.
     """
-    if steps < 1:
-        raise ConfigError(f"steps must be at least 1, got {steps}")
+    steps = as_whole(steps, "steps", least=1)
     size = _batch(batch, unit)
     schedule = _asked_for(steps, size, decay, half_life, sigma_rel)
     report = Report(

@@ -16,7 +16,7 @@ from sharded_ema.checkpoint.files import URL, Location, OpenFiles, as_location, 
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX
 from sharded_ema.checkpoint.reading.models import holds_model, open_model
 from sharded_ema.checkpoint.reading.opened import StoredTensor
-from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.config import DEFAULT_PROFILE, as_whole
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.tools.casting import NUMBERS
 from sharded_ema.tools.contents import Average, find_tensors
@@ -105,8 +105,7 @@ def average(
         ConfigError: an argument is out of range.
     """
     started = time.monotonic()
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    jobs = as_whole(jobs, "jobs", least=1)
     shares = _shares(weights, len(checkpoints))
     with OpenFiles() as files:
         inputs = [_open(as_location(path), profile, prefix, files) for path in checkpoints]
@@ -116,6 +115,7 @@ def average(
             is_file = named.suffix == ".safetensors"
             check_target(target, named if is_file else each.average.checkpoint.path)
         report = Report("average", ", ".join(each.path for each in inputs))
+        report.verdict = f"{target} is whole and on disk"
         if like is None and last.average.checkpoint.format != "dcp" and not last.described:
             like = last.path if Path(last.path).is_dir() else None
         model = read_like(like, trust_code=trust_code)

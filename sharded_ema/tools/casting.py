@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy
 
 from sharded_ema.checkpoint.safetensors import PARTS
+from sharded_ema.config import dtype_name
 from sharded_ema.errors import ConfigError
 
 #: Names that users write, and safetensors'.
@@ -21,15 +22,21 @@ Bytes = numpy.ndarray
 Cast = Callable[[Bytes], Bytes]
 
 
-def target_dtype(stored: str, wanted: str | None) -> str:
+def target_dtype(stored: str, wanted: object) -> str:
     """dtype to write a tensor in; only real floating-point tensors are converted.
+
+    Args:
+        wanted: a name, or a dtype of PyTorch or numpy; ``None`` keeps what is stored.
 
     Raises:
         ConfigError: ``wanted`` is none of ``float32``, ``bfloat16``, ``float16``.
     """
-    if wanted is not None and wanted not in DTYPES:
+    if wanted is None:
+        return stored
+    name = dtype_name(wanted)
+    if name not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    return DTYPES[wanted] if wanted is not None and stored in FLOATING else stored
+    return DTYPES[name] if stored in FLOATING else stored
 
 
 def caster(source: str, target: str) -> Cast | None:

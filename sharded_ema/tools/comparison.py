@@ -70,13 +70,17 @@ def _compare_average(average: Average, weights: Checkpoint, report: Report) -> N
         equal += apart.equal
         total.add(apart)
     updates = average.meta["num_updates"]
-    report.facts[f"average {name}"] = {
-        "updates": updates,
-        "compared_tensors": len(distances),
-        "equal_tensors": equal,
-        "relative_distance": total.relative,
-        "relative_distance_by_tensor": distances,
-    }
+    report.facts.setdefault("averages", []).append(
+        {
+            "prefix": average.prefix,
+            "profile": average.profile,
+            "updates": updates,
+            "compared_tensors": len(distances),
+            "equal_tensors": equal,
+            "relative_distance": total.relative,
+            "relative_distance_by_tensor": distances,
+        }
+    )
     if missing:
         report.notes.append(
             f"{name}: {len(missing)} averaged tensors are not in the model, such as {missing[0]}"

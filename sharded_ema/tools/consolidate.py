@@ -18,16 +18,22 @@ from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
-from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import CheckpointMismatchError, ConfigError
+from sharded_ema.config import DEFAULT_PROFILE, as_whole
+from sharded_ema.errors import (
+    CheckpointExistsError,
+    CheckpointMismatchError,
+    ConfigError,
+    require_torch,
+)
 from sharded_ema.tools.contents import find_tensors
 from sharded_ema.tools.huggingface import left_out_code, read_like
 from sharded_ema.tools.naming import Renaming
+from sharded_ema.tools.parts import FORMAT, Part, is_made, write_shared
 from sharded_ema.tools.plan import Wanted, group_bytes, parse_size, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
 from sharded_ema.tools.workplace import check_target
-from sharded_ema.tools.write import as_write_error, copied, write_models
+from sharded_ema.tools.write import Written, as_write_error, copied, write_models
 
 FORMATS = ("safetensors", "torch", "dcp")
 
@@ -51,6 +57,7 @@ def consolidate(
     base: str | os.PathLike[str] | None = None,
     format: str = "safetensors",
     plan: bool = False,
+    part: str | None = None,
     progress: bool = True,
 ) -> Report:
     """Write one average as a model directory that ``from_pretrained`` loads.
@@ -92,6 +99,10 @@ def consolidate(
             checkpoint of torch.distributed.checkpoint. The last two import PyTorch and are made
             from the first one, so they need the disk twice.
         plan: write nothing, only report what would be written.
+        part: ``"I/N"`` if ``N`` processes on machines that share the directory of ``dst`` do this
+            together, each with another ``I`` from 0 on. Each output file is written by one of them,
+            so ``max_shard_size`` says how finely the work is shared; every call returns when
+            ``dst`` is there, or was there already with the same content.
         progress: show a progress bar on standard error.
 
     Returns:
@@ -101,19 +112,33 @@ def consolidate(
         CheckpointError: the source cannot be read, is corrupt or lacks the profile; the target
             exists or cannot be written. Nothing is left at ``dst``.
         ConfigError: an argument is out of range.
+        MissingPackageError: ``format`` needs PyTorch.
     """
     started = time.monotonic()
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    jobs = as_whole(jobs, "jobs", least=1)
     if format not in FORMATS:
         raise ConfigError(f"format must be one of {', '.join(FORMATS)}, got {format!r}")
+    if format != "safetensors":
+        require_torch(f"format={format!r}")
+    share = None if part is None else Part.parse(part)
+    if share is not None and format != FORMAT:
+        raise ConfigError(f"part goes with format={FORMAT!r} only, got {format!r}")
     limit = parse_size(max_shard_size)
-    report = Report("consolidate", str(src))
+    src, dst = os.fspath(src), os.fspath(dst)
+    done = f"{dst} is whole and on disk"
+    verdict = "only planned, nothing was written" if plan else done
+    report = Report("consolidate", src, verdict=verdict)
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_source(src))
         average = find_tensors(checkpoint, profile, prefix)
         target = as_path(dst, "dst")
-        check_target(target, checkpoint.path)
+        taken = None
+        try:
+            check_target(target, checkpoint.path)
+        except CheckpointExistsError as error:
+            if share is None:
+                raise
+            taken = error  # perhaps by what the other parts have made
         weights = None if base is None else stack.enter_context(open_model(as_path(base, "base")))
         wanted = Wanted(
             dtype=dtype,
@@ -150,10 +175,26 @@ def consolidate(
             "metadata": "verified" if checkpoint.verified_metadata else "unverified",
         }
         if plan:
-            report.facts["plan"] = {
-                name: f"{len(group)} tensors, {group_bytes(group):,} bytes"
+            report.facts["plan"] = [
+                {"file": name, "tensors": len(group), "bytes": group_bytes(group)}
                 for name, group in planned.files.items()
-            }
+            ]
+        elif taken is not None:
+            if not is_made(planned, target):
+                raise taken
+        elif report.ok and share is not None:
+            with as_write_error(f"{src} could not be written to {target}"):
+                written = write_shared(
+                    planned,
+                    target,
+                    copied,
+                    inputs=[average],
+                    like=wanted.model,
+                    jobs=jobs,
+                    progress=progress,
+                    part=share,
+                )
+            _tell_written(written, report)
         elif report.ok:
             with as_write_error(f"{src} could not be written to {target}"):
                 written = write_models(
@@ -168,10 +209,14 @@ def consolidate(
                     resume=True,
                     format=format,
                 )
-            report.notes += written.tally.notes()
-            report.facts |= {"copied": len(written.copied), "taken_over": written.taken_over}
+            _tell_written(written, report)
     report.facts["seconds"] = round(time.monotonic() - started, 3)
     return report
+
+
+def _tell_written(written: Written, report: Report) -> None:
+    report.notes += written.tally.notes()
+    report.facts |= {"copied": len(written.copied), "taken_over": written.taken_over}
 
 
 def _check_shapes_known(checkpoint: Checkpoint, wanted: Wanted) -> None:

@@ -65,6 +65,7 @@ def diff(
         CheckpointError: a side cannot be read, is damaged, or lacks the profile.
         ConfigError: ``tolerance`` is negative or not finite.
     """
+    a, b = os.fspath(a), os.fspath(b)
     if not 0 <= tolerance < math.inf:
         raise ConfigError(f"tolerance must be at least 0 and finite, got {tolerance}")
     with OpenFiles() as files:

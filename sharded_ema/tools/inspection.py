@@ -41,7 +41,8 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     Raises:
         CheckpointError: it cannot be opened; the class says why.
     """
-    report = Report("inspect", str(path))
+    path = os.fspath(path)
+    report = Report("inspect", path)
     if as_location(path).name == LATEST_NAME:
         path = locate(path)
     try:
@@ -127,9 +128,9 @@ def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) 
             "files": len(checkpoint.manifest.files) + 1,
             "libraries": dict(checkpoint.manifest.libraries),
         }
-    for prefix in checkpoint.prefixes():
-        name = f"average under {prefix!r}" if prefix else "average"
-        report.facts[name] = _describe_average(checkpoint, prefix)
+    report.facts["averages"] = [
+        _describe_average(checkpoint, prefix) for prefix in checkpoint.prefixes()
+    ]
     is_dcp = isinstance(checkpoint.index, DcpIndex)
     if checkpoint.manifest is None and is_dcp:
         report.facts["parts"] = _parts(checkpoint)
@@ -179,6 +180,7 @@ def _find_model(path: str | os.PathLike[str]) -> Checkpoint | None:
 def _describe_average(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
     meta = checkpoint.meta(prefix)
     facts: dict[str, Any] = {
+        "prefix": prefix,
         "step": meta["step"],
         "updates": meta["num_updates"],
         "applied_steps": meta["applied_steps"],
@@ -188,14 +190,16 @@ def _describe_average(checkpoint: Checkpoint, prefix: str) -> dict[str, Any]:
         # Applied since the average last took the parameters in.
         "steps_in_open_window": meta["applied_steps"] - meta["last_lerp_step"],
     }
-    for profile, settings in meta["profiles"].items():
-        facts[f"profile {profile}"] = {
+    facts["profiles"] = [
+        {
+            "name": profile,
             **_span(settings),
             "weight_of_initial_weights": settings["seed_weight"],
-            **({"sampled_distance_to_live_weights": meta["sampled_distance"][profile]}
-               if profile in meta.get("sampled_distance", {}) else {}),
+            "sampled_distance_to_live_weights": meta.get("sampled_distance", {}).get(profile),
             **_total(_under(checkpoint, f"{prefix}{profile}.")),
-        }  # fmt: skip
+        }
+        for profile, settings in meta["profiles"].items()
+    ]
     facts["frozen"] = {
         "policy": meta["frozen"],
         **_total(_under(checkpoint, prefix + FROZEN_PREFIX)),
@@ -217,14 +221,8 @@ def _span(settings: dict[str, Any]) -> dict[str, Any]:
         known = schedule_from_dict(schedule)
         if isinstance(known, Power):
             schedule["sigma_rel"] = sigma_rel_from_gamma(known.gamma)
-    kind = schedule.pop("type", "unknown")
-    shown = (
-        f"{name}={value:.6g}" if isinstance(value, float) else f"{name}={value}"
-        for name, value in schedule.items()
-        if value is not None
-    )
     return {
-        "schedule": f"{kind}({', '.join(shown)})",
+        "schedule": {"type": "unknown", **schedule},
         "decay": decay,
         # JSON has no infinity.
         "horizon_steps": horizon(decay) if decay < 1 else None,

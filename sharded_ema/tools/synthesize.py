@@ -15,6 +15,7 @@ from sharded_ema.averaging.schedules import Power
 from sharded_ema.checkpoint.files import OpenFiles, as_location, as_path
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.safetensors import PARTS
+from sharded_ema.config import as_whole
 from sharded_ema.errors import ConfigError
 from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.huggingface import read_like
@@ -79,8 +80,8 @@ def synthesize(
     """
     started = time.monotonic()
     widths = _widths(sigma_rel)
-    if jobs < 1:
-        raise ConfigError(f"jobs must be at least 1, got {jobs}")
+    step = None if step is None else as_whole(step, "step", least=0)
+    jobs = as_whole(jobs, "jobs", least=1)
     if not max_residual > 0:
         raise ConfigError(f"max_residual must be positive, got {max_residual}")
     with OpenFiles() as files:
@@ -88,7 +89,8 @@ def synthesize(
         target = as_path(out, "out")
         for snapshot in chosen.snapshots:
             check_target(target, snapshot.path)
-        report = Report("synthesize", str(run), notes=chosen.notes)
+        report = Report("synthesize", os.fspath(run), notes=chosen.notes)
+        report.verdict = f"{target} is whole and on disk"
         schedules = [Power(sigma_rel=width) for width in widths]
         updates = chosen.target.updates
         found = fit(

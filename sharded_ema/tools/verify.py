@@ -34,6 +34,7 @@ from sharded_ema.errors import (
     CheckpointGoneError,
     CheckpointMismatchError,
     CheckpointUncommittedError,
+    CheckpointUnreachableError,
 )
 from sharded_ema.tools.comparison import compare, open_raw
 from sharded_ema.tools.report import Report
@@ -62,7 +63,8 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
             average itself.
         CheckpointCorruptError: ``model`` cannot be read.
     """
-    report = Report("verify", str(path), verdict="no damage was found")
+    path, model = os.fspath(path), None if model is None else os.fspath(model)
+    report = Report("verify", path, verdict="no damage was found")
     with OpenFiles() as files:
         directory, names = find_checkpoint(locate(path), files)
         weights = None if model is None else open_raw(model, files)
@@ -77,11 +79,20 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
         if checkpoint is not None and report.ok:
             _verify_descriptions(checkpoint, report)
         if weights is not None and checkpoint is not None and report.ok:
-            report.facts["model"] = str(model)
+            report.facts["model"] = model
             compare(checkpoint, weights, report)
         elif weights is not None:
             report.notes.append("not compared with the model, because the checkpoint is damaged")
     return report
+
+
+# What says nothing of the bytes.
+_NO_DAMAGE = (
+    CheckpointGoneError,
+    CheckpointMismatchError,
+    CheckpointUncommittedError,
+    CheckpointUnreachableError,
+)
 
 
 @contextmanager
@@ -89,7 +100,7 @@ def _noting(report: Report) -> Iterator[None]:
     """Turn damage that is met inside into a line of the report."""
     try:
         yield
-    except (CheckpointMismatchError, CheckpointUncommittedError, CheckpointGoneError):
+    except _NO_DAMAGE:
         raise
     except (CheckpointError, OSError) as error:
         report.fail(str(error))
@@ -167,6 +178,8 @@ def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkp
         sound = record.name not in faulty and len(report.problems) == before
         try:
             digest, damaged = scan_file(directory / record.name, spans, record.num_bytes)
+        except CheckpointUnreachableError:
+            raise
         except (CheckpointError, OSError) as error:
             digest, damaged = record.digest, list(spans)
             if record.name not in faulty:

@@ -31,7 +31,7 @@ from sharded_ema.checkpoint.names import (
 )
 from sharded_ema.checkpoint.run import Committed, committed_at, read_run
 from sharded_ema.checkpoint.safetensors import read_header
-from sharded_ema.config import DEFAULT_PROFILE
+from sharded_ema.config import DEFAULT_PROFILE, as_whole
 from sharded_ema.errors import (
     CheckpointError,
     CheckpointExistsError,
@@ -39,7 +39,7 @@ from sharded_ema.errors import (
     CheckpointWriteError,
     ConfigError,
 )
-from sharded_ema.tools.casting import DTYPES, FLOATING, target_dtype
+from sharded_ema.tools.casting import FLOATING, target_dtype
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.huggingface import has_description, read_model
 from sharded_ema.tools.report import Report
@@ -104,9 +104,9 @@ def watch(
         CheckpointNotFoundError: there is no model at ``like``, or with ``once`` no ``run``.
         CheckpointExistsError: ``latest`` in ``out`` is something else than a link.
     """
+    run, out = os.fspath(run), os.fspath(out)
     target_dtype("F32", dtype)
-    if type(keep) is not int or keep < 1:
-        raise ConfigError(f"keep counts exports, so it must be at least 1: {keep!r}")
+    keep = as_whole(keep, "keep", least=1)
     if not interval > 0:
         raise ConfigError(f"interval must be a positive number of seconds, got {interval}")
     place = Path(out).resolve()
@@ -281,7 +281,7 @@ class _Watcher:
                     header["source"],
                     int(step) if step.isdecimal() else 0,
                     header.get("profile") == self._profile
-                    and (self._dtype is None or dtypes <= {DTYPES[self._dtype]})
+                    and (self._dtype is None or dtypes <= {target_dtype("F32", self._dtype)})
                     and self._is_alike(path, header["source"]),
                 )
         return None

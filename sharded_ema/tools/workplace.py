@@ -142,7 +142,7 @@ class Workplace:
             flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             journal = os.open(JOURNAL_NAME, flags, 0o666, dir_fd=self._hold.descriptor)
             try:
-                os.write(journal, _line(line))
+                os.write(journal, as_line(line))
                 os.fsync(journal)
             finally:
                 os.close(journal)
@@ -181,12 +181,8 @@ class Workplace:
         """What is finished; whatever else lies there goes."""
         kept = []
         for line in _read(self._hold, self._plan):
-            path = self.model / line.file
-            try:
-                verify_file(path, line.digest)
-            except CheckpointCorruptError:  # or missing
-                continue
-            kept.append(line)
+            if is_whole(self.model / line.file, line):
+                kept.append(line)
         names = {line.file for line in kept}
         for path in list(self.model.iterdir()):
             if path.name not in names:
@@ -196,7 +192,7 @@ class Workplace:
         new = f"{JOURNAL_NAME}-new"
         if new in self._hold.names():
             os.unlink(new, dir_fd=self._hold.descriptor)
-        write_durably(Path(new), b"".join(map(_line, kept)), self._hold.descriptor)
+        write_durably(Path(new), b"".join(map(as_line, kept)), self._hold.descriptor)
         os.rename(
             new,
             JOURNAL_NAME,
@@ -205,6 +201,15 @@ class Workplace:
         )
         os.fsync(self._hold.descriptor)
         return kept
+
+
+def is_whole(path: Path, line: Finished) -> bool:
+    """Whether a file is there, and what the journal says of it."""
+    try:
+        verify_file(path, line.digest)
+    except CheckpointCorruptError:  # or missing
+        return False
+    return True
 
 
 def _by_descriptor(folder: int, path: Path) -> Path:
@@ -242,19 +247,24 @@ def check_space(target: Path, needed: int) -> None:
         raise CheckpointWriteError(f"{target} needs {needed:,} bytes, {folder} has {free:,} free")
 
 
-def _line(finished: Finished) -> bytes:
+def as_line(finished: Finished) -> bytes:
+    """A line of the journal."""
     return f"{json.dumps(asdict(finished))}\n".encode()
 
 
 def _read(hold: Hold, plan: str) -> list[Finished]:
     """The lines of the journal in a directory that are whole and belong to the plan."""
-    found: list[Finished] = []
     if JOURNAL_NAME not in hold.names():
-        return found
+        return []
     flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
     with open(os.open(JOURNAL_NAME, flags, dir_fd=hold.descriptor), "rb") as opened:
-        lines = opened.read(_MAX_JOURNAL_BYTES).splitlines()
-    for line in lines:
+        return parse_journal(opened.read(_MAX_JOURNAL_BYTES), plan)
+
+
+def parse_journal(data: bytes, plan: str) -> list[Finished]:
+    """The lines of a journal that are whole and belong to the plan."""
+    found: list[Finished] = []
+    for line in data.splitlines():
         with suppress(ValueError, TypeError):  # the last one may be half written
             finished = Finished(**json.loads(line))
             if finished.source == plan and is_plain_name(finished.file):

@@ -10,16 +10,15 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy
 import xxhash
-from tqdm import tqdm
 
 from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.names import temporary
@@ -154,6 +153,7 @@ def write_models(
     jobs: int,
     progress: bool,
     resume: bool = False,
+    gather: Callable[[Workplace, Path], None] | None = None,
     format: str = "safetensors",
 ) -> Written:
     """Write the models of a plan and make all of them ``target`` by one rename.
@@ -164,6 +164,8 @@ def write_models(
         what: is done, for the progress bar.
         jobs: files of a model written at a time.
         resume: go on with what a killed call has left; else it is removed.
+        gather: puts files that others have finished into a workplace and the folder of a model
+            there, before the rest is written.
         format: of the files in the end; see :func:`sharded_ema.consolidate`.
 
     Raises:
@@ -172,15 +174,17 @@ def write_models(
         OSError: a file cannot be written.
     """
     with Workplace(target, plan.digest(format) if resume else None) as place:
+        folders = {place.model / name: texts for name, texts in plan.headers.items()}
+        for folder in folders:
+            if folder != place.model:
+                folder.mkdir()
+            if gather is not None:
+                gather(place, folder)
         finished = list(place.finished.values())
         needed = plan.num_bytes * (1 if format == "safetensors" else 2)
         check_space(target, needed - sum(line.bytes for line in finished))
         for average in inputs:
             average.verify_rest()
-        folders = {place.model / name: texts for name, texts in plan.headers.items()}
-        for folder in folders:
-            if folder != place.model:
-                folder.mkdir()
         tally = _write_files(
             plan, place, folders, blocks, what=what, jobs=jobs, progress=progress, format=format
         )
@@ -213,7 +217,7 @@ def _write_files(
     sizes = {name: len(folders) * group_bytes(group) for name, group in plan.files.items()}
     tallies = run_jobs(
         [
-            partial(_write_group, name, group, place, folders, blocks, format)
+            partial(write_file, name, group, place, folders, blocks, format)
             for name, group in plan.files.items()
             if name not in place.finished
         ],
@@ -229,7 +233,7 @@ def _write_files(
     return total
 
 
-def _write_group(
+def write_file(
     name: str,
     group: Sequence[Output],
     place: Workplace,
@@ -238,7 +242,7 @@ def _write_group(
     format: str,
     advance: Callable[[int], None],
 ) -> Tally:
-    """Write one file of every model."""
+    """Write one file of every model, and note that it is finished."""
     tally = Tally()
     described = [output.described(format) for output in group]
     files: list[_NewFile] = []
@@ -305,27 +309,42 @@ def run_jobs(
     Returns:
         What the tasks return, in the order in which they ended.
     """
-    shown = progress and sys.stderr is not None  # which may have been closed
-    with (
-        tqdm(
-            total=total, initial=initial, unit="B", unit_scale=True, desc=what, disable=not shown
-        ) as bar,
-        ThreadPoolExecutor(max_workers=jobs) as pool,
-    ):
-        stopped = threading.Event()
+    stopped = threading.Event()
+    running: list[Future[Result]] = []
+    with _bar(what, total, initial, shown=progress) as bar:
 
         def advance(count: int) -> None:
             if stopped.is_set():  # nobody waits for the rest of this file
                 raise CancelledError
-            bar.update(count)
+            if bar is not None:
+                bar.update(count)
 
-        running = [pool.submit(task, advance) for task in tasks]
+        pool = ThreadPoolExecutor(max_workers=jobs)
         try:
+            for task in tasks:
+                running.append(pool.submit(task, advance))
             return [done.result() for done in as_completed(running)]
         finally:
             stopped.set()
-            for waiting in running:
-                waiting.cancel()
+            # The threads are not joined: a KeyboardInterrupt in Thread.join() leaves a thread that
+            # runs for one that has ended, at which the end of the interpreter stumbles (Python
+            # 3.11 and 3.12). Once its task has ended a thread has nothing to wait for.
+            pool.shutdown(wait=False, cancel_futures=True)
+            wait([done for done in running if not done.cancelled()])
+
+
+def _bar(what: str, total: int, initial: int, *, shown: bool) -> AbstractContextManager[Any]:
+    """A progress bar on standard error; ``None`` where there is no place or no tqdm for one."""
+    if not shown or sys.stderr is None:  # which may have been closed
+        return nullcontext()
+    try:
+        from tqdm import tqdm  # which the tools do without
+    except ImportError:
+        return nullcontext()
+    bar: AbstractContextManager[Any] = tqdm(
+        total=total, initial=initial, unit="B", unit_scale=True, desc=what
+    )
+    return bar
 
 
 def _convert(written: Sequence[Path], folder: Path, format: str) -> None:

@@ -348,7 +348,7 @@ def test_the_directory_of_an_engine(store: Any, ema: ShardedEMA, tmp_path: Path)
         out = tmp_path / f"out{number}"
         assert consolidate(place, out, progress=False).facts["step"] == 1
         assert verify(place).facts["metadata"] == "verified"
-    assert inspect("memory://run/latest").facts["average"]["step"] == 1
+    assert inspect("memory://run/latest").facts["averages"][0]["step"] == 1
     assert "checkpoints" in inspect("memory://run").facts
     store.pipe_file("/other/step_1/zero_pp_rank_0_mp_rank_00_model_states.pt", b"")
     with pytest.raises(CheckpointNotFoundError, match="of DeepSpeed without an average"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from sharded_ema import Constant, SafetensorsStorageReader, ShardedEMA
 from sharded_ema.checkpoint import loading
 from sharded_ema.checkpoint.files import Directory, OpenFile, _LocalFile
-from sharded_ema.checkpoint.reading import ranges
+from sharded_ema.checkpoint.reading import ranges, selection
 from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.selection import select
 from sharded_ema.checkpoint.run import open_checkpoint
@@ -309,6 +310,37 @@ def test_holes_below_a_piece_are_found(tmp_path: Path) -> None:
     for start in (2, 4):
         with pytest.raises(CheckpointCorruptError, match=r"ema.w leave holes or overlap"):
             select(checkpoint, [("ema.w", Box((start, 0), (2, 2)))])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_that_fill_a_piece(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    pieces, parts, expected = [], [], []
+    for number in range(30):
+        start, size = random.integers(0, 3, 2), random.integers(1, 4, 2)
+        pieces.append((start, start + size))
+        count = np.zeros(size + start, np.int64)
+        dim = random.integers(0, 2)
+        ends = np.unique([0, *random.integers(0, size[dim] + 1, 2), size[dim]])
+        mine = []
+        for low, high in pairwise(ends):
+            first, last = start.copy(), start + size
+            first[dim], last[dim] = start[dim] + low, start[dim] + high
+            mine.append((first, last))
+        change = random.integers(0, 4)
+        if change == 0:
+            mine.pop(random.integers(0, len(mine)))
+        elif change == 1:
+            mine.append(mine[random.integers(0, len(mine))])
+        for first, last in mine:
+            count[first[0] : last[0], first[1] : last[1]] += 1
+        parts += [(number, first, last) for first, last in mine]
+        expected.append(bool((count[start[0] :, start[1] :] == 1).all()))
+    numbers, first, last = (np.array(each) for each in zip(*random.permutation(
+        np.array(parts, object)), strict=True))  # fmt: skip
+    starts, stops = (np.array(each)[numbers] for each in zip(*pieces, strict=True))
+    found = selection._filled(len(pieces), numbers, first, last, starts, stops)
+    assert found.tolist() == expected
 
 
 def boxes(seed: int) -> Iterator[tuple[tuple[int, ...], Box]]:

@@ -186,6 +186,8 @@ def private(source: str) -> list[str]:
 
 
 def _is_private(name: str) -> bool:
+    if name == "_exit":  # of os, which its documentation has
+        return False
     return name.startswith("_") and not (name.startswith("__") and name.endswith("__"))
 
 

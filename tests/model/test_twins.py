@@ -8,10 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 from sharded_ema import EMAWarning, ShardedEMA
@@ -22,6 +28,7 @@ from sharded_ema.errors import (
     SwapError,
     UnsupportedLayoutError,
 )
+from sharded_ema.model.sources.replicas import Replicas
 from tests.helpers.layouts import rank, world
 from tests.helpers.pool import WorkerPool
 
@@ -79,6 +86,9 @@ def data(index: int) -> Tensor:
 
 
 def wrap(layout: str) -> tuple[nn.Module, dict[str, Any]]:
+    if layout.endswith(", shared"):  # the default: each replica keeps a part of the average
+        model, _ = wrap(layout.removesuffix(", shared"))
+        return model, {}
     net: nn.Module = Net()
     if layout == "fsdp2":
         mesh = init_device_mesh("cpu", (world(),))
@@ -160,12 +170,64 @@ def test_in_one_process(order: str) -> None:
         ("fsdp2", 2, "student first"),
         ("fsdp2", 3, "teacher first"),
         ("hsdp", 4, "teacher first"),
+        ("ddp, shared", 3, "student first"),
+        ("hsdp, shared", 4, "teacher first"),
     ],
 )
 def test_beside_the_student(worlds: Worlds, layout: str, size: int, order: str) -> None:
     for used in worlds[size].run(beside_the_student, layout, order):
         # Uneven shards are padded by fully_shard: at most one row for each.
         assert used["ideal"] <= used["shadow"] <= used["ideal"] + 4 * 60
+
+
+def under_tensor_parallelism(options: dict[str, Any]) -> None:
+    model, mesh = Net(), init_device_mesh("cpu", (world(),))
+    # Local outputs of an uneven layer would be taken for those of an even one.
+    up = ColwiseParallel(use_local_output=False)
+    parallelize_module(model, mesh, {"layers.0.up": up, "layers.0.down": RowwiseParallel()})
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    ema = ShardedEMA(model, 0.9, **options)
+    ema.attach(optimizer)
+    teacher, average = ema.module(), gather(model)
+    for index in range(STEPS):
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(index))
+        found = model(x)
+        with torch.no_grad():
+            wanted = teacher(x)
+        torch.testing.assert_close(wanted, computed(average, x), rtol=0, atol=1e-6)
+        (found - wanted - 1).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, now in gather(model).items():
+            average[name].lerp_(now, 1 - 0.9)
+    assert (teacher(x) - model(x)).abs().max() > 1e-4
+    full = ema.full_state_dict(rank0_only=False)
+    assert all(torch.equal(full[n], average[n]) for n in ema.names)
+    assert ema.memory["shadow"] == ema.memory["ideal"]
+    ema.close()
+
+
+@pytest.mark.parametrize("options", [{}, {"shard_replicas": False}], ids=str)
+def test_with_the_plan_of_tensor_parallelism(worlds: Worlds, options: dict[str, Any]) -> None:
+    worlds[2].run(under_tensor_parallelism, options)
+
+
+def one_by_one() -> None:
+    """Replicas along two axes of a mesh, from pieces of one, several and no elements."""
+    mesh = init_device_mesh("cpu", (2, 2))
+    groups = (mesh.get_group(0), mesh.get_group(1))
+    wanted = [torch.arange(float(n)) for n in (90, 1, 0, 5)]
+    wanted.append(torch.arange(24.0).view(1, 2, 3, 4).to(memory_format=torch.channels_last))
+    replicas = Replicas(groups, wanted)
+    for index, (tensor, span) in enumerate(zip(wanted, replicas.spans, strict=True)):
+        own = tensor.flatten()[span.start : span.stop]
+        found = torch.full_like(tensor, -1)
+        replicas.gather_one(index, found, tensor if span.numel == tensor.numel() else own)
+        assert torch.equal(found, tensor), index
+
+
+def test_one_tensor_from_replicas_along_two_axes(worlds: Worlds) -> None:
+    worlds[4].run(one_by_one)
 
 
 # ---------------------------------------------------------------------- a swap as teacher
@@ -234,28 +296,59 @@ def test_bf16_weights_with_their_fp32_average() -> None:
     assert wide(data(0)).dtype == torch.float32
 
 
-def mixed(param_dtype: torch.dtype | None, asked: torch.dtype | None) -> None:
+def mixed(
+    mesh_of: tuple[int, ...], param_dtype: torch.dtype | None, asked: torch.dtype | None
+) -> None:
     net = Net()
     policy = MixedPrecisionPolicy(param_dtype=param_dtype)
-    mesh = init_device_mesh("cpu", (world(),))
+    outermost = MixedPrecisionPolicy(param_dtype=param_dtype, output_dtype=torch.float64)
+    mesh = init_device_mesh("cpu", mesh_of, mesh_dim_names=("replicate", "shard")[-len(mesh_of) :])
     for layer in net.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(net, mesh=mesh, mp_policy=policy)
+    fully_shard(net, mesh=mesh, mp_policy=outermost)
     ema = ShardedEMA(net, 0.9)
     teacher = ema.module(dtype=asked)
     with torch.no_grad():
         found = teacher(data(0))
         plain = Net()
         plain.to(asked or param_dtype or torch.float32)
-        assert torch.equal(found, plain(data(0).to(asked or param_dtype or torch.float32)))
+        wanted = plain(data(0).to(asked or param_dtype or torch.float32))
+        assert found.dtype == torch.float64 and torch.equal(found.to(wanted.dtype), wanted)
     ema.close()
 
 
+@pytest.mark.parametrize("mesh", [(2,), (2, 1)], ids=["fsdp2", "hsdp, shared"])
 @pytest.mark.parametrize(("param_dtype", "asked"), [(torch.bfloat16, None), (None, torch.bfloat16)])
 def test_mixed_precision(
-    worlds: Worlds, param_dtype: torch.dtype | None, asked: torch.dtype | None
+    worlds: Worlds,
+    mesh: tuple[int, ...],
+    param_dtype: torch.dtype | None,
+    asked: torch.dtype | None,
 ) -> None:
-    worlds[2].run(mixed, param_dtype, asked)
+    worlds[2].run(mixed, mesh, param_dtype, asked)
+
+
+def in_parts_and_another_dtype() -> None:
+    net = DistributedDataParallel(Net().bfloat16())
+    ema = ShardedEMA(net, 0.9)
+    teacher = ema.module()
+    with torch.no_grad():
+        net.module.out.weight.add_(1)
+    ema.update()
+    average = {n: t.bfloat16() for n, t in ema.full_state_dict(rank0_only=False).items()}
+    plain = Net().bfloat16()
+    plain.load_state_dict(average)
+    x = data(0).bfloat16()
+    assert torch.equal(teacher(x), plain(x))
+    assert teacher.out.weight.dtype == torch.float32  # as it is kept
+    kept = torch.tensor(sum(p.numel() for p in teacher.parameters() if p.dtype == torch.float32))
+    dist.all_reduce(kept)
+    assert kept == sum(p.numel() for p in net.parameters() if p.requires_grad)
+    ema.close()
+
+
+def test_replicas_that_share_the_average_of_bf16_weights(worlds: Worlds) -> None:
+    worlds[2].run(in_parts_and_another_dtype)
 
 
 def test_buffers_are_its_own_but_averaged_ones() -> None:
@@ -360,23 +453,24 @@ def test_not_inside_a_swap() -> None:
         ema.module()
 
 
-def refused_layouts() -> list[str]:
-    said = []
-    mesh = init_device_mesh("cpu", (2,))
-    aside = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    fully_shard(aside, mesh=mesh, ignored_params=set(aside[1].parameters()))
-    for target in (DistributedDataParallel(Net()), aside):
+def refused_layouts() -> None:
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+    both = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    parallelize_module(both[0], mesh["tp"], ColwiseParallel())
+    fully_shard(both, mesh=mesh["dp"])
+    recurrent = DistributedDataParallel(nn.LSTM(2, 2))
+    for target, why, remedy in (
+        (both, r"cannot divide 0\.weight .*by tensor parallelism", r"copy_to\(module=it\)"),
+        (recurrent, "a LSTM holds .*weight_ih_l0 in its attribute", "shard_replicas=False"),
+    ):
         ema = ShardedEMA(target, 0.9)
-        with pytest.raises(UnsupportedLayoutError) as refused:
+        with pytest.raises(UnsupportedLayoutError, match=f"{why}.*{remedy}"):
             ema.module()
-        said.append(str(refused.value))
         ema.close()
-    return said
 
 
-def test_replicas_that_share_the_work_are_refused(worlds: Worlds) -> None:
-    for said in worlds[2].run(refused_layouts):
-        assert all("shard_replicas=False" in text and "copy_to(module=it)" in text for text in said)
+def test_layouts_without_a_place_for_it(worlds: Worlds) -> None:
+    worlds[2].run(refused_layouts)
 
 
 # ---------------------------------------------------------------------- saved and resumed
@@ -405,13 +499,14 @@ def save_and_resume(layout: str, path: str) -> None:
     again.reseed()
     with torch.no_grad():
         assert torch.equal(resumed(data(9)), computed(gather(other), data(9)))
+    kept = again.full_state_dict(rank0_only=False)
     with again.swap():
-        assert torch.equal(gather(other)["out.weight"], whole(resumed.out.weight))
+        assert torch.equal(gather(other)["out.weight"], kept["out.weight"])
     ema.close()
     again.close()
 
 
-@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("fsdp2", 3)])
+@pytest.mark.parametrize(("layout", "size"), [("ddp", 2), ("fsdp2", 3), ("ddp, shared", 2)])
 def test_saved_once_and_resumed(worlds: Worlds, tmp_path: Any, layout: str, size: int) -> None:
     worlds[size].run(save_and_resume, layout, str(tmp_path / "step_3"))
 

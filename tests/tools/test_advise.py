@@ -100,7 +100,7 @@ def test_a_run_of_any_length() -> None:
 def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["advise", "--steps", "10000"]) == 0
     text = capsys.readouterr().out
-    assert "schedule: half_life:500" in text and "warmup:0.9999" in text
+    assert "schedule:        half_life:500" in text and "warmup:0.9999" in text
     assert main(["advise", "--steps", "300", "--decay", "0.9999", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["facts"]["seed_weight"] == pytest.approx(0.97, 1e-2)
     assert main(["advise", "--steps", "300", "--decay", "2"]) == 2

@@ -388,7 +388,7 @@ def check_stock(target: Path) -> None:
 def test_a_foreign_checkpoint(tmp_path: Path) -> None:
     dcp.save({"ema": stock_state(), "step": 3}, checkpoint_id=tmp_path / "c", no_dist=True)
     report = run(tmp_path / "c", tmp_path / "out")
-    assert report.ok and "metadata: unverified" in report.text()
+    assert report.ok and report.facts["metadata"] == "unverified"
     check_stock(tmp_path / "out")
 
 
@@ -399,7 +399,7 @@ def save_stock(path: Path) -> Path:
 
 def test_our_commit_of_the_stock_format(tmp_path: Path) -> None:
     report = run(save_stock(tmp_path / "c"), tmp_path / "out")
-    assert "metadata: verified" in report.text()
+    assert report.facts["metadata"] == "verified"
     check_stock(tmp_path / "out")
 
 

@@ -101,5 +101,5 @@ def test_it_runs_without_torch() -> None:
     ended = subprocess.run(
         [sys.executable, "-c", WITHOUT_TORCH], capture_output=True, text=True, check=True
     )
-    assert "torch: not installed" in ended.stdout and "updates" not in ended.stdout
+    assert "torch:       not installed" in ended.stdout and "updates" not in ended.stdout
     assert "averages need PyTorch, the other commands do not" in ended.stdout

@@ -19,6 +19,7 @@ from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 
 Ints = NDArray[np.int64]
+Flags = NDArray[np.bool_]
 #: Key of a tensor and the elements of it that are needed, at least one.
 Wanted = tuple[str, Box]
 
@@ -173,9 +174,8 @@ class Selection:
         table.check(rows, ndims)
         first = np.maximum(rows["offsets"], starts)
         last = np.minimum(rows["offsets"] + rows["sizes"], stops)
-        # Most pieces are each the part of one chunk.
-        filled = np.bincount(numbers, minlength=len(pieces)) == 1
-        filled[numbers[((first != starts) | (last != stops)).any(1)]] = False
+        filled = _filled(len(pieces), numbers, first, last, starts, stops)
+        alone = filled & (np.bincount(numbers, minlength=len(pieces)) == 1)
         parts = []
         chunks = table.chunks(rows, ndims.tolist())
         boxes = zip(first.tolist(), (last - first).tolist(), ndims.tolist(), strict=True)
@@ -183,9 +183,37 @@ class Selection:
             numbers.tolist(), chunks, boxes, strict=True
         ):
             key, box = pieces[number]
-            if not filled[number]:
+            if not alone[number]:
                 box = Box(tuple(offsets[:ndim]), tuple(sizes[:ndim]))
             self._index.check_places(key, (chunk,))
             parts.append(Part(number, key, chunk, box))
         known = frozenset(np.flatnonzero(filled).tolist())
         return checked(self._checkpoint, pieces, parts, known)
+
+
+def _filled(count: int, numbers: Ints, first: Ints, last: Ints, starts: Ints, stops: Ints) -> Flags:
+    """Which pieces parts fill that lie one after the other in one dimension and span the others.
+
+    Of those that are cut otherwise nothing is said.
+
+    Args:
+        count: of the pieces.
+        numbers: ``(parts,)``, the piece of each part.
+        first, last: ``(parts, width)``, of the part per dimension.
+        starts, stops: the same of its piece.
+    """
+    cut = np.zeros((count, first.shape[1]), np.bool_)
+    np.logical_or.at(cut, numbers, (first != starts) | (last != stops))
+    dims = cut.argmax(1)[numbers]
+    row = np.arange(len(numbers))
+    begin, end = first[row, dims], last[row, dims]
+    order = np.lexsort((begin, numbers))
+    dims, numbers, begin, end = dims[order], numbers[order], begin[order], end[order]
+    opens = np.append(True, numbers[1:] != numbers[:-1])[: len(numbers)]
+    closes = np.append(opens[1:], True)[: len(numbers)]
+    # Each part begins where the one before it ends, the first one where the piece does.
+    expected = np.where(opens, starts[order, dims], np.roll(end, 1))
+    wrong = (begin != expected) | (closes & (end != stops[order, dims]))
+    filled = (np.bincount(numbers, minlength=count) > 0) & (cut.sum(1) <= 1)
+    filled[numbers[wrong]] = False
+    return filled

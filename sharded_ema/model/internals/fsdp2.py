@@ -19,7 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from sharded_ema.errors import StateError
@@ -274,6 +275,18 @@ def is_own(hook: Any) -> bool:
     )
 
 
+def meshes(model: nn.Module) -> dict[int, DeviceMesh]:
+    """The mesh that ``fully_shard`` divides each of its parameters over, by their identity."""
+    found = {}
+    for state in states_of(model):
+        for group in _groups(state):
+            WRAPPED.check(group)
+            for divided in group.fsdp_params:
+                DIVIDED.check(divided)
+                found[id(divided.sharded_param)] = group.mesh_info.mesh
+    return found
+
+
 def wrap_alike(
     model: nn.Module, copies: Mapping[int, nn.Module], dtype: torch.dtype | None
 ) -> None:
@@ -320,6 +333,52 @@ def wrap_alike(
             offload_policy=group.offload_policy,
             ignored_params=ignored,
         )
+
+
+def cast_alike(
+    model: nn.Module, copies: Mapping[int, nn.Module], dtype: torch.dtype | None
+) -> dict[int, torch.dtype]:
+    """Cast what goes into and comes out of copies as ``fully_shard`` does for the modules.
+
+    For copies that are not wrapped themselves.
+
+    Args:
+        copies: by the identity of modules.
+        dtype: to compute in; ``None`` for that of the model.
+
+    Returns:
+        What each parameter under ``fully_shard`` is computed in, by its identity.
+    """
+    computed: dict[int, torch.dtype] = {}
+    for state in states_of(model):
+        for group in _groups(state):
+            WRAPPED.check(group)
+            wanted = _computed_in(group, dtype)
+            if wanted is not None:
+                for divided in group.fsdp_params:
+                    DIVIDED.check(divided)
+                    computed[id(divided.sharded_param)] = wanted
+            policy = replace(group.mp_policy, param_dtype=wanted)
+            for module in state._modules:
+                if id(module) in copies:
+                    _cast_around(copies[id(module)], policy)
+    return computed
+
+
+def _cast_around(module: nn.Module, policy: MixedPrecisionPolicy) -> None:
+    tree_map = imported("torch.utils._pytree", "tree_map_only", SEEN)
+
+    def cast(values: Any, dtype: torch.dtype | None) -> Any:
+        if dtype is None:
+            return values
+        return tree_map(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, values)
+
+    if policy.cast_forward_inputs:
+        module.register_forward_pre_hook(
+            lambda _, arguments, named: cast((arguments, named), policy.param_dtype),
+            with_kwargs=True,
+        )
+    module.register_forward_hook(lambda _, __, result: cast(result, policy.output_dtype))
 
 
 def _computed_in(group: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -90,6 +90,25 @@ def hooks_of(module: nn.Module) -> list[Any]:
     return [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
 
 
+def is_of_a_plan(hook: Any) -> bool:
+    """Whether a forward hook is one that a plan of tensor parallelism has registered."""
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.tensor")
+
+
+def copy_plan(module: nn.Module, copy: nn.Module) -> None:
+    """Let a copy convert what goes into and comes out of it as a plan has it for the module.
+
+    The hooks of a plan know their meshes and placements, and no module.
+    """
+    named = module._forward_pre_hooks_with_kwargs
+    for key, hook in module._forward_pre_hooks.items():
+        if is_of_a_plan(hook):
+            copy.register_forward_pre_hook(hook, with_kwargs=key in named)
+    for hook in module._forward_hooks.values():
+        if is_of_a_plan(hook):
+            copy.register_forward_hook(hook)
+
+
 def is_persistent(module: nn.Module, name: str) -> bool:
     """Whether a buffer of the module is in its ``state_dict()``."""
     return name not in module._non_persistent_buffers_set
@@ -178,6 +197,19 @@ WRAPPED = Members("the class of tensors", SEEN, ("_make_wrapper_subclass",))
 
 #: This rank's tensor. ``to_local()`` would cost a dispatch and a view.
 local_tensor: Any = attrgetter("_local_tensor")
+
+
+def placed_like(like: DTensor, local: Tensor) -> DTensor:
+    """A local tensor as the DTensor that has the mesh, placements and global shape of another."""
+    return DTensor.from_local(
+        local,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        # Without shape and stride an uneven shard would be taken for an even one.
+        shape=like.shape,
+        stride=like.stride(),
+    )
 
 
 def box_of(tensor: DTensor) -> Box:

@@ -16,7 +16,13 @@ from torch.utils.dlpack import from_dlpack
 
 from sharded_ema.errors import UnsupportedLayoutError
 from sharded_ema.model.internals import fsdp2
-from sharded_ema.model.internals.pytorch import DTENSOR, box_of, local_tensor, strided_shard
+from sharded_ema.model.internals.pytorch import (
+    DTENSOR,
+    box_of,
+    local_tensor,
+    placed_like,
+    strided_shard,
+)
 from sharded_ema.model.inventory import (
     Inventory,
     Named,
@@ -98,7 +104,7 @@ class FSDP2Shards:
     def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         places = self.shares.places
         return [
-            _like(shard.name.tensor, tensor)
+            placed_like(shard.name.tensor, _own_storage(tensor))
             # Stored as what it is, which leaves it to DCP who writes.
             if isinstance(shard.name.tensor, DTensor) and not place.groups
             else stored_shard(shard, tensor)
@@ -183,19 +189,6 @@ def _shard_inside(local: Tensor) -> str:
     name = fsdp2.shard_inside(local)
     assert name is not None
     return name
-
-
-def _like(parameter: DTensor, tensor: Tensor) -> DTensor:
-    """A shadow as a DTensor with the layout of its parameter."""
-    return DTensor.from_local(
-        _own_storage(tensor),
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        # Without shape and stride an uneven shard would be taken for an even one.
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
 
 
 def _own_storage(tensor: Tensor) -> Tensor:

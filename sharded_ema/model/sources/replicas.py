@@ -94,6 +94,39 @@ class Replicas:
                 _all_gather(group, [list(_views(b, targets, device, dtype)) for b in blocks])
             known *= size
 
+    @torch.no_grad()
+    def gather_one(self, index: int, target: Tensor, tensor: Tensor) -> None:
+        """Fill the whole ``target`` of one tensor from its slices, ``tensor`` being this rank's.
+
+        Collective over the groups, and without memory beside the target: each replica broadcasts
+        what it has into its place, along each group what it has by then.
+        """
+        span = self.spans[index]
+        if span.numel == target.numel():
+            target.copy_(tensor)
+        elif span.numel:
+            target.view(-1)[span.start : span.stop].copy_(tensor)
+        known = 1
+        for group in reversed(self._groups):
+            size = dist.get_world_size(group)
+            first = self._rank // (known * size) * (known * size)
+            for member in range(size):
+                start = first + member * known
+                parts = [p[index] for p in self._parts[start : start + known] if index in p]
+                if parts:  # neighbours keep neighbouring slices
+                    _broadcast(group, member, target, FlatRange(parts[0].start, parts[-1].stop))
+            known *= size
+
+
+def _broadcast(group: dist.ProcessGroup, owner: int, target: Tensor, span: FlatRange) -> None:
+    if target.is_contiguous():
+        part = real_view(target.view(-1)[span.start : span.stop])
+        dist.broadcast(part, group=group, group_src=owner)
+    else:  # it is not divided
+        whole = target.contiguous()
+        dist.broadcast(real_view(whole), group=group, group_src=owner)
+        target.copy_(whole)
+
 
 def _refuse_unreachable(group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> None:
     reached = reached_devices(group)
@@ -113,9 +146,7 @@ def _broadcast_strided(
         for index, _ in slices:
             target = targets[index]
             if not target.is_contiguous():
-                whole = target.contiguous()
-                dist.broadcast(real_view(whole), group=group, group_src=owner)
-                target.copy_(whole)
+                _broadcast(group, owner, target, FlatRange(0, target.numel()))
 
 
 def _views(
@@ -196,6 +227,7 @@ class Shares:
     Attributes:
         shards: what this rank averages.
         places: as given, without groups if replicas do not share.
+        parted: positions of the tensors that replicas share.
         together: whether filling whole tensors communicates.
     """
 
@@ -231,7 +263,8 @@ class Shares:
                     writes=place.writes or replicas.size > 1,
                 )
         self.shards = [found[i] for i in range(len(places))]
-        self.together = any(replicas.size > 1 for _, replicas in self._replicas)
+        self.parted = [i for members, r in self._replicas if r.size > 1 for i in members]
+        self.together = bool(self.parted)
         # What this rank has not all of; the rest of its tensors is averaged as it is.
         self._spans = {i: spans[i] for i in spans if spans[i].numel < targets[i].numel()}
         self._divided.sort()
@@ -264,6 +297,12 @@ class Shares:
         """Fill whole ``targets``, one for each shard, of which this rank holds ``tensors``."""
         for members, replicas in self._replicas:
             replicas.gather([targets[i] for i in members], [tensors[i] for i in members])
+
+    def fill_one(self, index: int, target: Tensor, tensor: Tensor) -> None:
+        """Fill the whole ``target`` of one shard, of which this rank holds ``tensor``."""
+        for members, replicas in self._replicas:
+            if index in members:
+                replicas.gather_one(members.index(index), target, tensor)
 
     def stored(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Shadows of this rank's parts as values of the global shapes."""
