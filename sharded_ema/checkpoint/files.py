@@ -229,6 +229,33 @@ def exists(location: Location) -> bool:
     return bool(fs.exists(path))
 
 
+# What drivers call that which changes whenever an object does.
+_STAMPS = ("ETag", "etag", "generation", "LastModified", "last_modified", "mtime", "created")
+
+
+def identity(location: Location) -> tuple[object, ...] | None:
+    """What is another once a file was written again; ``None`` without a file, or if nothing is.
+
+    A link has none.
+    """
+    if isinstance(location, Path):
+        try:
+            status = location.lstat()
+        except OSError:
+            return None
+        if not stat.S_ISREG(status.st_mode):
+            return None
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        return (status.st_dev, status.st_ino, status.st_size, *times)
+    fs, path = driver(location)
+    try:
+        info = fs.info(path)
+    except FileNotFoundError:
+        return None
+    stamps = tuple(str(info[name]) for name in _STAMPS if info.get(name))
+    return (info.get("size"), *stamps) if stamps else None
+
+
 # ---------------------------------------------------------------------- one file
 
 

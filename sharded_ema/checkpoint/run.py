@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from sharded_ema.checkpoint.files import (
@@ -25,6 +26,7 @@ from sharded_ema.checkpoint.files import (
     entries,
     exists,
     gone,
+    identity,
     is_file,
     read_if_file,
 )
@@ -57,6 +59,8 @@ from sharded_ema.errors import (
 _MAX_POINTER_BYTES = 4096
 # How often a checkpoint that is replaced while it is opened is opened again.
 _MAX_LOOKS = 20
+# Checkpoints whose manifests need not be read again.
+_MAX_REMEMBERED = 10_000
 
 # ---------------------------------------------------------------------- the one that a path means
 
@@ -295,11 +299,30 @@ def checkpoint_name(path: Location) -> str:
 def committed_at(path: Location) -> Committed | None:
     """The committed checkpoint at ``path``; ``None`` if there is none, or no average in it.
 
-    Only its manifest is read.
+    Only its manifest is read, and that only once for as long as nobody writes another.
 
     Raises:
         CheckpointError: the manifest is damaged.
     """
+    known = identity(path / MANIFEST_NAME)
+    if known is None:
+        return _read_committed(path)
+    remembered = _remembered(path, known)
+    if not remembered:
+        found = _read_committed(path)
+        if identity(path / MANIFEST_NAME) != known:  # replaced meanwhile
+            return found
+        remembered.append(found)
+    return remembered[0]
+
+
+@lru_cache(maxsize=_MAX_REMEMBERED)
+def _remembered(path: Location, known: tuple[object, ...]) -> list[Committed | None]:
+    """What was found at ``path`` when its manifest had this identity, to be filled in."""
+    return []
+
+
+def _read_committed(path: Location) -> Committed | None:
     if not is_file(path / MANIFEST_NAME):
         return None
     try:

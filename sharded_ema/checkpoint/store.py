@@ -22,6 +22,7 @@ from sharded_ema.checkpoint.names import new_uuid
 from sharded_ema.checkpoint.others import OtherAverage, open_other
 from sharded_ema.checkpoint.transfer import check_target, save_state
 from sharded_ema.checkpoint.writing.background import Background, SaveHandle
+from sharded_ema.checkpoint.writing.planning import Plan
 from sharded_ema.checkpoint.writing.staging import Staging
 from sharded_ema.config import Settings, as_whole
 from sharded_ema.errors import (
@@ -51,7 +52,7 @@ class Store:
     """
 
     # What a copy does not share: it has no save under way.
-    not_copied = ("_background", "_staging", "_writers", "_run")
+    not_copied = ("_background", "_staging", "_writers", "_run", "_plans")
     # What tells this average from all others, once it has been saved or loaded; a copy is another.
     _run: str | None = None
 
@@ -78,6 +79,11 @@ class Store:
     def _writers(self) -> Ranks:
         """The ranks again, in a group that only the thread of a save talks in."""
         return self._model.ranks.again()
+
+    @cached_property
+    def _plans(self) -> dict[str, Plan]:
+        """Of the last save in each format."""
+        return {}
 
     @property
     def staging_bytes(self) -> int:
@@ -227,7 +233,7 @@ class Store:
             handle.staged()
             save_state(
                 state, place, format=format, replace=replace, ranks=ranks,
-                latest=latest, keep_last=keep_last,
+                latest=latest, keep_last=keep_last, plans=self._plans,
             )  # fmt: skip
 
         if asynchronous:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from sharded_ema.checkpoint.files import URL, Location
 from sharded_ema.checkpoint.names import is_marked
+from sharded_ema.checkpoint.writing.planning import ColumnPlanner, Plan, Planner, digest_of
 from sharded_ema.checkpoint.writing.stock_writer import StockStorageWriter
 from sharded_ema.checkpoint.writing.target import make_target
 from sharded_ema.checkpoint.writing.writer import SafetensorsStorageWriter
@@ -29,6 +30,7 @@ WRITERS: dict[str, type[SafetensorsStorageWriter] | type[StockStorageWriter]] = 
     "safetensors": SafetensorsStorageWriter,
     "dcp": StockStorageWriter,
 }
+PLANNERS: dict[str, type[Planner]] = {"safetensors": ColumnPlanner, "dcp": Planner}
 
 
 def check_target(path: Location, *, format: str, replace: bool) -> None:
@@ -59,10 +61,15 @@ def save_state(
     latest: bool,
     keep_last: int | None,
     ranks: Ranks,
+    plans: dict[str, Plan],
 ) -> None:
-    """Write ``state`` as a committed checkpoint at ``path``; all ranks call it.
+    """Write ``state`` as a committed checkpoint at ``path``; all ranks, which have met, call it.
 
     It may run in a thread if nothing else uses the group of ``ranks`` meanwhile.
+
+    Args:
+        plans: by format, what the ranks have planned in the last save that succeeded. It is used
+            again if they all have to save what they saved then, and brought up to date.
 
     Raises:
         CheckpointWriteError: a rank could not write, or was lost; nothing was committed.
@@ -72,9 +79,15 @@ def save_state(
     try:
         with ranks.interruptible():
             _expect_one_process(ranks)
+            digest, kept = digest_of(state), plans.get(format)
+            fits = kept is not None and kept.digest == digest
+            if not ranks.same(kept.number if kept is not None and fits else None):
+                kept = None
+            planner = PLANNERS[format](kept)
             dcp.save(
                 state,
                 storage_writer=writer,
+                planner=planner,
                 process_group=ranks.group,
                 no_dist=ranks.size == 1,
             )
@@ -93,6 +106,7 @@ def save_state(
     except BaseException:  # an interruption between two steps of DCP
         writer.abandon()
         raise
+    plans[format] = planner.made(digest)
     if ranks.rank == 0:  # DCP's coordinator, which has committed
         make_target(path).settle(latest=latest, keep_last=keep_last)
 

@@ -5,22 +5,24 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sharded_ema.averaging.schedules import Power, horizon, schedule_from_dict, sigma_rel_from_gamma
 from sharded_ema.checkpoint.files import URL, as_location, unfinished_uploads
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, LATEST_NAME
-from sharded_ema.checkpoint.reading.chunks import KnownChunks
+from sharded_ema.checkpoint.reading.chunks import KnownChunks, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.checkpoint.run import Committed, Run, locate, open_checkpoint, read_run
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
-from sharded_ema.model.layout import Box, Shape
+from sharded_ema.model.layout import Box
 from sharded_ema.tools.report import Report
 
 
@@ -147,12 +149,11 @@ def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) 
             f"{len(checkpoint.index.unsupported)} tensors have a dtype that is not read, such as "
             f"{min(checkpoint.index.unsupported)}"
         )
-    boxes = {key: _boxes(checkpoint, key) for key in sorted(checkpoint.tensors)}
-    cuts = {key: _cut(found, checkpoint.tensors[key].shape) for key, found in boxes.items()}
+    places = _places(checkpoint)
     report.facts |= {
-        "tensors": len(boxes),
-        "chunks": sum(map(len, boxes.values())),
-        "layouts": dict(Counter(cuts.values()).most_common()),
+        "tensors": len(places),
+        "chunks": sum(chunks for chunks, _ in places.values()),
+        "layouts": dict(Counter(layout for _, layout in places.values()).most_common()),
         "bytes": sum(t.num_bytes for t in checkpoint.tensors.values()),
     }
     if tensors:
@@ -162,10 +163,10 @@ def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) 
                 "dtype": checkpoint.tensors[key].dtype,
                 "shape": list(checkpoint.tensors[key].shape),
                 "bytes": checkpoint.tensors[key].num_bytes,
-                "chunks": len(found),
-                "layout": cuts[key],
+                "chunks": chunks,
+                "layout": layout,
             }
-            for key, found in boxes.items()
+            for key, (chunks, layout) in places.items()
         ]
     return report
 
@@ -249,6 +250,26 @@ def _total(found: list[StoredTensor]) -> dict[str, int]:
     }
 
 
+def _places(checkpoint: Checkpoint) -> dict[str, tuple[int, str]]:
+    """Number of chunks, and how they cut the tensor, by key, sorted."""
+    if isinstance(checkpoint.index, TableIndex):
+        records, coverage = checkpoint.index.survey()
+        for number in coverage.faulty():
+            checkpoint.tensors[records[number].key].chunks()  # says what is wrong
+        dims = (frozenset(np.flatnonzero(cut).tolist()) for cut in coverage.cut)
+        return {
+            record.key: (record.num_chunks, _layout(cut, bool(flat)))
+            for record, cut, flat in zip(records, dims, coverage.flat, strict=True)
+        }
+    found = {}
+    for key in sorted(checkpoint.tensors):
+        boxes, shape = _boxes(checkpoint, key), checkpoint.tensors[key].shape
+        dims_of_one = {d for d, n in enumerate(shape) if any(box.sizes[d] != n for box in boxes)}
+        flat = all(box.flat_run(shape) for box in boxes)
+        found[key] = (len(boxes), _layout(dims_of_one, flat))
+    return found
+
+
 def _boxes(checkpoint: Checkpoint, key: str) -> list[Box]:
     """The chunks of a tensor; of a DCP checkpoint as its metadata gives them."""
     if isinstance(checkpoint.index, DcpIndex):
@@ -256,16 +277,18 @@ def _boxes(checkpoint: Checkpoint, key: str) -> list[Box]:
     return [chunk.box for chunk in checkpoint.tensors[key].chunks()]
 
 
-def _cut(boxes: Iterable[Box], shape: Shape) -> str:
+def _layout(cut: Collection[int], flat: bool) -> str:
     """How a tensor lies in its chunks.
 
     ``"whole"``; ``"rows"`` or ``"columns"``, cut in the first or one other dimension; ``"ranges"``
     of elements in C order; ``"blocks"`` in several dimensions.
+
+    Args:
+        cut: dimensions in which a chunk is shorter than the tensor.
+        flat: whether the elements of each chunk are one run in C order.
     """
-    found = list(boxes)
-    dims = {d for d, n in enumerate(shape) if any(box.sizes[d] != n for box in found)}
-    if not dims:
+    if not cut:
         return "whole"
-    if len(dims) == 1:
-        return "rows" if dims == {0} else "columns"
-    return "ranges" if all(box.flat_run(shape) for box in found) else "blocks"
+    if len(cut) == 1:
+        return "rows" if 0 in cut else "columns"
+    return "ranges" if flat else "blocks"

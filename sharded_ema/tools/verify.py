@@ -109,9 +109,13 @@ def _noting(report: Report) -> Iterator[None]:
 def _verify_structure(checkpoint: Checkpoint, report: Report) -> bool:
     """Whether the blocks of every tensor fill it."""
     before = len(report.problems)
-    for tensor in checkpoint.tensors.values():
+    keys: Iterable[str] = checkpoint.tensors
+    if isinstance(checkpoint.index, TableIndex):
+        records, coverage = checkpoint.index.survey()
+        keys = (records[number].key for number in coverage.faulty())
+    for key in keys:
         with _noting(report):
-            tensor.chunks()
+            checkpoint.tensors[key].chunks()  # says what is wrong
     return len(report.problems) == before
 
 

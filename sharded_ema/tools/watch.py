@@ -18,7 +18,7 @@ from typing import Protocol
 
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists
+from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists, identity
 from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import (
     LATEST_NAME,
@@ -178,6 +178,7 @@ class _Watcher:
         self._refused: dict[str, object] = {}
         # By export, as its files are read only once.
         self._alike: dict[tuple[Path, str], bool] = {}
+        self._headers: dict[tuple[Path, object], tuple[dict[str, str], set[str]]] = {}
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
@@ -260,7 +261,9 @@ class _Watcher:
         return next(path for path in others if not os.path.lexists(path))
 
     def _exports(self) -> list[_Export]:
-        found = (self._read(path) for path in sorted(self._out.iterdir()))
+        paths = sorted(self._out.iterdir())
+        self._headers = {key: said for key, said in self._headers.items() if key[0].parent in paths}
+        found = [self._read(path) for path in paths]
         return [export for export in found if export is not None]
 
     def _read(self, path: Path) -> _Export | None:
@@ -269,11 +272,10 @@ class _Watcher:
             return None
         for file in sorted(path.glob("*.safetensors")):
             with suppress(CheckpointError):
-                tensors, header, _ = read_header(file)
+                header, dtypes = self._header(file)
                 if header.get("kind") != "ema" or "source" not in header:
                     return None
                 step = header.get("step", "")
-                dtypes = {tensor.dtype for tensor in tensors.values()} & FLOATING
                 return _Export(
                     path,
                     header["source"],
@@ -283,6 +285,14 @@ class _Watcher:
                     and self._is_alike(path, header["source"]),
                 )
         return None
+
+    def _header(self, file: Path) -> tuple[dict[str, str], set[str]]:
+        """What a file says of itself, and the dtypes in it that rounding leads to; read once."""
+        known = (file, identity(file))
+        if known not in self._headers:
+            tensors, header, _ = read_header(file)
+            self._headers[known] = header, {t.dtype for t in tensors.values()} & FLOATING
+        return self._headers[known]
 
     def _is_alike(self, path: Path, source: str) -> bool:
         if self._like is None:

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 import xxhash
+from safetensors.numpy import save
 
 from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME
-from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
+from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
     FileRecord,
     Manifest,
@@ -149,7 +150,7 @@ def make(
         table += [(len(records) - 1, chunk) for chunk in mine_sorted]
     if change is not None:
         change(table)
-    data = write_chunk_table(table, {f.name: i for i, f in enumerate(files)}, uuid)
+    data = chunk_table(table, {f.name: i for i, f in enumerate(files)}, uuid)
     (path / CHUNKS_NAME).write_bytes(data)
     files.append(FileRecord(CHUNKS_NAME, len(data), xxhash.xxh3_128_hexdigest(data)))
     manifest = Manifest(
@@ -158,6 +159,32 @@ def make(
     )  # fmt: skip
     (path / MANIFEST_NAME).write_bytes(dump_manifest(manifest))
     return path
+
+
+def chunk_table(rows: Sequence[tuple[int, Chunk]], file_ids: Mapping[str, int], uuid: str) -> bytes:
+    """The chunk table, row by row.
+
+    Args:
+        rows: ``(tensor id, chunk)``, in their order.
+        file_ids: position of each file in the manifest.
+    """
+    width = max([1, *(len(chunk.box.sizes) for _, chunk in rows)])
+    columns = {
+        "tensor": [tensor for tensor, _ in rows],
+        "offsets": [[*c.box.offsets, *[0] * (width - len(c.box.sizes))] for _, c in rows],
+        "sizes": [[*c.box.sizes, *[1] * (width - len(c.box.sizes))] for _, c in rows],
+        "file": [file_ids[chunk.file] for _, chunk in rows],
+        "byte_offset": [chunk.byte_offset for _, chunk in rows],
+        "num_bytes": [chunk.num_bytes for _, chunk in rows],
+    }
+    shapes = {"offsets": (-1, width), "sizes": (-1, width)}
+    arrays: dict[str, np.ndarray] = {
+        name: np.array(column, np.int64).reshape(shapes.get(name, -1))
+        for name, column in columns.items()
+    }
+    digests = b"".join(chunk.digest or b"" for _, chunk in rows)
+    arrays["digest"] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
+    return save(arrays, {"format": "pt", "uuid": uuid})
 
 
 def _write_shard(

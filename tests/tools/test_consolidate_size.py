@@ -12,7 +12,7 @@ import pytest
 import xxhash
 
 from sharded_ema.checkpoint.names import CHUNKS_NAME, MANIFEST_NAME
-from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
+from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
     FileRecord,
     Manifest,
@@ -21,7 +21,7 @@ from sharded_ema.checkpoint.reading.manifest import (
 )
 from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.model.layout import Box
-from tests.helpers.checkpoints import UUID, meta, meta_bytes
+from tests.helpers.checkpoints import UUID, chunk_table, meta, meta_bytes
 
 ROOT = Path(__file__).parents[2]
 # ru_maxrss would include the peak of the process that started this one.
@@ -118,7 +118,7 @@ def hollow_checkpoint(path: Path, ranks: int) -> Path:
         shape, dtype = ((len(said),), "U8") if key == "_meta" else (shapes[key], "F32")
         records.append(TensorRecord(key, shape, dtype, len(rows), len(mine)))
         rows += [(number, chunk) for chunk in mine]
-    table = write_chunk_table(rows, {f.name: i for i, f in enumerate(files)}, UUID)
+    table = chunk_table(rows, {f.name: i for i, f in enumerate(files)}, UUID)
     (path / CHUNKS_NAME).write_bytes(table)
     files.append(FileRecord(CHUNKS_NAME, len(table), xxhash.xxh3_128_hexdigest(table)))
     manifest = Manifest(

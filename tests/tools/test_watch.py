@@ -22,6 +22,7 @@ from sharded_ema import watch
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import temporary
+from sharded_ema.checkpoint.reading import manifest
 from sharded_ema.checkpoint.reading.manifest import dump_manifest, parse_manifest
 from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointExistsError, CheckpointNotFoundError, ConfigError
@@ -106,6 +107,46 @@ def test_a_run_that_goes_on(tmp_path: Path) -> None:
         {"step_4": 4, "step_5": 5, "latest": 5},
     ]
     assert set(script.timeouts) == {7}
+
+
+def test_what_has_not_changed_is_not_parsed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    for step in (1, 2, 3):
+        save(run / f"step_{step}", step)
+    parsed: list[str] = []
+
+    def counting(parse: Callable[..., object]) -> Callable[..., object]:
+        def counted(*args: object) -> object:
+            parsed.append(str(args[-1]))
+            return parse(*args)
+
+        return counted
+
+    monkeypatch.setattr(manifest, "parse_manifest", counting(manifest.parse_manifest))
+    monkeypatch.setattr(module, "read_header", counting(module.read_header))
+    seen: list[list[str]] = []
+
+    def look() -> None:
+        seen.append(sorted(parsed))
+        parsed.clear()
+
+    def replace() -> None:
+        look()
+        shutil.rmtree(run / "step_2")
+        save(run / "step_2", 2, 7)
+
+    def touch() -> None:  # as a copy would, that has the same size
+        look()
+        content = (run / "step_1" / "manifest.json").read_bytes()
+        (run / "step_1" / "manifest.json").write_bytes(content)
+
+    list(watch(run, out, stop=Script(look, look, replace, look, touch, look)))
+    assert len(seen[0]) >= 3 and not seen[1] and not seen[2]
+    assert seen[3] and all("step_2" in path for path in seen[3])
+    assert not seen[4] and seen[5] == [str(run / "step_1" / "manifest.json")]
+    assert shown(out) == {"step_2~1": 7, "step_3": 3, "latest": 3}
 
 
 def test_steps_fall_when_a_run_goes_back(tmp_path: Path) -> None:

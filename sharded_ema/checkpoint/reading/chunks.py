@@ -11,14 +11,15 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.files import Directory, OpenFile
 from sharded_ema.checkpoint.names import CHUNKS_NAME
-from sharded_ema.checkpoint.reading.manifest import Manifest
+from sharded_ema.checkpoint.reading.coverage import Coverage, Integers
+from sharded_ema.checkpoint.reading.manifest import Manifest, TensorRecord
 from sharded_ema.checkpoint.safetensors import Entry, build_header, parse_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box, Shape
@@ -31,6 +32,8 @@ _SLAB_ROWS = 1 << 16
 # Boxes cut in many dimensions have many corners; about five seconds' worth.
 _MAX_CORNERS = 1 << 22
 _COLUMNS = ("tensor", "offsets", "sizes", "file", "byte_offset", "num_bytes", "digest")
+
+Columns = Mapping[str, NDArray[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,38 +114,33 @@ class KnownChunks:
 # ---------------------------------------------------------------------- the table
 
 
-def write_chunk_table(
-    rows: Sequence[tuple[int, Chunk]], file_ids: dict[str, int], uuid: str
-) -> bytes:
-    """The bytes of ``chunks.safetensors``.
+def dump_chunk_table(columns: Columns, uuid: str) -> Iterator[memoryview]:
+    """The bytes of ``chunks.safetensors``, piece by piece.
 
     Args:
-        rows: ``(tensor id, chunk)``, sorted by tensor id, then by the offsets of the box.
-        file_ids: position of each file in the manifest.
+        columns: by name, ``[n, ...]``; rows sorted by tensor id, then by the offsets of the block.
+            Integers may be of any width.
         uuid: of the save.
     """
-    count = len(rows)
-    width = max([1, *(len(chunk.box.sizes) for _, chunk in rows)])
-    columns: dict[str, NDArray[np.int64] | NDArray[np.uint8]] = {
-        "tensor": np.fromiter((tensor for tensor, _ in rows), np.int64, count),
-        "offsets": np.zeros((count, width), np.int64),
-        "sizes": np.ones((count, width), np.int64),
-        "file": np.fromiter((file_ids[c.file] for _, c in rows), np.int64, count),
-        "byte_offset": np.fromiter((c.byte_offset for _, c in rows), np.int64, count),
-        "num_bytes": np.fromiter((c.num_bytes for _, c in rows), np.int64, count),
-        "digest": np.zeros((count, DIGEST_BYTES), np.uint8),
-    }
-    for row, (_, chunk) in enumerate(rows):
-        ndim = len(chunk.box.sizes)
-        columns["offsets"][row, :ndim] = chunk.box.offsets
-        columns["sizes"][row, :ndim] = chunk.box.sizes
-        assert chunk.digest is not None, "every chunk of this format has a digest"
-        columns["digest"][row] = np.frombuffer(chunk.digest, np.uint8)
+    yield memoryview(_table_header(columns, uuid)[0])
+    for name in _COLUMNS:
+        dtype = "u1" if name == "digest" else "<i8"
+        for first in range(0, len(columns[name]), _SLAB_ROWS):
+            rows = columns[name][first : first + _SLAB_ROWS]
+            yield np.ascontiguousarray(rows, dtype).reshape(-1).view(np.uint8).data
+
+
+def chunk_table_bytes(columns: Columns, uuid: str) -> int:
+    """How many they are."""
+    header, entries = _table_header(columns, uuid)
+    return len(header) + entries[-1].stop
+
+
+def _table_header(columns: Columns, uuid: str) -> tuple[bytes, list[Entry]]:
     tensors = [
         (name, "U8" if name == "digest" else "I64", columns[name].shape) for name in _COLUMNS
     ]
-    header, _ = build_header(tensors, {"format": "pt", "uuid": uuid}, align=8)
-    return header + b"".join(columns[name].tobytes() for name in _COLUMNS)
+    return build_header(tensors, {"format": "pt", "uuid": uuid}, align=8)
 
 
 class ChunkTable:
@@ -241,6 +239,14 @@ class ChunkTable:
             )
         ]
 
+    def batches(self) -> Iterator[tuple[int, dict[str, Integers]]]:
+        """All columns but the digests, some rows at a time, each time with the first row."""
+        names = [name for name in _COLUMNS if name != "digest"]
+        with self._directory.open(self._name) as file:
+            for first, count in self.slabs():
+                columns = ((name, self._read(file, name, first, count)) for name in names)
+                yield first, {name: column.view(np.int64) for name, column in columns}
+
     @property
     def row_type(self) -> np.dtype[np.void]:
         """A row as :meth:`records` gives it: a field per column."""
@@ -317,6 +323,40 @@ class TableIndex:
     def tensors(self) -> Mapping[str, tuple[Shape, str]]:
         """See :class:`Index`."""
         return {key: (record.shape, record.dtype) for key, (_, record) in self._records.items()}
+
+    def survey(self) -> tuple[list[TensorRecord], Coverage]:
+        """Look at all rows of the table.
+
+        Returns:
+            The tensors, and what their blocks say of them. What :meth:`chunks` or
+            :meth:`.opened.StoredTensor.chunks` would refuse is among the faulty ones.
+        """
+        records = [record for _, record in self._records.values()]
+        coverage = Coverage(
+            [record.shape for record in records],
+            [record.dtype for record in records],
+            self.table.width,
+        )
+        numbers = [(record.first_chunk, record.num_chunks) for record in records]
+        firsts, counts = np.array(numbers, np.int64).reshape(-1, 2).T
+        if (firsts != np.cumsum(counts) - counts).any():  # so no save has written it
+            coverage.refuse(np.ones(len(records), np.bool_))
+            return records, coverage
+        files = list(self._files.values())
+        beyond = 1 << 62  # of any file; where the data of one without a header would begin
+        starts = np.array([min(file.header_bytes or beyond, beyond) for file in files], np.int64)
+        stops = np.array([min(file.num_bytes, beyond) for file in files], np.int64)
+        expected = np.repeat(np.arange(len(records), dtype=np.int32), counts)
+        for first, columns in self.table.batches():
+            tensor = expected[first : first + len(columns["tensor"])].astype(np.int64)
+            num_bytes = coverage.add(tensor, columns["offsets"], columns["sizes"])
+            file, place = columns["file"], columns["byte_offset"]
+            wrong = (columns["tensor"] != tensor) | (columns["num_bytes"] != num_bytes)
+            wrong |= (file < 0) | (file >= len(files))
+            file = file.clip(0, len(files) - 1)
+            wrong |= (place < starts[file]) | (place > stops[file] - num_bytes)
+            coverage.refuse(tensor[wrong])
+        return records, coverage
 
     def chunks(self, key: str) -> list[Chunk]:
         """See :class:`Index`."""

@@ -6,8 +6,8 @@ import dataclasses
 import os
 import platform
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from sharded_ema.checkpoint.names import META_KEY, is_meta_key
-from sharded_ema.checkpoint.reading.chunks import Chunk
 from sharded_ema.checkpoint.reading.manifest import (
     FileRecord,
     Manifest,
@@ -47,11 +46,15 @@ class Place:
 
 @dataclass(frozen=True)
 class Written(WriteResult):
-    """A written item with what the manifest needs to know of it and of its file."""
+    """What a rank has written, with what the manifest needs to know of it: an item or a file.
 
-    chunk: Chunk | None = None
+    Attributes:
+        file: that it lies in; ``None`` of a rank that has nothing to write.
+        metas: what averages in it say of themselves, by key.
+    """
+
     file: FileRecord | None = None
-    meta: bytes | None = None
+    metas: Mapping[str, bytes] = field(default_factory=dict)
 
 
 class Commit:
@@ -159,10 +162,15 @@ def files_of(written: Sequence[Written]) -> dict[str, FileRecord]:
     return {r.file.name: r.file for r in written if r.file is not None}
 
 
+def meta_of(data: Any) -> bytes:
+    """What an average says of itself, of the bytes of its tensor: the padding is not sent."""
+    return bytes(data.tobytes().rstrip(b"\0"))
+
+
 def _read_metas(written: Sequence[Written]) -> dict[str, dict[str, Any]]:
     """What the averages in this save say of themselves, by the prefix of their keys."""
     return {
-        r.index.fqn.removesuffix(META_KEY): decode_meta(r.meta, r.index.fqn)
-        for r in written
-        if r.meta is not None
+        key.removesuffix(META_KEY): decode_meta(data, key)
+        for result in written
+        for key, data in result.metas.items()
     }

@@ -23,7 +23,9 @@ from sharded_ema.checkpoint.writing.commit import (
     Written,
     host_bytes,
     is_meta,
+    meta_of,
 )
+from sharded_ema.checkpoint.writing.planning import Planner
 from sharded_ema.errors import CheckpointWriteError
 
 
@@ -44,6 +46,7 @@ class StockStorageWriter(FileSystemWriter):
     ) -> None:
         super().__init__(path, thread_count=1, sync_files=True)
         self._save = Commit(path, replace=replace, ranks=ranks)
+        self._planned: Metadata | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # the base class would create the target directory here
@@ -53,6 +56,8 @@ class StockStorageWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         place: Place = plan.storage_data
+        if isinstance(planner, Planner):
+            self._planned = planner.shared
         self.path = Path(place.directory)
         plan = dataclasses.replace(plan, storage_data=place.inner)
         # Without items the base class would leave an empty file that no manifest lists.
@@ -63,7 +68,7 @@ class StockStorageWriter(FileSystemWriter):
             raise CheckpointWriteError(f"cannot write to {self.path}: {_reason(error)}") from error
         digests: dict[str, FileRecord] = {}
         metas = {
-            item.index: host_bytes(planner.resolve_data(item)).tobytes()
+            item.index: meta_of(host_bytes(planner.resolve_data(item)))
             for item in plan.items
             if is_meta(item)
         }
@@ -78,7 +83,7 @@ class StockStorageWriter(FileSystemWriter):
                     result.size_in_bytes,
                     result.storage_data,
                     file=digests[name],
-                    meta=metas.get(result.index),
+                    metas={i.fqn: data for i, data in metas.items() if i == result.index},
                 )
             )
         future: Future[list[WriteResult]] = Future()
@@ -88,6 +93,7 @@ class StockStorageWriter(FileSystemWriter):
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self._save.target.directory is not None
         self.path = Path(self._save.target.directory)
+        metadata = metadata if self._planned is None else self._planned
         super().finish(metadata, results)
         written = [r for rank in results for r in rank if isinstance(r, Written)]
         tensors = [

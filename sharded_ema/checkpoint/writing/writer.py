@@ -1,6 +1,7 @@
 """A ``StorageWriter`` of torch.distributed.checkpoint that writes our format and commits.
 
-Planning, de-duplication and the exchange between ranks are DCP's. The order of calls is its own:
+The exchange between ranks is DCP's, and so is planning where its own planner is used; what
+:mod:`.planning` has planned and kept is taken from there. The order of calls is DCP's as well:
 ``prepare_local_plan`` (all ranks), ``prepare_global_plan`` (coordinator: makes the temporary
 directory), ``write_data`` (all ranks), ``finish`` (coordinator: checks, manifest, rename).
 """
@@ -9,9 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import (
@@ -20,28 +24,29 @@ from torch.distributed.checkpoint import (
     SavePlanner,
     StorageWriter,
 )
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from sharded_ema.checkpoint.dtypes import safetensors_name
 from sharded_ema.checkpoint.names import chunks_name, shard_name
-from sharded_ema.checkpoint.reading.chunks import Chunk, write_chunk_table
-from sharded_ema.checkpoint.reading.manifest import FileRecord, TensorRecord
+from sharded_ema.checkpoint.reading.chunks import chunk_table_bytes, dump_chunk_table
+from sharded_ema.checkpoint.reading.manifest import FileRecord
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.safetensors import build_header, in_parts
 from sharded_ema.checkpoint.writing.commit import (
     Commit,
     Place,
     Written,
-    files_of,
     host_bytes,
     is_meta,
+    meta_of,
 )
+from sharded_ema.checkpoint.writing.planning import ColumnPlanner
+from sharded_ema.checkpoint.writing.rows import Geometry, Rows, in_order
 from sharded_ema.checkpoint.writing.target import new_file
 from sharded_ema.errors import CheckpointError, CheckpointWriteError
-from sharded_ema.model.layout import Box
 
 
 class SafetensorsStorageWriter(StorageWriter):
@@ -61,6 +66,7 @@ class SafetensorsStorageWriter(StorageWriter):
     ) -> None:
         super().__init__()
         self._save = Commit(path, replace=replace, ranks=ranks)
+        self._geometry: Geometry | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         if checkpoint_id is not None:
@@ -83,32 +89,40 @@ class SafetensorsStorageWriter(StorageWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         place: Place = plan.storage_data
-        items = [item for item in plan.items if _numel(item)]
+        rows = None
+        if isinstance(planner, ColumnPlanner):
+            self._geometry = planner.shared
+        else:
+            rows = Rows.of(plan.items).pack()
+        written = _write_shard(in_order(plan.items), planner, place)
         future: Future[list[WriteResult]] = Future()
-        future.set_result(list(_write_shard(items, planner, place)) if items else [])
+        future.set_result([dataclasses.replace(written, rows=rows)])
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        written = [r for rank in results for r in rank if isinstance(r, Written)]
-        chunks: dict[str, list[Chunk]] = {}
-        for result in written:
-            if result.chunk is not None:
-                chunks.setdefault(result.index.fqn, []).append(result.chunk)
-        tensors: list[TensorRecord] = []
-        rows: list[tuple[int, Chunk]] = []
-        for key, stored in sorted(metadata.state_dict_metadata.items()):
-            assert isinstance(stored, TensorStorageMetadata)
-            mine = sorted(chunks.get(key, []), key=lambda c: c.box.offsets)
-            _check_coverage(key, stored, mine)
-            name = safetensors_name(stored.properties.dtype, key)
-            tensors.append(TensorRecord(key, tuple(stored.size), name, len(rows), len(mine)))
-            rows += [(len(tensors) - 1, chunk) for chunk in mine]
-        file_ids = {name: i for i, name in enumerate(files_of(written))}
-        table = write_chunk_table(rows, file_ids, self._save.target.uuid)
-        name = chunks_name(self._save.target.mark)
-        self._save.target.write(name, table)
-        record = FileRecord(name, len(table), _hex(table))
-        self._save.commit("safetensors", written, tensors, record)
+        written = [r for rank in results for r in rank if isinstance(r, WrittenShard)]
+        geometry = self._geometry
+        if geometry is None:
+            geometry = Geometry.of(Rows.unpack(result.rows) for result in written if result.rows)
+        files = [result.file for result in written]
+        ids = np.cumsum([file is not None for file in files]) - 1
+        columns = geometry.columns(
+            ids.tolist(),
+            [0 if file is None else file.header_bytes for file in files],
+            np.frombuffer(b"".join(result.digests for result in written), np.uint8),
+        )
+        target = self._save.target
+        assert target.directory is not None
+        name, digest = chunks_name(target.mark), xxhash.xxh3_128()
+        total = chunk_table_bytes(columns, target.uuid)
+        with _as_write_error(target.directory, name), new_file(
+            target.directory, name, total
+        ) as write:  # fmt: skip
+            for part in dump_chunk_table(columns, target.uuid):
+                digest.update(part)
+                write(part)
+        record = FileRecord(name, total, digest.hexdigest())
+        self._save.commit("safetensors", written, geometry.tensors, record)
 
     def abandon(self) -> None:
         """Remove what a failed save has written, on the rank that made the directory."""
@@ -119,68 +133,69 @@ class SafetensorsStorageWriter(StorageWriter):
         return True
 
 
-def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place) -> list[Written]:
+@dataclass(frozen=True)
+class WrittenShard(Written):
+    """The file of one rank.
+
+    Attributes:
+        digests: of its blocks, one after the other, as they lie in it.
+        rows: packed :class:`Rows`, if the coordinator has no plan that says what it wrote.
+    """
+
+    digests: bytes = b""
+    rows: bytes | None = None
+
+
+def _write_shard(items: Sequence[WriteItem], planner: SavePlanner, place: Place) -> WrittenShard:
     """Write one rank's items as a safetensors file, hashing from memory, and make it durable."""
+    file_name = shard_name(place.position, place.mark)
+    index = MetadataIndex(file_name)
+    if not items:
+        return WrittenShard(index, 0, None)
     tensors = [planner.resolve_data(item) for item in items]
-    assert all(isinstance(t, Tensor) for t in tensors)
-    # Back to back without holes, as safetensors wants it; wider types first keeps all aligned.
-    order = sorted(range(len(items)), key=lambda i: -tensors[i].element_size())  # type: ignore
-    items, tensors = [items[i] for i in order], [tensors[i] for i in order]
     counts: dict[str, int] = {}
     described = []
     for item, tensor in zip(items, tensors, strict=True):
+        assert isinstance(tensor, Tensor) and item.tensor_data is not None
+        assert tensor.dtype is item.tensor_data.properties.dtype
         number = counts[item.index.fqn] = counts.get(item.index.fqn, -1) + 1
-        name = safetensors_name(tensor.dtype, item.index.fqn)  # type: ignore[union-attr]
-        parts = in_parts(name, tuple(tensor.shape))  # type: ignore[union-attr]
+        name = safetensors_name(tensor.dtype, item.index.fqn)
+        parts = in_parts(name, tuple(tensor.shape))
         described.append((f"{item.index.fqn}@{number}", *parts))
     header, entries = build_header(described, {"format": "pt", "uuid": place.uuid})
-    file_name = shard_name(place.position, place.mark)
     total = len(header) + entries[-1].stop
     whole = xxhash.xxh3_128(header)
-    written: list[Written] = []
+    digests: list[bytes] = []
+    metas: dict[str, bytes] = {}
+    with _as_write_error(place.directory, file_name), new_file(
+        place.directory, file_name, total
+    ) as write:  # fmt: skip
+        write(memoryview(header))
+        for item, tensor in zip(items, tensors, strict=True):
+            data = host_bytes(tensor)
+            own = xxhash.xxh3_128()
+            for start in range(0, data.nbytes, BLOCK_BYTES):
+                block = data[start : start + BLOCK_BYTES]
+                own.update(block)  # from memory, before the write, and while it is in cache
+                whole.update(block)
+                write(memoryview(block))
+            digests.append(own.digest())
+            if is_meta(item):
+                metas[item.index.fqn] = meta_of(data)
+    record = FileRecord(file_name, total, whole.hexdigest(), len(header), _hex(header))
+    return WrittenShard(index, total, None, record, metas, b"".join(digests))
+
+
+@contextmanager
+def _as_write_error(directory: str, name: str) -> Iterator[None]:
+    """What goes wrong with a file becomes one error that names it."""
     try:
-        with new_file(place.directory, file_name, total) as write:
-            write(memoryview(header))
-            for item, tensor, entry in zip(items, tensors, entries, strict=True):
-                data = host_bytes(tensor)
-                own = xxhash.xxh3_128()
-                for start in range(0, data.nbytes, BLOCK_BYTES):
-                    block = data[start : start + BLOCK_BYTES]
-                    own.update(block)  # from memory, before the write, and while it is in cache
-                    whole.update(block)
-                    write(memoryview(block))
-                assert item.tensor_data is not None
-                piece = item.tensor_data.chunk
-                box = Box(tuple(piece.offsets), tuple(piece.sizes))
-                offset = len(header) + entry.start
-                chunk = Chunk(box, file_name, offset, data.nbytes, own.digest())
-                meta = data.tobytes() if is_meta(item) else None
-                written.append(Written(item.index, data.nbytes, None, chunk=chunk, meta=meta))
+        yield
     except CheckpointWriteError:
         raise
     except (OSError, CheckpointError) as error:
-        raise CheckpointWriteError(
-            f"cannot write {place.directory}/{file_name}: {error}"
-        ) from error
-    record = FileRecord(file_name, total, whole.hexdigest(), len(header), _hex(header))
-    return [dataclasses.replace(result, file=record) for result in written]
+        raise CheckpointWriteError(f"cannot write {directory}/{name}: {error}") from error
 
 
 def _hex(data: bytes) -> str:
     return str(xxhash.xxh3_128_hexdigest(data))
-
-
-def _numel(item: WriteItem) -> int:
-    assert item.tensor_data is not None
-    return item.tensor_data.chunk.sizes.numel()
-
-
-def _check_coverage(key: str, stored: TensorStorageMetadata, chunks: Sequence[Chunk]) -> None:
-    """Refuse to commit a tensor with holes. That chunks are disjoint, DCP's planner has checked."""
-    volume = sum(chunk.box.numel for chunk in chunks)
-    outside = [c.box for c in chunks if not c.box.fits(stored.size)]
-    if volume != stored.size.numel() or outside:
-        raise CheckpointWriteError(
-            f"{key}: the ranks wrote {volume} of {stored.size.numel()} elements"
-            f"{f', {outside[0]} lies outside' if outside else ''}; nothing was committed"
-        )

@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
+from sharded_ema.checkpoint.files import Directory
 from sharded_ema.checkpoint.names import CHUNKS_NAME
-from sharded_ema.checkpoint.reading.chunks import Chunk, tiles, write_chunk_table
+from sharded_ema.checkpoint.reading.chunks import Chunk, TableIndex, dump_chunk_table, tiles
+from sharded_ema.checkpoint.reading.coverage import Coverage
+from sharded_ema.checkpoint.reading.manifest import read_manifest
+from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.run import open_checkpoint
+from sharded_ema.checkpoint.safetensors import read_header
 from sharded_ema.errors import CheckpointCorruptError
-from sharded_ema.model.layout import Box
+from sharded_ema.model.layout import Box, FlatRange
 from tests.helpers.checkpoints import Chunking, flip, grid, make, ranges, rows, whole
 
 SHAPES = [(), (1,), (7,), (5, 4), (3, 4, 5), (2, 3, 2, 3), (0, 3), (3, 0)]
@@ -25,20 +30,21 @@ def arrays() -> dict[str, np.ndarray]:
 
 
 def test_columns_are_plain_safetensors() -> None:
-    box, digest = Box((1, 2), (3, 4)), bytes(range(16))
-    chunks = [(0, Chunk(Box((), ()), "b", 4096, 4, digest)), (1, Chunk(box, "a", 8192, 48, digest))]
-    columns = load(write_chunk_table(chunks, {"a": 0, "b": 1}, "uuid"))
-    assert columns["tensor"].tolist() == [0, 1]
-    assert columns["offsets"].tolist() == [[0, 0], [1, 2]]
-    assert columns["sizes"].tolist() == [[1, 1], [3, 4]]
-    assert columns["file"].tolist() == [1, 0]
-    assert columns["byte_offset"].tolist() == [4096, 8192]
-    assert columns["num_bytes"].tolist() == [4, 48]
-    assert columns["digest"].shape == (2, 16) and columns["digest"][1].tobytes() == digest
-
-
-def test_a_table_without_rows() -> None:
-    assert load(write_chunk_table([], {}, "uuid"))["offsets"].shape == (0, 1)
+    """Whatever integers they come in, and in whatever order their memory lies."""
+    columns = {
+        "tensor": np.array([0, 1], np.int32),
+        "offsets": np.asfortranarray([[0, 0], [1, 2]]),
+        "sizes": np.array([[1, 1], [3, 4]], np.int16),
+        "file": np.array([1, 0]),
+        "byte_offset": np.array([4096, 8192], ">i8"),
+        "num_bytes": np.array([4, 48]),
+        "digest": np.arange(32, dtype=np.uint8).reshape(2, 16),
+    }
+    found = load(b"".join(dump_chunk_table(columns, "uuid")))
+    assert found.keys() == columns.keys()
+    for name, column in columns.items():
+        assert found[name].dtype == ("u1" if name == "digest" else "i8")
+        assert found[name].tolist() == column.tolist(), name
 
 
 @pytest.mark.parametrize("chunking", [whole, rows(3), grid, ranges(3)])
@@ -110,3 +116,76 @@ def test_blocks_with_too_many_corners_are_refused() -> None:
     with pytest.raises(CheckpointCorruptError, match="cut in 12 dimensions"):
         tiles(boxes, (2,) * 12)
     assert tiles([Box(index, (1,) * 8) for index in np.ndindex(*(2,) * 8)], (2,) * 8)
+
+
+# ---------------------------------------------------------------------- all tensors at once
+
+
+@pytest.mark.parametrize("chunking", [whole, rows(3), grid, ranges(3)])
+def test_a_survey_finds_nothing_wrong_with_what_is_right(
+    tmp_path: Path, chunking: Chunking
+) -> None:
+    opened = open_checkpoint(make(tmp_path / "c", arrays(), chunking))
+    assert isinstance(opened.index, TableIndex)
+    records, coverage = opened.index.survey()
+    assert not coverage.faulty().size
+    for number, record in enumerate(records):
+        boxes = [chunk.box for chunk in opened.tensors[record.key].chunks()]
+        assert set(np.flatnonzero(coverage.cut[number])) == {
+            d for d, n in enumerate(record.shape) if any(box.sizes[d] != n for box in boxes)
+        }
+        assert coverage.flat[number] == all(box.flat_run(record.shape) for box in boxes)
+
+
+def test_a_survey_refuses_what_is_refused_one_by_one(tmp_path: Path) -> None:
+    """Rows of which one number is wrong; also those that leave the volume as it was."""
+    source = make(tmp_path / "c", arrays(), grid)
+    table = source / CHUNKS_NAME
+    sound = table.read_bytes()
+    entries, _, start = read_header(table)
+    random, refused = np.random.default_rng(1), 0
+    for _ in range(100):
+        data = bytearray(sound)
+        columns = {
+            name: np.frombuffer(data, np.int64, (e.stop - e.start) // 8, start + e.start)
+            for name, e in entries.items() if name != "digest"
+        }  # fmt: skip
+        name = random.choice(sorted(columns))
+        row = random.integers(columns[name].size)
+        other = columns[name][random.integers(columns[name].size)]
+        columns[name][row] = random.choice([other, columns[name][row] + random.integers(-2, 3)])
+        table.write_bytes(data)
+        directory = Directory(source)
+        opened = Checkpoint(directory, index := TableIndex(directory, read_manifest(directory)))
+        wrong = set()
+        for key, tensor in opened.tensors.items():
+            try:
+                tensor.chunks()
+            except CheckpointCorruptError:
+                wrong.add(key)
+        records, coverage = index.survey()
+        assert {records[number].key for number in coverage.faulty()} == wrong, (name, row)
+        refused += bool(wrong)
+    assert refused > 30
+
+
+def test_a_survey_of_blocks_that_tile_by_volume_only() -> None:
+    """Against the comparison of corners: boxes of a tensor, one of them replaced by another."""
+    random = np.random.default_rng(2)
+    outcomes = set()
+    for _ in range(300):
+        shape = tuple(random.integers(1, 5, size=random.integers(1, 4)).tolist())
+        boxes = [box for _, box in FlatRange(0, int(np.prod(shape))).boxes(shape)]
+        boxes = [box for of_rank in grid(shape) for box in of_rank if box.numel] or boxes
+        if random.random() < 0.7:
+            boxes[random.integers(len(boxes))] = boxes[random.integers(len(boxes))]
+        coverage = Coverage([shape], ["F32"], len(shape))
+        for half in (boxes[::2], boxes[1::2]):  # in any order, in batches
+            offsets, sizes = (
+                np.array([getattr(box, name) for box in half], np.int64).reshape(-1, len(shape))
+                for name in ("offsets", "sizes")
+            )
+            coverage.add(np.zeros(len(half), np.int64), offsets, sizes)
+        assert (coverage.faulty().size == 0) == tiles(boxes, shape), boxes
+        outcomes.add(tiles(boxes, shape))
+    assert outcomes == {True, False}
