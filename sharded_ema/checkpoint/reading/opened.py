@@ -51,13 +51,18 @@ class StoredTensor:
         checkpoint: that holds it.
         key: by which it does.
         shape: global, in elements.
-        dtype: safetensors name.
+        dtype: safetensors name, or what another one is called that is not read here.
     """
 
     checkpoint: Checkpoint = field(repr=False, compare=False)
     key: str
     shape: Shape
     dtype: str
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this library knows the dtype; else there is nothing to do but to leave it out."""
+        return self.dtype in ITEMSIZE
 
     @property
     def itemsize(self) -> int:
@@ -160,16 +165,17 @@ class Checkpoint:
     Attributes:
         directory, index, manifest: see above.
         tensors: by key.
+        unread: those of a dtype that this library does not read.
     """
 
     def __init__(self, directory: Directory, index: Index, manifest: Manifest | None = None):
         self.directory = directory
         self.index = index
         self.manifest = manifest
-        self.tensors = {
-            key: StoredTensor(self, key, shape, dtype)
-            for key, (shape, dtype) in index.tensors.items()
-        }
+        self.tensors, self.unread = (
+            {key: StoredTensor(self, key, shape, dtype) for key, (shape, dtype) in found.items()}
+            for found in (index.tensors, index.unsupported)
+        )
 
     def __enter__(self) -> Self:
         return self
