@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import xxhash
 
-from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, read_array
+from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, inside, read_array
 from sharded_ema.checkpoint.names import (
     MANIFEST_NAME,
     META_KEY,
@@ -262,7 +262,7 @@ class Checkpoint:
         """A digest that tells these tensors of this save from those of another.
 
         It is that of the manifest, which has a digest of every file. Where there is none it is of
-        places, sizes and checksums of the blocks, and sizes and times of the files.
+        places and sizes of the blocks, and sizes and times of the files; under a URL of checksums.
 
         Raises:
             CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
@@ -273,13 +273,22 @@ class Checkpoint:
         names = set()
         unchecked = False
         for key in keys:
+            if isinstance(self.index, DcpIndex) and isinstance(self.path, Path):
+                # Chunks would read the tail of each entry, as whoever reads the tensor does again.
+                places = self.index.locations(key)
+                known.update(repr((key, places)).encode())
+                names.update(at.file for at in places)
+                continue
             for chunk in self.tensors[key].chunks():
                 known.update(repr((key, chunk)).encode())
                 names.add(chunk.file)
                 unchecked |= chunk.crc32 is None
         for name in sorted(names):
             if isinstance(self.path, Path):
-                found = os.stat(self.path / name)
+                try:
+                    found = os.stat(inside(self.path, name))
+                except OSError:
+                    raise CheckpointCorruptError(f"{self.path / name} is missing") from None
                 known.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
             elif unchecked:  # not every store says when an object was written
                 return uuid4().hex
