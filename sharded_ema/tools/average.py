@@ -93,7 +93,8 @@ def average(
 
     Args:
         checkpoints: each a checkpoint of this library, a Hugging Face directory, a safetensors
-            file, or a DCP checkpoint.
+            file, a state dict of ``torch.save``, or a DCP checkpoint. Weights that ``config.json``
+            ties may have any of their names.
         out: directory to create; it must not exist, or be empty.
         weights: of each checkpoint, not negative; they are divided by their sum. ``None``: equal.
         profile: which average, of checkpoints of this library.

@@ -270,7 +270,7 @@ class Checkpoint:
         if self.manifest is not None:
             return xxhash.xxh3_128_hexdigest(dump_manifest(self.manifest))
         known = xxhash.xxh3_128()
-        names = set()
+        names: set[str] = set()
         unchecked = False
         for key in keys:
             if isinstance(self.index, DcpIndex) and isinstance(self.path, Path):
