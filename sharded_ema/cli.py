@@ -112,7 +112,7 @@ _JOBS = _argument("--jobs", type=int, default=1, help="files at a time (default:
 _NO_PROGRESS = _argument(
     "--no-progress", dest="progress", action="store_false", help="no progress bar"
 )
-_SIDE = "checkpoint, Hugging Face directory, safetensors file or DCP checkpoint"
+_SIDE = "checkpoint, Hugging Face directory, safetensors or .pt file, or DCP checkpoint"
 
 COMMANDS = {
     "inspect": Command(
@@ -123,7 +123,7 @@ COMMANDS = {
             _argument(
                 "checkpoint",
                 metavar="CKPT",
-                help="checkpoint, directory of a run, model directory or safetensors file",
+                help="checkpoint, directory of a run, model directory, safetensors or .pt file",
             ),
             _TENSORS,
         ),
@@ -173,7 +173,8 @@ COMMANDS = {
             _argument(
                 "--base",
                 metavar="DIR",
-                help="model directory to take what is not stored from (default: none)",
+                help="model directory, safetensors or .pt file to take what is not stored from "
+                "(default: none)",
             ),
             _argument(
                 "--format",

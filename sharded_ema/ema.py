@@ -175,6 +175,7 @@ class ShardedEMA:
         self._twins: dict[str, tuple[tuple[Any, ...], Twin]] = {}
         self._model = FollowedModel(source, timeout)
         self._model.refuse_in_other_swap("making a ShardedEMA")
+        self._model.inventory.check_stored_apart(frozen=settings.frozen == "save")
         self._average = Average(
             profiles,
             self._model.live(),

@@ -620,6 +620,39 @@ def test_what_is_excluded_may_be_of_any_kind() -> None:
     assert ShardedEMA(model, exclude=["wave", "quantised"]).names == ["weight", "bias"]
 
 
+class Quantised(torch.Tensor):
+    """What can neither be viewed nor sliced, and says nothing of what it is made of."""
+
+    @staticmethod
+    def __new__(cls, values: torch.Tensor) -> Quantised:
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=torch.float32)
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args, kwargs=None):
+        if func.overloadpacket.__name__ == "detach":
+            return cls(args[0].values)
+        raise NotImplementedError(f"{func} of a Quantised")
+
+
+@pytest.mark.parametrize("kind", [Quantised, lambda t: TwoTensor(t, t)])
+def test_what_is_quantised_and_frozen(kind, tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].weight = nn.Parameter(kind(torch.ones(2, 2)), requires_grad=False)
+    with pytest.raises(BindError, match=r'0\.weight is frozen and a \w+, .* frozen="skip"'):
+        ShardedEMA(model, 0.9, frozen="save")
+    ema = ShardedEMA(model, 0.9, frozen="skip")
+    ema.update()
+    ema.save(tmp_path / "c", step=1)
+    assert ema.load(tmp_path / "c", verify=True) == 1
+    model.register_buffer("scales", kind(torch.ones(3)))
+    with pytest.raises(BindError, match=r'buffer scales is a \w+, .* buffers={"scales": "ignore"}'):
+        ShardedEMA(model, 0.9, frozen="skip")
+    ShardedEMA(model, 0.9, frozen="skip", buffers={"scales": "ignore"})
+
+
 def test_tensors_without_shape_or_memory_are_named() -> None:
     with pytest.raises(BindError, match=r"0\.weight of a LazyLinear is not initialised"):
         ShardedEMA(nn.Sequential(nn.LazyLinear(2)))

@@ -214,9 +214,10 @@ def unfinished_uploads(url: URL) -> list[Upload]:
 
 
 def is_file(location: Location) -> bool:
-    """Whether there is a file, and no link."""
+    """Whether there is a file, and no link that leads out of its directory."""
     if isinstance(location, Path):
-        return location.is_file() and not location.is_symlink()
+        linked = location.is_symlink()
+        return location.is_file() and not (linked and _leads_out(location.parent, location.name))
     fs, path = driver(location)
     return bool(fs.isfile(path))
 
@@ -522,13 +523,30 @@ def inside(root: Location, name: str) -> Location:
         if not is_plain_name(name):
             raise CheckpointCorruptError(f"{root}: {name!r} is no name of a file in it")
         return path
-    try:
-        leaves = "\0" in name or not path.resolve().is_relative_to(root.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, names that cannot be
-        leaves = True
-    if leaves:
+    if _leads_out(root, name):
         raise CheckpointCorruptError(f"{root}: the file name {name!r} leads out of the directory")
     return path
+
+
+def _leads_out(root: Path, name: str) -> bool:
+    try:
+        return "\0" in name or not lies_in(root / name, root.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, names that cannot be
+        return True
+
+
+def lies_in(path: Path, folder: Path) -> bool:
+    """Whether a path leads to somewhere in a directory, or in the cache of the Hub around it.
+
+    There files are links: ``<repository>/snapshots/<revision>/<file>`` into
+    ``<repository>/blobs``.
+
+    Args:
+        folder: resolved.
+    """
+    snapshot = next((p for p in (folder, *folder.parents) if p.parent.name == "snapshots"), None)
+    homes = [folder] if snapshot is None else [folder, snapshot.parents[1] / "blobs"]
+    return any(path.resolve().is_relative_to(home) for home in homes)
 
 
 # ---------------------------------------------------------------------- many files
@@ -713,7 +731,7 @@ class Directory:
         files: holds its files open; one for several directories makes them share its limit.
             ``None`` for one of its own.
         links: whether its files may be links to anywhere, as in a model directory that the user
-            names. Else only to a file in it.
+            names. Else only to a file in it, or in the cache of the Hub that it is part of.
 
     Attributes:
         location, files: see above.
@@ -835,10 +853,10 @@ class Directory:
             return os.open(self._inner(name), _READ | os.O_NOFOLLOW, dir_fd=descriptor)
 
     def _inner(self, name: str) -> str:
-        """The name of the file in it that a name leads to."""
+        """Where the file lies that a name leads to, from here."""
         path = inside(self.location, name)
         assert isinstance(path, Path) and isinstance(self.location, Path)
-        return str(path.resolve().relative_to(self.location.resolve()))
+        return os.path.relpath(path.resolve(), self.location.resolve())
 
     @contextmanager
     def open(self, name: str) -> Iterator[OpenFile]:

@@ -77,6 +77,15 @@ def is_part(name: str) -> bool:
     return name in (*COMMITTED_NAMES, f"{METADATA_NAME}.tmp") or bool(_DATA.fullmatch(name))
 
 
+# What file systems, desktops and the Hub put into directories that others have made.
+_STRAY = re.compile(r"\..*|README\.md|Thumbs\.db|desktop\.ini", re.S)
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file of this name is nobody's, so that it is no damage, as ``.nfs...`` is none."""
+    return bool(_STRAY.fullmatch(name)) and not is_part(name)
+
+
 def is_plain_name(name: object) -> bool:
     """Whether a value can be the name of a file, and stays inside the directory it is joined to."""
     if not isinstance(name, str) or name in ("", ".", "..") or set(name) & set("/\\\0"):

@@ -16,16 +16,19 @@ from sharded_ema.checkpoint.dtypes import TORCH_DTYPE
 from sharded_ema.checkpoint.files import URL, as_location, is_file, open_regular
 from sharded_ema.checkpoint.names import COMMITTED_NAMES
 from sharded_ema.checkpoint.reading.chunks import KnownChunks
-from sharded_ema.checkpoint.reading.models import holds_model, open_model
+from sharded_ema.checkpoint.reading.models import (
+    ADAPTER_CONFIG,
+    TORCH_WEIGHTS,
+    open_model,
+    weight_files,
+)
 from sharded_ema.checkpoint.reading.opened import StoredTensor
+from sharded_ema.checkpoint.reading.state_dicts import TORCH_ENDINGS
 from sharded_ema.checkpoint.reading.torch_entry import StoredEntry, read_file
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
 from sharded_ema.model.inventory import Inventory, Named
 from sharded_ema.model.layout import Shape
 
-# What files of torch.save end with, and what transformers called one.
-_TORCH_ENDINGS = (".pt", ".pth", ".bin", ".ckpt", ".tar")
-_TORCH_WEIGHTS = "pytorch_model.bin"
 # What wrappers put before the names of the bare model.
 _WRAPPERS = ("", "module.", "_orig_mod.", "module._orig_mod.")
 # Where libraries count the updates of an average: torch_ema, diffusers, AveragedModel.
@@ -126,17 +129,18 @@ def open_other(path: str | PathLike[str]) -> OtherAverage | None:
     if where.is_dir():
         if any(is_file(where / name) for name in COMMITTED_NAMES):
             return None
-        if holds_model(where):
-            return _of_safetensors(where)
-        where = where / _TORCH_WEIGHTS
+        names = weight_files(where, (where / ADAPTER_CONFIG).is_file())
+        if names != [TORCH_WEIGHTS]:
+            return _of_model(where) if names else None
+        where = where / TORCH_WEIGHTS
     if not where.is_file():
         return None
     if where.suffix == ".safetensors":
-        return _of_safetensors(where)
-    return _of_torch(where) if where.suffix in _TORCH_ENDINGS else None
+        return _of_model(where)
+    return _of_torch(where) if where.suffix in TORCH_ENDINGS else None
 
 
-def _of_safetensors(path: Path) -> OtherAverage:
+def _of_model(path: Path) -> OtherAverage:
     checkpoint = open_model(path)
     tensors = checkpoint.tensors
     index = checkpoint.index

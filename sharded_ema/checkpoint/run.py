@@ -45,6 +45,7 @@ from sharded_ema.checkpoint.names import (
     looks_temporary,
     without_mark,
 )
+from sharded_ema.checkpoint.reading.below import name_below
 from sharded_ema.checkpoint.reading.manifest import read_manifest
 from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory
 from sharded_ema.errors import (
@@ -141,10 +142,8 @@ def _find(path: str | os.PathLike[str], files: OpenFiles | None) -> tuple[Direct
             f"{where} has parts of a checkpoint and no {MANIFEST_NAME}: the save did not finish, "
             "it is being removed, or the manifest was not copied; use another checkpoint"
         )
-    inner = sorted(name for name in names if is_file(where / name / MANIFEST_NAME))
     raise CheckpointNotFoundError(
-        f"{where} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}"
-        + (f"; but {len(inner)} directories in it do, such as {inner[-1]}" if inner else "")
+        f"{where} holds no checkpoint: no {MANIFEST_NAME}, no {METADATA_NAME}{name_below(where)}"
     )
 
 

@@ -30,7 +30,10 @@ ITEMSIZE: dict[str, int] = {
     "F16": 2,
     "BF16": 2,
     "F8_E4M3": 1,
+    "F8_E4M3FNUZ": 1,
     "F8_E5M2": 1,
+    "F8_E5M2FNUZ": 1,
+    "F8_E8M0": 1,
     "I64": 8,
     "I32": 4,
     "I16": 2,
@@ -54,7 +57,7 @@ class Entry:
 
     Attributes:
         key: name in the header.
-        dtype: safetensors name, a key of :data:`ITEMSIZE`.
+        dtype: safetensors name; a key of :data:`ITEMSIZE`, or one that is not read here.
         shape: extent per dimension in elements.
         start: first byte, counted from where the data begins.
         stop: byte after the last one.
@@ -117,7 +120,6 @@ def read_header(
     Raises:
         CheckpointCorruptError: the file is not valid safetensors; holes, overlaps and a size that
             differs from what the header says included.
-        CheckpointMismatchError: it has a dtype that this version does not know.
     """
     with open_regular(path) as file:
         return parse_header(file)
@@ -164,11 +166,10 @@ def check_dtype(dtype: Any, key: str, where: object) -> None:
     """Refuse a dtype that is not known here.
 
     Raises:
-        CheckpointMismatchError: it may be known to others, as ``F8_E8M0`` and ``F4`` are.
+        CheckpointMismatchError: it may be known to others, as ``F4`` is.
         CheckpointCorruptError: it cannot be the name of one.
     """
-    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
-        raise CheckpointCorruptError(f"{where}: {key} cannot have the dtype {shown(dtype)}")
+    _check_name(dtype, key, where)
     if dtype not in ITEMSIZE:
         raise CheckpointMismatchError(
             f"{where}: {key} has the dtype {dtype}, which this version of sharded_ema does not "
@@ -176,16 +177,22 @@ def check_dtype(dtype: Any, key: str, where: object) -> None:
         )
 
 
+def _check_name(dtype: Any, key: str, where: object) -> None:
+    if not isinstance(dtype, str) or not _DTYPE.fullmatch(dtype):
+        raise CheckpointCorruptError(f"{where}: {key} cannot have the dtype {shown(dtype)}")
+
+
 def _entry(key: str, value: Any, path: Location) -> Entry:
     fields: dict[str, Any] = value if isinstance(value, dict) else {}
     dtype: Any = fields.get("dtype")
     shape: Any = fields.get("shape")
     offsets: Any = fields.get("data_offsets")
-    check_dtype(dtype, key, path)
+    _check_name(dtype, key, path)
     if not is_sizes(shape) or not is_sizes(offsets) or len(offsets) != 2:
         raise CheckpointCorruptError(f"{path}: the header entry of {key} is malformed")
     start, stop = offsets
-    if stop - start != num_bytes(dtype, shape):
+    # Elements of those that are not known here may be smaller than a byte.
+    if dtype in ITEMSIZE and stop - start != num_bytes(dtype, shape):
         raise CheckpointCorruptError(
             f"{path}: {key} has {stop - start} bytes, {dtype} of shape {tuple(shape)} takes "
             f"{num_bytes(dtype, shape)}"

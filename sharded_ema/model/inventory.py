@@ -20,11 +20,13 @@ from torch.nn.parameter import is_lazy
 from sharded_ema.errors import BindError, ConfigError, warn
 from sharded_ema.model.internals.deepspeed import is_of_an_engine
 from sharded_ema.model.internals.fsdp1 import is_flattened
+from sharded_ema.model.internals.fsdp2 import is_converted_by_gathers, shard_inside
 from sharded_ema.model.internals.pytorch import (
     EXTRA_STATE,
     MODULE,
     is_persistent,
     keeps_elements_elsewhere,
+    local_tensor,
     own_buffers,
     own_parameters,
     registered_parameters,
@@ -166,6 +168,11 @@ class Inventory:
         """What of the averaged and the frozen tensors is a parameter, and no buffer."""
         return [n for n in (*self.averaged, *self.frozen) if n.is_parameter]
 
+    @property
+    def readable(self) -> list[Named]:
+        """The parameters whose bytes can be read: those of quantised frozen ones cannot."""
+        return [named for named in self.parameters if not _has_no_bytes(named.tensor)]
+
     def check_current(self) -> None:
         """Refuse a model of which a tensor in the inventory is no longer a part.
 
@@ -202,6 +209,30 @@ class Inventory:
             if now is not named.tensor and not _is_gathered(named.tensor, now):
                 raise _replaced(named)
 
+    def check_stored_apart(self, *, frozen: bool) -> None:
+        """Refuse what a save would have to store beside the averages and cannot.
+
+        Args:
+            frozen: whether frozen parameters are stored.
+
+        Raises:
+            BindError: see above.
+        """
+        for named in self.frozen if frozen else ():
+            if _has_no_bytes(named.tensor):
+                raise BindError(
+                    f"parameter {named.fqn} is frozen and a {_kind(named.tensor)}, which keeps its "
+                    "elements in other tensors, as quantisation makes, so that no save can store "
+                    'it; pass frozen="skip", and take it from the base model at an export (--base)'
+                )
+        for named in self.buffers:
+            if _has_no_bytes(named.tensor):
+                raise BindError(
+                    f"buffer {named.fqn} is a {_kind(named.tensor)}, which keeps its elements in "
+                    "other tensors, so that no save can store it; pass "
+                    f'buffers={{"{named.fqn}": "ignore"}}'
+                )
+
     def not_known(self) -> Iterator[tuple[str, str]]:
         """What the model has by now that the inventory lacks: topics and messages of warnings."""
         known = {id(n.tensor) for n in (*self.averaged, *self.frozen, *self.excluded)}
@@ -233,6 +264,17 @@ class Inventory:
                 f"requires_grad=True by now, among them {thawed[:3]}; they are stored as they are "
                 f"and not averaged. {_REMEDY}",
             )
+
+
+def _has_no_bytes(tensor: Tensor) -> bool:
+    """Whether no plain tensor holds the elements, of a DTensor those of this rank."""
+    local = local_tensor(tensor) if isinstance(tensor, DTensor) else tensor
+    converted = isinstance(tensor, DTensor) and is_converted_by_gathers(local)
+    return keeps_elements_elsewhere(local) and not (converted and shard_inside(local))
+
+
+def _kind(tensor: Tensor) -> str:
+    return type(local_tensor(tensor) if isinstance(tensor, DTensor) else tensor).__name__
 
 
 def _replaced(named: Named) -> BindError:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from sharded_ema.tools.plan import Wanted, plan_model
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_source
 from sharded_ema.tools.sums import Sums, write_sums
+from sharded_ema.tools.ties import aliases_of, tied_names
 from sharded_ema.tools.workplace import check_target
 
 
@@ -36,10 +37,12 @@ class _Input:
     Attributes:
         path: as given.
         average: the tensors that count, by name.
+        aliases: further names of tied weights, by one that they are stored under.
     """
 
     path: str
     average: Average
+    aliases: Mapping[str, list[str]] = field(default_factory=dict)
 
     @property
     def described(self) -> bool:
@@ -50,10 +53,17 @@ class _Input:
         """Its tensors by all their names."""
         tensors = self.average.tensors
         found = dict(tensors)
-        for canonical, aliases in self.average.aliases.items():
-            if canonical in tensors:
-                found |= dict.fromkeys(aliases, tensors[canonical])
+        for stored, aliases in self.aliases.items():
+            if stored in tensors:
+                found = dict.fromkeys(aliases, tensors[stored]) | found
         return found
+
+    def without(self, used: set[str]) -> list[str]:
+        """Names of its tensors other than those of these keys, and what is tied to them."""
+        tied = [{name, *others} for name, others in self.aliases.items()]
+        known = {name for name, tensor in self.average.tensors.items() if tensor.key in used}
+        known = known.union(*(names for names in tied if names & known))
+        return [name for name in self.average.tensors if name not in known]
 
     def copied(self, tensor: StoredTensor) -> bool:
         """Whether a tensor has no mean: integers, and what an average has not averaged."""
@@ -83,7 +93,8 @@ def average(
 
     Args:
         checkpoints: each a checkpoint of this library, a Hugging Face directory, a safetensors
-            file, or a DCP checkpoint.
+            file, a state dict of ``torch.save``, or a DCP checkpoint. Weights that ``config.json``
+            ties may have any of their names.
         out: directory to create; it must not exist, or be empty.
         weights: of each checkpoint, not negative; they are divided by their sum. ``None``: equal.
         profile: which average, of checkpoints of this library.
@@ -108,12 +119,11 @@ def average(
     jobs = as_whole(jobs, "jobs", least=1)
     shares = _shares(weights, len(checkpoints))
     with OpenFiles() as files:
-        inputs = [_open(as_location(path), profile, prefix, files) for path in checkpoints]
+        inputs = _tied([_open(as_location(path), profile, prefix, files) for path in checkpoints])
         last, target = inputs[-1], as_path(out, "out")
         for each in inputs:
             named = Path(each.path)
-            is_file = named.suffix == ".safetensors"
-            check_target(target, named if is_file else each.average.checkpoint.path)
+            check_target(target, named if named.is_file() else each.average.checkpoint.path)
         report = Report("average", ", ".join(each.path for each in inputs))
         report.verdict = f"{target} is whole and on disk"
         if like is None and last.average.checkpoint.format != "dcp" and not last.described:
@@ -180,6 +190,13 @@ def _open(path: Location, profile: str, prefix: str | None, files: OpenFiles) ->
     return _Input(str(path), find_tensors(model, DEFAULT_PROFILE, ""))
 
 
+def _tied(inputs: Sequence[_Input]) -> list[_Input]:
+    """The inputs, each with the names of tied weights that it needs to be matched with another."""
+    averages = [each.average for each in inputs]
+    groups = tied_names(averages)
+    return [replace(each, aliases=aliases_of(each.average, groups, averages)) for each in inputs]
+
+
 def _sources(
     inputs: Sequence[_Input], outputs: Mapping[str, StoredTensor]
 ) -> dict[str, list[StoredTensor]]:
@@ -211,7 +228,7 @@ def _sources(
                         f"{name} is {other.dtype} in {each.path} and {tensor.dtype} in {last.path}"
                     )
                 found[name].insert(0, other)
-        if extra := [n for n, t in each.average.tensors.items() if t.key not in used]:
+        if extra := each.without(used):
             raise CheckpointMismatchError(
                 f"{each.path} has {len(extra)} tensors that {last.path} lacks, such as {extra[0]}"
             )

@@ -16,15 +16,10 @@ from contextlib import ExitStack
 from sharded_ema.checkpoint.files import as_path
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.models import open_model
-from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
+from sharded_ema.checkpoint.reading.rank_shards import LACKS
 from sharded_ema.config import DEFAULT_PROFILE, as_whole
-from sharded_ema.errors import (
-    CheckpointExistsError,
-    CheckpointMismatchError,
-    ConfigError,
-    require_torch,
-)
+from sharded_ema.errors import CheckpointExistsError, ConfigError, require_torch
 from sharded_ema.tools.contents import find_tensors
 from sharded_ema.tools.huggingface import left_out_code, read_like
 from sharded_ema.tools.naming import Renaming
@@ -78,9 +73,9 @@ def consolidate(
             library lies under it, all tensors there are written as they are; ``""`` means all.
         like: a Hugging Face directory. What a model needs beside weights is copied from it:
             configuration, tokenizer, processor, chat template, licence, model card, and nothing
-            else, nor what a link out of it leads to. If it has safetensors weights, names and
-            shapes must be theirs. The directory of a PEFT adapter makes the output one:
-            ``adapter_model.safetensors``, with PEFT's names.
+            else, nor what a link out of it leads to. If it has weights, names and shapes must be
+            theirs; a file of weights says nothing but these. The directory of a PEFT adapter makes
+            the output one: ``adapter_model.safetensors``, with PEFT's names.
         trust_code: copy Python files from ``like`` as well.
         jobs: output files written at a time.
         tied: ``"emit"`` writes tied weights under all their names, as ``load_state_dict`` wants
@@ -92,9 +87,10 @@ def consolidate(
         rename: substitutions ``s/PATTERN/REPLACEMENT/``, or with ``g`` at the end, of :mod:`re`,
             one after the other. Each must change a name, and no two may become equal. ``like``,
             ``base``, ``include`` and ``exclude`` see the new names.
-        base: a Hugging Face directory or a safetensors file, from which comes what the checkpoint
-            does not store (``frozen="skip"``, ``exclude``). It must have all of that, and equal
-            shapes where both have a tensor.
+        base: a Hugging Face directory, a safetensors file or a state dict of ``torch.save``
+            (``.pt``, ``.bin``), from which comes what the checkpoint does not store
+            (``frozen="skip"``, ``exclude``). It must have all of that, and equal shapes where both
+            have a tensor.
         format: ``"safetensors"``; ``"torch"``, one ``pytorch_model.bin``; or ``"dcp"``, a
             checkpoint of torch.distributed.checkpoint. The last two import PyTorch and are made
             from the first one, so they need the disk twice.
@@ -152,7 +148,13 @@ def consolidate(
             model=read_like(like, trust_code=trust_code),
             format=format,
         )
-        _check_shapes_known(checkpoint, wanted)
+        if wanted.is_adapter and wanted.base is not None:
+            raise ConfigError("an adapter takes nothing from a base model; leave base (--base) out")
+        if checkpoint.format == RANK_SHARDS and wanted.shapes is None:
+            report.notes.append(
+                f"{checkpoint.path} holds {LACKS}; a directory of the model with weights as like "
+                "(--like) shows it"
+            )
         if not average.meta and isinstance(checkpoint.index, DcpIndex):
             left = sum(key.startswith(average.prefix) for key in checkpoint.index.values)
             if left:
@@ -217,14 +219,3 @@ def consolidate(
 def _tell_written(written: Written, report: Report) -> None:
     report.notes += written.tally.notes()
     report.facts |= {"copied": len(written.copied), "taken_over": written.taken_over}
-
-
-def _check_shapes_known(checkpoint: Checkpoint, wanted: Wanted) -> None:
-    if checkpoint.format == RANK_SHARDS and wanted.shapes is None:
-        raise CheckpointMismatchError(
-            f"{checkpoint.path} holds shards without metadata, which do not say how large the "
-            "tensors are, so that a missing shard would not be noticed; pass a directory of the "
-            "model with safetensors weights as like (--like)"
-        )
-    if wanted.is_adapter and wanted.base is not None:
-        raise ConfigError("an adapter takes nothing from a base model; leave base (--base) out")

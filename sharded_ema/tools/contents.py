@@ -24,6 +24,7 @@ class Average:
         profile: its name.
         meta: what the average says of itself; empty for tensors of other software.
         tensors: averaged, frozen and buffers, by the name in the bare model's ``state_dict()``.
+            Those of other software may be of a dtype that is not read, and then only be left out.
     """
 
     checkpoint: Checkpoint
@@ -136,8 +137,10 @@ def find_tensors(checkpoint: Checkpoint, profile: str, prefix: str | None) -> Av
     """The average that is meant; under a prefix that holds none, the tensors that it holds.
 
     Raises:
-        CheckpointMismatchError: there is neither; the prefix holds what this library does not read.
+        CheckpointMismatchError: there is neither.
     """
+    if prefix is None and not checkpoint.prefixes() and checkpoint.format != "dcp":
+        prefix = ""  # of files that hold a model and nothing else
     if prefix is None and not checkpoint.prefixes():
         parts = sorted({key.partition(".")[0] for key in checkpoint.tensors})
         raise CheckpointMismatchError(
@@ -152,14 +155,8 @@ def find_tensors(checkpoint: Checkpoint, profile: str, prefix: str | None) -> Av
         raise CheckpointMismatchError(
             f"{checkpoint.path} has no average under {prefix!r}, so no profile {profile!r} either"
         )
-    unknown = {k: d for k, d in checkpoint.index.unsupported.items() if k.startswith(start)}
-    if unknown:
-        key, dtype = next(iter(unknown.items()))
-        raise CheckpointMismatchError(
-            f"{checkpoint.path}: {len(unknown)} tensors under {prefix!r} have a dtype that this "
-            f"library does not read, such as {key} with torch.{dtype}; choose a longer prefix"
-        )
-    tensors = {k[len(start) :]: t for k, t in checkpoint.tensors.items() if k.startswith(start)}
+    stored = checkpoint.tensors | checkpoint.unread
+    tensors = {k[len(start) :]: t for k, t in stored.items() if k.startswith(start)}
     if not tensors:
         parts = sorted({key.partition(".")[0] for key in checkpoint.tensors})
         raise CheckpointMismatchError(

@@ -22,6 +22,7 @@ from sharded_ema.tools.contents import Average, find_average
 from sharded_ema.tools.naming import adapter_tensors
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_weights
+from sharded_ema.tools.ties import aliases_of, tied_names
 
 # Elements compared at a time: a few megabytes in float64, which stay in the cache.
 _ELEMENTS = 1 << 17
@@ -45,9 +46,10 @@ def diff(
     """Compare two sets of weights, streaming; memory stays at a few blocks of 4 MiB.
 
     Each side is a checkpoint of this library (one average of it, with its frozen parameters and
-    buffers), a Hugging Face directory, a safetensors file, or a DCP checkpoint. Tensors are matched
-    by their names in the bare model, tied ones by any of their names; a common prefix in a DCP
-    checkpoint, such as ``"model."``, does not count. Checksums are verified on the way.
+    buffers), a Hugging Face directory, a safetensors file, a state dict of ``torch.save``, or a DCP
+    checkpoint. Tensors are matched by their names in the bare model, tied ones by any of their
+    names; a common prefix in a DCP checkpoint or a state dict, such as ``"model."``, does not
+    count. Checksums are verified on the way.
 
     Args:
         a, b: the two sides.
@@ -177,9 +179,7 @@ class _Side:
     @property
     def unread(self) -> list[str]:
         """Keys of tensors among these that this library does not read."""
-        return sorted(
-            key for key in self.checkpoint.index.unsupported if key.startswith(self.start)
-        )
+        return sorted(key for key in self.checkpoint.unread if key.startswith(self.start))
 
 
 def _open(
@@ -205,16 +205,21 @@ def _match_names(left: _Side, right: _Side) -> None:
                 for key, tensor in side.tensors.items()
                 if key.startswith(side.start)
             }
+    groups = tied_names([left, right])
     for side, other in ((left, right), (right, left)):
-        for stored, others in side.aliases.items():
-            there = [name for name in (stored, *others) if name in other.tensors]
+        for stored, others in aliases_of(side, groups, [other]).items():
+            names = (stored, *others)
+            there = [name for name in names if name in other.tensors]
             if there and stored in side.tensors:
-                side.tensors |= dict.fromkeys(there, side.tensors.pop(stored))
+                tensor = side.tensors[stored]
+                for name in names:
+                    side.tensors.pop(name, None)
+                side.tensors |= dict.fromkeys(there, tensor)
 
 
 def _has_bare_keys(side: _Side) -> bool:
-    """Whether names are keys of somebody's DCP checkpoint, which may have a prefix."""
-    return side.checkpoint.format == "dcp" and side.average is None
+    """Whether names are keys of somebody's checkpoint of a training, which may have a prefix."""
+    return side.checkpoint.format in ("dcp", "torch") and side.average is None
 
 
 def prefix_of_names(

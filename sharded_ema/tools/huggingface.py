@@ -13,9 +13,14 @@ from pathlib import Path
 from typing import Protocol
 
 from sharded_ema.checkpoint.durable import new_small_file, write_durably
-from sharded_ema.checkpoint.files import as_path
-from sharded_ema.checkpoint.reading.models import ADAPTER_CONFIG, INDEX, STEMS, weight_files
-from sharded_ema.checkpoint.safetensors import read_header
+from sharded_ema.checkpoint.files import as_path, lies_in
+from sharded_ema.checkpoint.reading.models import (
+    ADAPTER_CONFIG,
+    INDEX,
+    STEMS,
+    holds_model,
+    open_model,
+)
 from sharded_ema.errors import CheckpointNotFoundError
 from sharded_ema.model.layout import Shape
 
@@ -49,11 +54,11 @@ class Named(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """A model directory to be like.
+    """A model to be like.
 
     Attributes:
-        path: the directory.
-        shapes: of its tensors by name in file order; ``None`` if it holds no safetensors weights.
+        path: its directory, or the file of its weights, which describes nothing but these.
+        shapes: of its tensors by name in file order; ``None`` if it holds no weights.
         is_adapter: whether it is a PEFT adapter, and no whole model.
         trust_code: whether Python files belong to its description.
     """
@@ -74,7 +79,7 @@ def read_like(like: str | os.PathLike[str] | None, *, trust_code: bool) -> Model
 
 
 def read_model(path: Path, *, trust_code: bool = False) -> Model:
-    """Names and shapes of a model directory, from file headers only.
+    """Names and shapes of a model directory, or of a file of weights, from file headers only.
 
     Args:
         trust_code: see :class:`Model`.
@@ -83,14 +88,14 @@ def read_model(path: Path, *, trust_code: bool = False) -> Model:
         CheckpointNotFoundError: it does not exist, or lacks a file of its index.
         CheckpointCorruptError: its index or a header cannot be read.
     """
-    if not path.is_dir():
+    if not path.is_dir() and not (path.is_file() and holds_model(path)):
         raise CheckpointNotFoundError(f"there is no model directory at {path}")
-    is_adapter = (path / ADAPTER_CONFIG).is_file()
-    files = weight_files(path, is_adapter)
-    shapes = {
-        name: entry.shape for file in files for name, entry in read_header(path / file)[0].items()
-    }
-    return Model(path, shapes if files else None, is_adapter, trust_code)
+    shapes = None
+    if holds_model(path):
+        with open_model(path) as model:
+            named = model.tensors | model.unread
+            shapes = {name: tensor.shape for name, tensor in named.items()}
+    return Model(path, shapes, (path / ADAPTER_CONFIG).is_file(), trust_code)
 
 
 def copy_description(model: Model, target: Path) -> list[str]:
@@ -113,28 +118,22 @@ def has_description(path: Path, like: Path, *, trust_code: bool = False) -> bool
 
 def left_out_code(model: Model) -> list[str]:
     """Names of Python files that belong to a model and are not copied."""
-    if model.trust_code:
+    if model.trust_code or not model.path.is_dir():
         return []
     return [file.name for file in sorted(model.path.iterdir()) if fnmatchcase(file.name, _CODE)]
 
 
 def _description(path: Path, *, trust_code: bool) -> list[Path]:
+    if not path.is_dir():
+        return []
     patterns = (*_DESCRIPTION, _CODE) if trust_code else _DESCRIPTION
     return [
         file
         for file in sorted(path.iterdir())
         if any(fnmatchcase(file.name.lower(), pattern) for pattern in patterns)
         and file.is_file()
-        and _belongs(file, path.resolve())
+        and lies_in(file, path.resolve())
     ]
-
-
-def _belongs(file: Path, model: Path) -> bool:
-    """Whether a file lies in the model directory, or in the cache of the Hub that it is part of."""
-    homes = [model]
-    if model.parent.name == "snapshots":
-        homes.append(model.parents[1] / "blobs")
-    return any(file.resolve().is_relative_to(home) for home in homes)
 
 
 def write_index(target: Path, files: Mapping[str, Sequence[Named]]) -> None:

@@ -20,10 +20,13 @@ from sharded_ema.checkpoint.reading.chunks import KnownChunks, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
+from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
+from sharded_ema.checkpoint.reading.rank_shards import LACKS
 from sharded_ema.checkpoint.run import Committed, Run, locate, open_checkpoint, read_run
 from sharded_ema.errors import CheckpointNotFoundError, ConfigError
 from sharded_ema.model.layout import Box
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import open_rank_shards
 
 
 def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
@@ -31,8 +34,8 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
 
     Args:
         path: a committed checkpoint, ours or one of PyTorch's distributed format; a directory
-            with several of ours in it; or a model directory or safetensors file, such as
-            ``consolidate`` writes.
+            with several of ours in it; or a model directory or file of weights, such as
+            ``consolidate`` writes; or the shards of ``HuggingFaceStorageWriter``.
         tensors: list every tensor, with the number of its chunks and how they cut it.
 
     Returns:
@@ -46,7 +49,7 @@ def inspect(path: str | os.PathLike[str], *, tensors: bool = False) -> Report:
     if as_location(path).name == LATEST_NAME:
         path = locate(path)
     try:
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_rank_shards(as_location(path)) or open_checkpoint(path)
     except CheckpointNotFoundError:
         run = read_run(path)
         if run.checkpoints or run.damaged or run.leftovers:
@@ -138,16 +141,19 @@ def _describe_checkpoint(checkpoint: Checkpoint, tensors: bool, report: Report) 
             "a checkpoint of torch.distributed.checkpoint not written by this library: only its "
             "data can have checksums"
         )
+    elif checkpoint.format == RANK_SHARDS:
+        report.notes.append(LACKS)
     elif isinstance(checkpoint.index, KnownChunks):
         report.facts["header"] = header = dict(checkpoint.index.texts)
         if "kind" not in header:
             report.notes.append("its files do not say whether it is an average")
     if not checkpoint.prefixes() and (checkpoint.manifest or is_dcp):
         report.notes.append("no average of this library is in it")
-    if checkpoint.index.unsupported:
+    if checkpoint.unread:
+        first = checkpoint.unread[min(checkpoint.unread)]
         report.notes.append(
-            f"{len(checkpoint.index.unsupported)} tensors have a dtype that is not read, such as "
-            f"{min(checkpoint.index.unsupported)}"
+            f"{len(checkpoint.unread)} tensors have a dtype that is not read, such as {first.key} "
+            f"({first.dtype})"
         )
     places = _places(checkpoint)
     report.facts |= {

@@ -12,7 +12,7 @@ import xxhash
 from sharded_ema.checkpoint.reading.models import ADAPTER_STEM
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.checkpoint.safetensors import in_parts, num_bytes
-from sharded_ema.errors import ConfigError
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.layout import Shape
 from sharded_ema.tools.casting import target_dtype
 from sharded_ema.tools.contents import Average
@@ -163,6 +163,7 @@ def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
             _tell_absent(average, wanted, report)
     wanted.rename.check_used()
     found = select(found, wanted.include, wanted.exclude)
+    _check_read(found)
     if wanted.base is not None:
         taken = sum(tensor.checkpoint is wanted.base for tensor in found.values())
         report.facts["from_base"] = taken
@@ -172,6 +173,17 @@ def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
     return [
         Output(name, found[name], target_dtype(found[name].dtype, wanted.dtype)) for name in names
     ]
+
+
+def _check_read(named: Mapping[str, StoredTensor]) -> None:
+    unread = {name: tensor for name, tensor in named.items() if not tensor.is_read}
+    if unread:
+        name, tensor = next(iter(unread.items()))
+        raise CheckpointMismatchError(
+            f"{tensor.checkpoint.path}: {len(unread)} tensors have a dtype that this library does "
+            f"not read, such as {name} with {tensor.dtype}; leave them out (--exclude), or choose "
+            "a longer prefix"
+        )
 
 
 def _with_tied(average: Average, wanted: Wanted) -> Iterable[tuple[str, StoredTensor]]:
@@ -238,7 +250,7 @@ def _fill(
     tied = {wanted.rename(n) for names in average.aliases.values() for n in names}
     filled = {
         name: tensor
-        for name, tensor in base.tensors.items()
+        for name, tensor in (base.tensors | base.unread).items()
         if name not in named
         and name not in tied
         and (wanted.shapes is None or name in wanted.shapes)

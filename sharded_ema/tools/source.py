@@ -8,9 +8,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from sharded_ema.checkpoint.files import URL, Directory, OpenFiles, as_location, entries
+from sharded_ema.checkpoint.files import URL, Directory, Location, OpenFiles, as_location, entries
 from sharded_ema.checkpoint.names import COMMITTED_NAMES
-from sharded_ema.checkpoint.reading.models import open_model
+from sharded_ema.checkpoint.reading.models import holds_model, open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import rank_shards, read_rank_shards
 from sharded_ema.checkpoint.run import locate, open_checkpoint
@@ -33,15 +33,24 @@ def open_source(src: str | os.PathLike[str], files: OpenFiles | None = None) -> 
         CheckpointError: see :func:`~sharded_ema.checkpoint.run.open_checkpoint`.
     """
     where = locate(src)
+    return open_rank_shards(where, files) or open_checkpoint(where, files)
+
+
+def open_rank_shards(where: Location, files: OpenFiles | None = None) -> Checkpoint | None:
+    """The shards of ``HuggingFaceStorageWriter`` in a directory; ``None`` if it holds none.
+
+    Raises:
+        CheckpointCorruptError: see :func:`~sharded_ema.checkpoint.reading.rank_shards`.
+    """
     names = entries(where) if isinstance(where, Path) else set()
-    if rank_shards(names) and not names & COMMITTED_NAMES:
-        directory = Directory(where, files)
-        return Checkpoint(directory, read_rank_shards(directory, names))
-    return open_checkpoint(where, files)
+    if not rank_shards(names) or names & COMMITTED_NAMES:
+        return None
+    directory = Directory(where, files)
+    return Checkpoint(directory, read_rank_shards(directory, names))
 
 
 def open_weights(path: str | os.PathLike[str], files: OpenFiles | None = None) -> Checkpoint:
-    """The same, and on this machine also a Hugging Face directory or a safetensors file.
+    """The same, and on this machine also a Hugging Face directory or a file of weights.
 
     Raises:
         CheckpointNotFoundError: none of these is there.
@@ -50,6 +59,7 @@ def open_weights(path: str | os.PathLike[str], files: OpenFiles | None = None) -
     try:
         return open_source(path, files)
     except CheckpointNotFoundError:
-        if isinstance(as_location(path), URL):
+        where = as_location(path)
+        if isinstance(where, URL) or not holds_model(where):
             raise
-        return open_model(Path(path), files)
+        return open_model(where, files)

@@ -11,11 +11,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from typing import NoReturn
 
 import numpy as np
 
 from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, gone, inside
-from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, METADATA_NAME
+from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, METADATA_NAME, is_stray
 from sharded_ema.checkpoint.reading.chunks import ChunkTable, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
 from sharded_ema.checkpoint.reading.manifest import (
@@ -25,6 +26,7 @@ from sharded_ema.checkpoint.reading.manifest import (
     read_manifest,
 )
 from sharded_ema.checkpoint.reading.opened import Checkpoint, open_directory, open_listed
+from sharded_ema.checkpoint.reading.rank_shards import LACKS
 from sharded_ema.checkpoint.reading.stream import Span, scan_file
 from sharded_ema.checkpoint.reading.torch_entry import records
 from sharded_ema.checkpoint.run import find_checkpoint, locate
@@ -38,6 +40,7 @@ from sharded_ema.errors import (
 )
 from sharded_ema.tools.comparison import compare, open_raw
 from sharded_ema.tools.report import Report
+from sharded_ema.tools.source import open_rank_shards
 
 
 def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None = None) -> Report:
@@ -60,13 +63,17 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
     Raises:
         CheckpointNotFoundError, CheckpointUncommittedError: there is no committed checkpoint.
         CheckpointMismatchError: of a later version, or ``model`` has other tensors or is an
-            average itself.
+            average itself; or there are shards of ``HuggingFaceStorageWriter``, without checksums.
         CheckpointCorruptError: ``model`` cannot be read.
     """
     path, model = os.fspath(path), None if model is None else os.fspath(model)
     report = Report("verify", path, verdict="no damage was found")
     with OpenFiles() as files:
-        directory, names = find_checkpoint(locate(path), files)
+        where = locate(path)
+        shards = open_rank_shards(where, files)
+        if shards is not None:
+            _refuse_shards(shards)
+        directory, names = find_checkpoint(where, files)
         weights = None if model is None else open_raw(model, files)
         checkpoint = None
         with _noting(report):
@@ -84,6 +91,20 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
         elif weights is not None:
             report.notes.append("not compared with the model, because the checkpoint is damaged")
     return report
+
+
+def _refuse_shards(shards: Checkpoint) -> NoReturn:
+    """Say what there is no way to verify, unless something in it cannot be right anyway.
+
+    Raises:
+        CheckpointCorruptError, CheckpointMismatchError: see above.
+    """
+    for tensor in shards.tensors.values():
+        tensor.chunks()
+    raise CheckpointMismatchError(
+        f"{shards.path} cannot be verified: these are {LACKS}; their headers fit the files, and no "
+        "tensor has a hole"
+    )
 
 
 # What says nothing of the bytes.
@@ -150,6 +171,8 @@ def _verify_own(directory: Directory, names: set[str], report: Report) -> Checkp
     }
     with _noting(report):
         check_listing(root, names, manifest)
+    if strays := set(filter(is_stray, names)):
+        report.notes.append(f"{len(strays)} files are not part of it, such as {min(strays)}")
     faulty = set()
     for record in manifest.files:
         before = len(report.problems)

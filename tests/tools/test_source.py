@@ -18,8 +18,12 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from torch.distributed.fsdp import fully_shard
 
 from sharded_ema.checkpoint.run import open_checkpoint
+from sharded_ema.cli import main
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
+from sharded_ema.tools.average import average
 from sharded_ema.tools.consolidate import consolidate
+from sharded_ema.tools.diff import diff
+from sharded_ema.tools.inspection import inspect
 from tests.helpers.checkpoints import flip
 from tests.helpers.pool import WorkerPool
 
@@ -133,9 +137,33 @@ def test_shards_of_the_writer_for_hugging_face(saved: tuple, name: str, tmp_path
 
 
 @needs_shards
-def test_their_shapes_must_be_known(saved: tuple, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointMismatchError, match="--like"):
-        run(saved[0] / "hf", tmp_path / "out", prefix="")
+@pytest.mark.parametrize("prefix", ["", None])
+def test_their_shapes_are_not_known(saved: tuple, prefix: str | None, tmp_path: Path) -> None:
+    folder, wanted = saved
+    report = run(folder / "hf", tmp_path / "out", prefix=prefix)
+    assert report.ok and "a missing last one goes unnoticed" in report.text()
+    assert "--like" in report.text()
+    check(tmp_path / "out", wanted)
+    assert average([folder / "hf", tmp_path / "out"], out=tmp_path / "mean", progress=False).ok
+    assert diff(folder / "hf2", tmp_path / "mean").ok
+
+
+@needs_shards
+def test_what_is_in_them(saved: tuple, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, wanted = saved
+    report = inspect(folder / "hf", tensors=True)
+    assert report.ok and "no checksums" in report.text()
+    listed = {row["name"]: (row["shape"], row["chunks"]) for row in report.facts["list"]}
+    assert listed.keys() == wanted.keys() and listed["first.weight"] == ([8, 5], 3)
+    assert main(["verify", str(folder / "hf")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no checksums" in line and "headers fit" in line
+    shutil.copytree(folder / "hf", tmp_path / "c")
+    first, second, _ = sorted((tmp_path / "c").iterdir())
+    second.unlink()
+    assert main(["verify", str(tmp_path / "c")]) == 1 and "holes" in capsys.readouterr().err
+    first.write_bytes(first.read_bytes()[:-1])
+    assert main(["verify", str(tmp_path / "c")]) == 1
 
 
 @needs_shards

@@ -77,8 +77,8 @@ class Index(Protocol):
         ...
 
     @property
-    def unsupported(self) -> Mapping[str, str]:
-        """torch dtype by key of stored tensors that this library does not read."""
+    def unsupported(self) -> Mapping[str, tuple[Shape, str]]:
+        """Global shape, and what the dtype is called, by key of tensors that are not read here."""
         ...
 
     def chunks(self, key: str) -> list[Chunk]:
@@ -104,7 +104,7 @@ class KnownChunks:
     tensors: Mapping[str, tuple[Shape, str]]
     places: Mapping[str, list[Chunk]]
     texts: Mapping[str, str] = field(default_factory=dict)
-    unsupported: Mapping[str, str] = field(default_factory=dict)
+    unsupported: Mapping[str, tuple[Shape, str]] = field(default_factory=dict)
 
     def chunks(self, key: str) -> list[Chunk]:
         """See :class:`Index`."""
@@ -305,7 +305,7 @@ class TableIndex:
     """
 
     format = "safetensors"
-    unsupported: Mapping[str, str] = {}
+    unsupported: Mapping[str, tuple[Shape, str]] = {}
 
     def __init__(self, directory: Directory, manifest: Manifest) -> None:
         self._path = directory.location

@@ -100,7 +100,7 @@ class DcpIndex:
         self._path = self._root / METADATA_NAME
         self._tensors: dict[str, _Tensor] = {}
         self.values: dict[str, StoredAt] = {}
-        self.unsupported: dict[str, str] = {}
+        self.unsupported: dict[str, tuple[Shape, str]] = {}
         data = read_whole(directory / METADATA_NAME, _MAX_METADATA_BYTES)
         # Chunks may be shared by many tensors in a forged pickle; a true one has bytes for each.
         self._chunks_left = len(data)
@@ -192,7 +192,7 @@ class DcpIndex:
         if not isinstance(dtype, Global) or not isinstance(chunks, list):
             self._refuse(f"the properties of {key} are malformed")
         if dtype.name not in DTYPE_NAMES:
-            self.unsupported[key] = dtype.name
+            self.unsupported[key] = shape, dtype.name
             return
         locations = list(self._locations(key, chunks, storage))
         self._tensors[key] = _Tensor(shape, DTYPE_NAMES[dtype.name], locations)

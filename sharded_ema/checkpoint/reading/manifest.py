@@ -36,6 +36,7 @@ from sharded_ema.checkpoint.names import (
     is_chunks,
     is_part,
     is_plain_name,
+    is_stray,
 )
 from sharded_ema.checkpoint.safetensors import MAX_HEADER_BYTES, check_dtype
 from sharded_ema.errors import CheckpointCorruptError, CheckpointMismatchError
@@ -242,13 +243,14 @@ def read_manifest(directory: Directory, *, keep: bool = False) -> Manifest:
 def check_listing(path: Location, names: set[str], manifest: Manifest) -> None:
     """Refuse entries of the directory that do not belong to the checkpoint.
 
-    Under a URL what other saves have left, or are writing, is in nobody's way: names there tell to
-    which save an object belongs.
+    What file systems and the Hub leave everywhere is no harm. Under a URL what other saves have
+    left, or are writing, is in nobody's way: names there tell to which save an object belongs.
 
     Raises:
         CheckpointCorruptError: there are such.
     """
-    unlisted = names - {file.name for file in manifest.files} - {MANIFEST_NAME}
+    listed = {file.name for file in manifest.files} | {MANIFEST_NAME}
+    unlisted = {name for name in names - listed if not is_stray(name)}
     if isinstance(path, URL):
         unlisted = {name for name in unlisted if not is_part(name)}
     if unlisted:

@@ -15,7 +15,7 @@ from uuid import uuid4
 
 import xxhash
 
-from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, read_array
+from sharded_ema.checkpoint.files import Bytes, Directory, Kept, Location, inside, read_array
 from sharded_ema.checkpoint.names import (
     MANIFEST_NAME,
     META_KEY,
@@ -51,13 +51,18 @@ class StoredTensor:
         checkpoint: that holds it.
         key: by which it does.
         shape: global, in elements.
-        dtype: safetensors name.
+        dtype: safetensors name, or what another one is called that is not read here.
     """
 
     checkpoint: Checkpoint = field(repr=False, compare=False)
     key: str
     shape: Shape
     dtype: str
+
+    @property
+    def is_read(self) -> bool:
+        """Whether this library knows the dtype; else there is nothing to do but to leave it out."""
+        return self.dtype in ITEMSIZE
 
     @property
     def itemsize(self) -> int:
@@ -160,16 +165,17 @@ class Checkpoint:
     Attributes:
         directory, index, manifest: see above.
         tensors: by key.
+        unread: those of a dtype that this library does not read.
     """
 
     def __init__(self, directory: Directory, index: Index, manifest: Manifest | None = None):
         self.directory = directory
         self.index = index
         self.manifest = manifest
-        self.tensors = {
-            key: StoredTensor(self, key, shape, dtype)
-            for key, (shape, dtype) in index.tensors.items()
-        }
+        self.tensors, self.unread = (
+            {key: StoredTensor(self, key, shape, dtype) for key, (shape, dtype) in found.items()}
+            for found in (index.tensors, index.unsupported)
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -256,7 +262,7 @@ class Checkpoint:
         """A digest that tells these tensors of this save from those of another.
 
         It is that of the manifest, which has a digest of every file. Where there is none it is of
-        places, sizes and checksums of the blocks, and sizes and times of the files.
+        places and sizes of the blocks, and sizes and times of the files; under a URL of checksums.
 
         Raises:
             CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
@@ -264,16 +270,25 @@ class Checkpoint:
         if self.manifest is not None:
             return xxhash.xxh3_128_hexdigest(dump_manifest(self.manifest))
         known = xxhash.xxh3_128()
-        names = set()
+        names: set[str] = set()
         unchecked = False
         for key in keys:
+            if isinstance(self.index, DcpIndex) and isinstance(self.path, Path):
+                # Chunks would read the tail of each entry, as whoever reads the tensor does again.
+                places = self.index.locations(key)
+                known.update(repr((key, places)).encode())
+                names.update(at.file for at in places)
+                continue
             for chunk in self.tensors[key].chunks():
                 known.update(repr((key, chunk)).encode())
                 names.add(chunk.file)
                 unchecked |= chunk.crc32 is None
         for name in sorted(names):
             if isinstance(self.path, Path):
-                found = os.stat(self.path / name)
+                try:
+                    found = os.stat(inside(self.path, name))
+                except OSError:
+                    raise CheckpointCorruptError(f"{self.path / name} is missing") from None
                 known.update(repr((name, found.st_size, found.st_mtime_ns)).encode())
             elif unchecked:  # not every store says when an object was written
                 return uuid4().hex

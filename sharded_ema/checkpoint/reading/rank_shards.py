@@ -15,11 +15,16 @@ from typing import Any
 from sharded_ema.checkpoint.checked_json import is_sizes, load_json
 from sharded_ema.checkpoint.files import Directory
 from sharded_ema.checkpoint.reading.chunks import Chunk, KnownChunks
-from sharded_ema.checkpoint.safetensors import read_header
+from sharded_ema.checkpoint.safetensors import ITEMSIZE, read_header
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Box
 
 FORMAT = "rank shards"
+#: What none of them carries.
+LACKS = (
+    "shards without metadata, which carry no checksums and do not say how large whole tensors are, "
+    "so that a missing last one goes unnoticed"
+)
 _NAME = re.compile(r"shard-\d+-model-\d+-of-\d+\.safetensors")
 _SHARDING = "DCP_SHARDING_INFO"
 
@@ -65,7 +70,11 @@ def read_rank_shards(directory: Directory, names: Iterable[str]) -> KnownChunks:
         for key, same in chunks.items()
     }
     filled = {key: [c for c in same if c.num_bytes] for key, same in chunks.items()}
-    return KnownChunks(FORMAT, tensors, filled)
+    read, unread = (
+        {key: found for key, found in tensors.items() if (found[1] in ITEMSIZE) is known}
+        for known in (True, False)
+    )
+    return KnownChunks(FORMAT, read, filled, unsupported=unread)
 
 
 def _end(chunk: Chunk) -> tuple[int, ...]:

@@ -1,5 +1,8 @@
 """Reading the bytes of tensors through a bounded buffer, each chunk checked on the way.
 
+A CRC32 takes longer than all else that is done here, so it is computed in a thread, while whoever
+asked for a block is at work on it.
+
 Memory stays at a few blocks whatever the size of a tensor. The exception is a chunk whose first
 dimension is not its outermost in storage (a transposed matrix in a foreign DCP checkpoint): it is
 held whole while its tensor is read.
@@ -8,8 +11,9 @@ held whole while its tensor is read.
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +24,28 @@ from numpy.typing import NDArray
 
 from sharded_ema.checkpoint.files import Bytes, Directory, Location, Member, open_regular
 from sharded_ema.checkpoint.reading.chunks import Chunk
+from sharded_ema.checkpoint.reading.crc import crc32
 from sharded_ema.errors import CheckpointCorruptError
 from sharded_ema.model.layout import Shape
 
 #: Bytes read, hashed and handed on at a time; a multiple of every item size.
 BLOCK_BYTES = 1 << 22
+# Chunks below it are not worth a thread.
+_THREAD_BYTES = 1 << 19
 
 
 class ChunkCheck:
-    """The checksum of one chunk, fed in order of its bytes."""
+    """The checksum of one chunk, fed in order of its bytes.
 
-    def __init__(self, directory: Directory, chunk: Chunk, key: str) -> None:
+    Args:
+        pool: what computes a CRC32 while the caller goes on; ``None`` for the caller's thread.
+    """
+
+    def __init__(
+        self, directory: Directory, chunk: Chunk, key: str, pool: Executor | None = None
+    ) -> None:
+        self._pool = pool if chunk.num_bytes >= _THREAD_BYTES else None
+        self._running: Future[int] | None = None
         self._directory = directory
         self._chunk = chunk
         self._key = key
@@ -39,14 +54,28 @@ class ChunkCheck:
         self._crc = 0
 
     def update(self, data: Bytes) -> None:
-        """Take the next bytes; after the last ones, compare."""
+        """Take the next bytes, which must stay as they are until :meth:`wait` or the next ones.
+
+        Raises:
+            CheckpointCorruptError: these were the last ones, and they are not what was written.
+        """
+        self.wait()
+        self._left -= data.nbytes
         if self._xxh is not None:
             self._xxh.update(data.data)
+        elif self._chunk.crc32 is not None and self._pool is not None:
+            self._running = self._pool.submit(crc32, data.data, self._crc)
         elif self._chunk.crc32 is not None:
-            self._crc = zlib.crc32(data.data, self._crc)
-        self._left -= data.nbytes
-        if not self._left:
+            self._crc = crc32(data.data, self._crc)
+        if self._running is None and not self._left:
             self._compare()
+
+    def wait(self) -> None:
+        """Return when the bytes may change; see :meth:`update`."""
+        if self._running is not None:
+            self._crc, self._running = self._running.result(), None
+            if not self._left:
+                self._compare()
 
     def _compare(self) -> None:
         chunk = self._chunk
@@ -68,7 +97,7 @@ def verify_chunk(directory: Directory, chunk: Chunk, key: str) -> None:
     Raises:
         CheckpointCorruptError: it is not what was written.
     """
-    for _ in _read_run(directory, chunk, key, BLOCK_BYTES):
+    for _ in _read_run(directory, chunk, key, BLOCK_BYTES, None):
         pass
 
 
@@ -151,7 +180,7 @@ class _Crc32:
         self._value = 0
 
     def update(self, data: memoryview) -> None:
-        self._value = zlib.crc32(data, self._value)
+        self._value = crc32(data, self._value)
 
     def digest(self) -> int:
         return self._value
@@ -177,28 +206,54 @@ def stream_tensor(
         Arrays of uint8, whole elements each, valid until the next one is asked for.
 
     Raises:
-        CheckpointCorruptError: a chunk is damaged. Blocks before it may have been yielded.
+        CheckpointCorruptError: a chunk is damaged. Blocks of it may have been yielded, but never
+            the last one of the tensor.
     """
     block_bytes = block_bytes or BLOCK_BYTES
-    runs = []
-    for chunk in chunks:
-        run = chunk.box.flat_run(shape) if chunk.strides is None else None
-        if run is None:
-            yield from _stream_bands(directory, key, shape, itemsize, chunks, block_bytes)
-            return
-        runs.append((run[0], chunk))
-    for _, chunk in sorted(runs, key=lambda pair: pair[0]):
-        yield from _read_run(directory, chunk, key, block_bytes)
+    slow = any(
+        c.digest is None and c.crc32 is not None and c.num_bytes >= _THREAD_BYTES for c in chunks
+    )
+    with ThreadPoolExecutor(1) if slow else nullcontext() as pool:
+        runs = []
+        for chunk in chunks:
+            run = chunk.box.flat_run(shape) if chunk.strides is None else None
+            if run is None:
+                yield from _stream_bands(directory, key, shape, itemsize, chunks, block_bytes, pool)
+                return
+            runs.append((run[0], chunk))
+        runs.sort(key=lambda pair: pair[0])
+        for _, chunk in runs:
+            ends = chunk is runs[-1][1]
+            yield from _read_run(directory, chunk, key, block_bytes, pool, ends=ends)
 
 
-def _read_run(directory: Directory, chunk: Chunk, key: str, block_bytes: int) -> Iterator[Bytes]:
-    check = ChunkCheck(directory, chunk, key)
-    buffer = np.empty(min(block_bytes, chunk.num_bytes), np.uint8)
-    for start in range(0, chunk.num_bytes, block_bytes):
-        block = buffer[: chunk.num_bytes - start]
+def _read_run(
+    directory: Directory,
+    chunk: Chunk,
+    key: str,
+    block_bytes: int,
+    pool: Executor | None,
+    *,
+    ends: bool = True,
+) -> Iterator[Bytes]:
+    """The bytes of a chunk.
+
+    Args:
+        pool: see :class:`ChunkCheck`.
+        ends: whether nobody may ask for more than its last block.
+    """
+    check = ChunkCheck(directory, chunk, key, pool)
+    size = min(block_bytes, chunk.num_bytes)
+    # While one is checked the other one is read into.
+    buffers = [np.empty(size, np.uint8) for _ in range(1 if pool is None else 2)]
+    for number, start in enumerate(range(0, chunk.num_bytes, block_bytes)):
+        block = buffers[number % len(buffers)][: chunk.num_bytes - start]
         directory.read_into(chunk.file, block, chunk.byte_offset + start)
         check.update(block)
+        if ends and start + block.nbytes == chunk.num_bytes:
+            check.wait()
         yield block
+    check.wait()
 
 
 def _stream_bands(
@@ -208,6 +263,7 @@ def _stream_bands(
     itemsize: int,
     chunks: Sequence[Chunk],
     block_bytes: int,
+    pool: Executor | None,
 ) -> Iterator[Bytes]:
     """Assemble bands: ranges of one dimension in which all inner dimensions are whole.
 
@@ -221,37 +277,51 @@ def _stream_bands(
     rows = min(shape[dim], max(1, block_bytes // row_bytes))
     element = np.dtype(f"V{itemsize}")
     buffer = np.empty(rows * row_bytes, np.uint8)
-    # The band's part of any chunk is no larger than the band.
+    # The band's parts of all chunks are no larger than the band.
     scratch = np.empty(rows * row_bytes, np.uint8)
     pending = [
-        _BandSource(directory, chunk, key, dim, itemsize)
+        _BandSource(directory, chunk, key, dim, itemsize, pool)
         for chunk in sorted(chunks, key=lambda c: c.box.offsets)
     ]
+    total, done = math.prod(shape) * itemsize, 0
     for index in np.ndindex(*shape[:dim]):
         for start in range(0, shape[dim], rows):
             stop = min(shape[dim], start + rows)
             band = buffer[: (stop - start) * row_bytes]
             target = band.view(element).reshape(stop - start, *shape[dim + 1 :])
+            used, room = [], scratch
             for source in pending:
                 if source.begins_after(index, stop):
                     break
-                source.copy(index, start, stop, target, scratch)
+                room = room[source.copy(index, start, stop, target, room) :]
+                used.append(source)
             pending = [source for source in pending if not source.done]
-            yield band
+            done += band.nbytes
+            if done < total:
+                yield band
+            for source in used:
+                source.wait()
+    yield band  # of which all is checked: nobody may ask for more
 
 
 class _BandSource:
     """One chunk, read band by band."""
 
     def __init__(
-        self, directory: Directory, chunk: Chunk, key: str, dim: int, itemsize: int
+        self,
+        directory: Directory,
+        chunk: Chunk,
+        key: str,
+        dim: int,
+        itemsize: int,
+        pool: Executor | None,
     ) -> None:
         self._directory = directory
         self._chunk = chunk
         self._key = key
         self._dim = dim
         self._element = np.dtype(f"V{itemsize}")
-        self._check = ChunkCheck(directory, chunk, key)
+        self._check = ChunkCheck(directory, chunk, key, pool)
         self._position = chunk.byte_offset
         self._whole: NDArray[Any] | None = None
         self._last = tuple(o + n for o, n in zip(chunk.box.offsets, chunk.box.sizes, strict=True))
@@ -265,13 +335,17 @@ class _BandSource:
 
     def copy(
         self, index: Shape, start: int, stop: int, target: NDArray[Any], scratch: Bytes
-    ) -> None:
-        """Copy what this chunk has of the band at ``index``, rows ``start`` to ``stop``."""
+    ) -> int:
+        """Copy what this chunk has of the band at ``index``, rows ``start`` to ``stop``.
+
+        Returns:
+            How many bytes of ``scratch`` must stay as they are until :meth:`wait`.
+        """
         offsets, sizes, dim = self._chunk.box.offsets, self._chunk.box.sizes, self._dim
         inside = all(o <= i < o + n for i, o, n in zip(index, offsets, sizes, strict=False))
         first, last = max(start, offsets[dim]), min(stop, offsets[dim] + sizes[dim])
         if not inside or first >= last:
-            return
+            return 0
         inner = tuple(
             slice(o, o + n) for o, n in zip(offsets[dim + 1 :], sizes[dim + 1 :], strict=True)
         )
@@ -284,6 +358,11 @@ class _BandSource:
             rows[...] = self._load()[tuple(where)]
         reached = (*index, last)
         self.done = reached == (*(n - 1 for n in self._last[:dim]), self._last[dim])
+        return int(rows.nbytes)
+
+    def wait(self) -> None:
+        """Return when what was read is checked as far as it can be."""
+        self._check.wait()
 
     def _in_band_order(self) -> bool:
         """Whether the rows of the chunk follow each other in its file as they do in the bands."""
@@ -309,6 +388,7 @@ class _BandSource:
             data = np.empty(self._chunk.num_bytes, np.uint8)
             self._directory.read_into(self._chunk.file, data, self._chunk.byte_offset)
             self._check.update(data)
+            self._check.wait()
             assert self._chunk.strides is not None
             elements = data.view(self._element)
             self._whole = _strided(elements, self._chunk.box.sizes, self._chunk.strides)

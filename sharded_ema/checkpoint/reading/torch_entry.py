@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import struct
 import zipfile
 import zlib
@@ -25,11 +26,14 @@ from sharded_ema.model.layout import Shape, c_strides
 # zipfile says NotImplementedError of archives with features (encryption, versions) it lacks.
 _ZIP_ERRORS = (zipfile.BadZipFile, NotImplementedError, OSError, ValueError, struct.error)
 _MAX_PICKLE_BYTES = 1 << 20
+# Of a whole state dict: about 80,000 tensors.
+_MAX_STATE_BYTES = 1 << 24
 # Some 50,000 records, of which a tensor has seven and an optimizer's state as many as tensors.
 _MAX_DIRECTORY_BYTES = 1 << 22
 _END_BYTES = 22
 _TAIL_BYTES = _END_BYTES + 20 + 56
 _LOCAL_HEADER_BYTES = 30
+_LOCAL_MAGIC = b"PK\x03\x04"
 _ENCRYPTED = 0x1
 
 _REBUILD = {Global("torch._utils", name) for name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3")}
@@ -37,6 +41,10 @@ _UNTYPED = Global("torch.storage", "UntypedStorage")
 _PARAMETER = Global("torch._utils", "_rebuild_parameter")
 _ORDERED = Global("collections", "OrderedDict")
 _KNOWN = {*_REBUILD, _UNTYPED, _PARAMETER, _ORDERED}
+# Names in torch of dtypes and typed storages, also of those that are not read.
+_TYPE = re.compile(
+    r"(bfloat|float|complex|u?int|qu?int|bits)\d[0-9a-z_]*|bool|[A-Z][A-Za-z0-9]*Storage"
+)
 
 #: safetensors names of torch's dtypes and of its typed storages.
 DTYPE_NAMES: dict[str, str] = {
@@ -47,7 +55,10 @@ DTYPE_NAMES: dict[str, str] = {
     "float16": "F16",
     "bfloat16": "BF16",
     "float8_e4m3fn": "F8_E4M3",
+    "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2": "F8_E5M2",
+    "float8_e5m2fnuz": "F8_E5M2FNUZ",
+    "float8_e8m0fnu": "F8_E8M0",
     "int64": "I64",
     "int32": "I32",
     "int16": "I16",
@@ -79,7 +90,7 @@ class StoredEntry:
     """The raw data of one saved tensor.
 
     Attributes:
-        dtype: safetensors name.
+        dtype: safetensors name; what torch calls it if that is not read here, nor its place known.
         shape: extent per dimension in elements.
         byte_offset: position of the data in the file.
         num_bytes: length of the data.
@@ -131,7 +142,12 @@ def read_file(file: OpenFile, where: str) -> Any:
     Raises:
         CheckpointCorruptError: no such file, or one that would make other objects.
     """
-    head, infos = _head(file, 0, file.size, where)
+    if file.read(0, len(_LOCAL_MAGIC)) != _LOCAL_MAGIC:
+        raise CheckpointCorruptError(
+            f"{where} is no archive, as torch.save writes them since PyTorch 1.6: it is damaged, "
+            "or so old that it has to be loaded and saved again"
+        )
+    head, infos = _head(file, 0, file.size, where, _MAX_STATE_BYTES)
     return _plain(head, file, infos, where, MAX_DIMS)
 
 
@@ -156,7 +172,7 @@ def _plain(
 
 
 def _head(
-    file: OpenFile, offset: int, length: int, where: str
+    file: OpenFile, offset: int, length: int, where: str, limit: int = _MAX_PICKLE_BYTES
 ) -> tuple[Any, dict[str, zipfile.ZipInfo]]:
     """The pickle of an archive, taken apart, and its records."""
     infos = _directory(file, offset, length, where)
@@ -165,7 +181,7 @@ def _head(
         raise CheckpointCorruptError(f"{where} was written on a big-endian machine")
     if "data.pkl" not in infos:
         _refuse(where)
-    data = _read_small(file, offset, infos["data.pkl"], where)
+    data = _read_small(file, offset, infos["data.pkl"], where, limit)
     return take_apart(data, _allowed, where), infos
 
 
@@ -181,9 +197,14 @@ def _entry(
     """Where a tensor's data lies.
 
     Args:
-        in_part: whether it may be a view of some of a storage, of which no sum is known.
+        in_part: whether it may be a view of some of a storage, of which no sum is known; or of a
+            dtype that is not read.
     """
     dtype, storage, first, shape, strides = _described(rebuild, where)
+    if dtype not in ITEMSIZE:
+        if not in_part:
+            _refuse(where)
+        return StoredEntry(dtype, shape, 0, 0, None, None)
     info = infos.get(f"data/{storage}")
     if info is None or (first and not in_part):
         _refuse(where)
@@ -289,9 +310,15 @@ class _Window(io.RawIOBase):
         return count
 
 
-def _read_small(file: OpenFile, offset: int, info: zipfile.ZipInfo, where: str) -> bytes:
+def _read_small(
+    file: OpenFile,
+    offset: int,
+    info: zipfile.ZipInfo,
+    where: str,
+    limit: int = _MAX_PICKLE_BYTES,
+) -> bytes:
     """A record that must be held whole; ``zipfile`` would insist on a CRC32 that may be absent."""
-    if info.file_size > _MAX_PICKLE_BYTES:
+    if info.file_size > limit:
         raise CheckpointCorruptError(f"{where}: its {info.filename} takes {info.file_size} bytes")
     record = _record(file, offset, info, where)
     data = file.read(record.byte_offset, record.num_bytes)
@@ -308,7 +335,7 @@ def _record(file: OpenFile, offset: int, info: zipfile.ZipInfo, where: str) -> R
     lengths = header[26:30]
     if (
         len(header) != _LOCAL_HEADER_BYTES + len(name)
-        or header[:4] != b"PK\x03\x04"
+        or header[:4] != _LOCAL_MAGIC
         or lengths[:2] != len(name).to_bytes(2, "little")
         or header[_LOCAL_HEADER_BYTES:] != name
     ):
@@ -320,12 +347,15 @@ def _record(file: OpenFile, offset: int, info: zipfile.ZipInfo, where: str) -> R
 
 def _allowed(found: Global) -> bool:
     if found.module == "torch":
-        return found.name in DTYPE_NAMES or found.name in _STORAGE_NAMES
+        return bool(_TYPE.fullmatch(found.name))
     return found == PERSISTENT or found in _KNOWN
 
 
 def _described(rebuild: Any, where: str) -> tuple[str, str, int, Shape, Shape | None]:
-    """Dtype, name of the storage record, first element in it, shape and strides."""
+    """Dtype, name of the storage record, first element in it, shape and strides.
+
+    The dtype is what safetensors calls it, or torch if it is not read here.
+    """
     if not isinstance(rebuild, Note) or rebuild.of not in _REBUILD or rebuild.state is not None:
         _refuse(where)
     try:
@@ -336,14 +366,13 @@ def _described(rebuild: Any, where: str) -> tuple[str, str, int, Shape, Shape | 
         _refuse(where)
     if storage.of != PERSISTENT or not isinstance(storage_type, Global):
         _refuse(where)
-    dtype = _STORAGE_NAMES.get(storage_type.name)
+    dtype = _STORAGE_NAMES.get(storage_type.name, storage_type.name)
     # Bits that say that the values are conjugates, or negative, of what is stored come last.
     # A storage without a type is followed by the dtype, after requires_grad and hooks.
     if storage_type == _UNTYPED and len(rest) > 2 and isinstance(rest[2], Global):
-        dtype = DTYPE_NAMES.get(rest[2].name)
+        dtype = DTYPE_NAMES.get(rest[2].name, rest[2].name)
     if (
-        dtype is None
-        or not isinstance(record, str)
+        not isinstance(record, str)
         or not is_shape(shape)
         or not is_shape(strides)
         or len(shape) != len(strides)

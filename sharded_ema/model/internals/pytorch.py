@@ -252,8 +252,16 @@ def wrapper_tensor(
 
 def keeps_elements_elsewhere(tensor: Tensor) -> bool:
     """Whether a tensor is of a subclass whose elements lie in other tensors."""
+    if type(tensor) in (Tensor, nn.Parameter):
+        return False
     seen = imported("torch.utils._python_dispatch", "is_traceable_wrapper_subclass", SEEN)
-    return bool(seen(tensor))
+    if seen(tensor):
+        return True
+    try:
+        tensor.untyped_storage().data_ptr()
+    except RuntimeError:  # there is no memory behind the storage
+        return True
+    return False
 
 
 # ---------------------------------------------------------------------- many tensors at once

@@ -92,7 +92,7 @@ class DDPShards:
         }
         return {
             n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=id(n.tensor) in kept)
-            for n in self.inventory.parameters
+            for n in self.inventory.readable
         }
 
     def self_check(self) -> None:

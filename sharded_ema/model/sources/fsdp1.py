@@ -188,7 +188,7 @@ class FSDP1Shards:
     def copies(self) -> Mapping[str, Copy]:
         """Plain parameters, and what FSDP1 keeps equal but does not make so."""
         copies = {}
-        for named in self.inventory.parameters:
+        for named in self.inventory.readable:
             found = self._names.find(named)
             if found is None:
                 copies[named.fqn] = Copy(Box.whole(named.shape), named.tensor, synchronised=False)

@@ -59,8 +59,10 @@ class FSDP2Shards:
         self.inventory = inventory
         everything = (*inventory.averaged, *inventory.frozen, *inventory.buffers)
         self._dtensors = [n for n in everything if isinstance(n.tensor, DTensor)]
+        frozen = {id(named) for named in inventory.frozen}
         for named in self._dtensors:
-            _refuse_unsupported(named)
+            # Whether frozen ones have to be stored is not known here.
+            _refuse_unsupported(named, of_any_kind=id(named) in frozen)
         self._meshes = Meshes(n.tensor.device_mesh for n in self._dtensors)  # type: ignore[attr-defined]
         self.ranks, self.stage = self._meshes.ranks, self._meshes.stage
         # Parameter objects stay; only averaged buffers must be looked up every time.
@@ -130,7 +132,7 @@ class FSDP2Shards:
         """What a DTensor says is replicated, and what lies on several ranks alike without that."""
         found = {}
         beyond = self.stage != self.ranks
-        for named in self.inventory.parameters:
+        for named in self.inventory.readable:
             tensor = named.tensor
             groups = self._meshes.replicas(named.fqn, tensor)
             if not isinstance(tensor, DTensor):
@@ -202,7 +204,7 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return from_dlpack(tensor) if tensor.storage_offset() else tensor
 
 
-def _refuse_unsupported(named: Named) -> None:
+def _refuse_unsupported(named: Named, *, of_any_kind: bool) -> None:
     tensor = named.tensor
     assert isinstance(tensor, DTensor)
     DTENSOR.check(tensor)
@@ -213,7 +215,7 @@ def _refuse_unsupported(named: Named) -> None:
             "and Replicate have a part of the tensor on each rank that can be averaged"
         )
     local = local_tensor(tensor)
-    if _is_plain(local):
+    if _is_plain(local) or of_any_kind:
         return
     kind = type(local).__name__
     if not fsdp2.is_converted_by_gathers(local):

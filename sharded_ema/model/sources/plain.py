@@ -50,7 +50,7 @@ class PlainShards:
     def copies(self) -> Mapping[str, Copy]:
         return {
             n.fqn: Copy(Box.whole(n.shape), n.tensor, synchronised=False)
-            for n in self.inventory.parameters
+            for n in self.inventory.readable
         }
 
     def self_check(self) -> None:
