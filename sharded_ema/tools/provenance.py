@@ -170,8 +170,13 @@ def verify_export(path: Path, files: list[Path], report: Report) -> None:
     facts = {name: _value(name, text) for name, text in said.items()}
     for name in ("format", _DIGEST, "version", "files"):
         facts.pop(name, None)
-    count = len(said.get("files", files))
-    report.facts |= {"format": "export", "files": count, "provenance": facts}
+    there = [files[0].parent / name for name in said.get("files", ())] or files
+    report.facts |= {
+        "format": "export",
+        "files": len(there),
+        "bytes": sum(file.stat().st_size for file in there if file.is_file()),
+        "provenance": facts,
+    }
     report.notes.append(describe(facts))
 
 
