@@ -16,8 +16,12 @@ from sharded_ema.checkpoint.names import temporary
 
 #: So much of a file waits in memory before its way to the disk begins.
 FLUSH_BYTES = 1 << 26
-# macOS has only the call that waits for the times of a file as well.
-_DATASYNC: Callable[[int], None] = getattr(os, "fdatasync", os.fsync)
+
+
+def _datasync(descriptor: int) -> None:
+    """Wait until what was written is durable."""
+    # macOS has only the call that waits for the times of a file as well.
+    getattr(os, "fdatasync", os.fsync)(descriptor)
 
 
 @contextmanager
@@ -57,7 +61,7 @@ def new_file(
         finally:
             flush.wait()  # the thread must not meet another file under this descriptor
         flush.check()
-        _DATASYNC(descriptor)
+        _datasync(descriptor)
 
 
 def _opener(folder: int | None) -> Callable[[str, int], int]:
@@ -134,7 +138,7 @@ class _Flush:
 
     def _run(self) -> None:
         try:
-            _DATASYNC(self._descriptor)
+            _datasync(self._descriptor)
         except OSError as error:
             self._error = error
 
