@@ -251,7 +251,7 @@ def identity(location: Location) -> tuple[object, ...] | None:
     fs, path = driver(location)
     try:
         info = fs.info(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     stamps = tuple(str(info[name]) for name in _STAMPS if info.get(name))
     return (info.get("size"), *stamps) if stamps else None

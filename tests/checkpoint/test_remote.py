@@ -134,14 +134,14 @@ def test_without_its_manifest_it_is_no_checkpoint(store: Any, ema: ShardedEMA) -
 def test_a_save_that_fails_leaves_nothing(
     store: Any, ema: ShardedEMA, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipe = type(store).pipe_file
+    real = type(store)._open
 
-    def full(self: Any, path: str, value: bytes, **options: Any) -> None:
+    def full(self: Any, path: str, *args: Any, **options: Any) -> Any:
         if "/chunks-" in path:
             raise OSError("the bucket is full")
-        pipe(self, path, value, **options)
+        return real(self, path, *args, **options)
 
-    monkeypatch.setattr(type(store), "pipe_file", full)
+    monkeypatch.setattr(type(store), "_open", full)
     with pytest.raises(CheckpointWriteError, match="the bucket is full"):
         ema.save("memory://run/step_1", step=1)
     assert not store.exists("/run/step_1") or not names(store, "/run/step_1")
