@@ -26,7 +26,8 @@ def name_below(root: Location) -> str:
     found = sorted(_below(root))
     if not found:
         return ""
-    count = f"{len(found)} directories in it do" if len(found) > 1 else "a directory in it does"
+    likeliest = sum(rank == found[-1][0] for rank, _, _ in found)
+    count = f"{likeliest} directories in it do" if likeliest > 1 else "a directory in it does"
     return f"; but {count}, such as {found[-1][-1]}"
 
 
