@@ -53,9 +53,18 @@ class Calls:
         if code.co_name in FORGOTTEN and isinstance(frame.f_locals.get("self"), io.IOBase):
             return
         if event == "call" and str(frame.f_globals.get("__name__")).startswith(self._modules):
+            if _in_finalizer(frame):
+                return
             self.count += 1
             if self.count == self._wanted:
                 raise KeyboardInterrupt
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether nobody would see what is raised: as in a ``__del__``."""
+    while frame is not None and frame.f_globals.get("__name__") != "weakref":
+        frame = frame.f_back
+    return frame is not None
 
 
 @contextmanager
