@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from sharded_ema.config import DEFAULT_PROFILE
-from sharded_ema.errors import CheckpointCorruptError, EMAError
+from sharded_ema.errors import CheckpointCorruptError, ConfigError, EMAError
 from sharded_ema.tools.advise import UNITS, advise
 from sharded_ema.tools.average import average
-from sharded_ema.tools.casting import DTYPES
+from sharded_ema.tools.casting import DTYPES, parse_dtypes
 from sharded_ema.tools.consolidate import FORMATS, consolidate
 from sharded_ema.tools.diff import diff
 from sharded_ema.tools.env import env
@@ -75,8 +75,23 @@ def _profile(help: str = "average of the checkpoint") -> Argument:
     return _argument("--profile", default=DEFAULT_PROFILE, help=f"{help} (default: %(default)s)")
 
 
+def _dtype_of_some(text: str) -> str:
+    try:
+        parse_dtypes(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
 def _dtype(stored: str = "as stored") -> Argument:
-    return _argument("--dtype", choices=DTYPES, help=f"of floating tensors (default: {stored})")
+    return _argument(
+        "--dtype",
+        type=_dtype_of_some,
+        action="append",
+        metavar="[PATTERN=]DTYPE",
+        help=f"of floating tensors, or of those whose names fit: {', '.join(DTYPES)}; may be "
+        f"repeated (default: {stored})",
+    )
 
 
 def _repeated(name: str, metavar: str, help: str, default: str = "none") -> Argument:
@@ -133,7 +148,7 @@ COMMANDS = {
         "check every byte of a checkpoint, and that its averages are averages",
         "run/step_1000",
         (
-            _argument("checkpoint", metavar="CKPT", help="directory of a checkpoint"),
+            _argument("checkpoint", metavar="CKPT", help="directory of a checkpoint, or an export"),
             _argument(
                 "--model",
                 metavar="DIR",

@@ -67,8 +67,8 @@ def timed(source: Path, out: Path, size: int, count: int, rate: float) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--megabytes", type=int, default=160)
-    parser.add_argument("--files", type=int, default=16)
+    parser.add_argument("--megabytes", type=int, default=320)
+    parser.add_argument("--files", type=int, default=32)
     parser.add_argument("--rate", type=float, default=10e6, help="bytes per second and process")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -18,12 +18,6 @@ from sharded_ema.checkpoint.names import temporary
 FLUSH_BYTES = 1 << 26
 
 
-def _datasync(descriptor: int) -> None:
-    """Wait until what was written is durable."""
-    # macOS has only the call that waits for the times of a file as well.
-    getattr(os, "fdatasync", os.fsync)(descriptor)
-
-
 @contextmanager
 def new_file(
     path: Path, num_bytes: int, folder: int | None = None
@@ -61,7 +55,7 @@ def new_file(
         finally:
             flush.wait()  # the thread must not meet another file under this descriptor
         flush.check()
-        _datasync(descriptor)
+        _sync(descriptor)
 
 
 def _opener(folder: int | None) -> Callable[[str, int], int]:
@@ -70,6 +64,14 @@ def _opener(folder: int | None) -> Callable[[str, int], int]:
         return os.open(name, flags | os.O_NOFOLLOW, 0o666, dir_fd=folder)
 
     return open_here
+
+
+def _sync(descriptor: int) -> None:
+    """Wait until the bytes of a file are on disk."""
+    if hasattr(os, "fdatasync"):
+        os.fdatasync(descriptor)
+    else:  # macOS, whose call waits for the times of the file as well
+        os.fsync(descriptor)
 
 
 @cache
@@ -138,7 +140,7 @@ class _Flush:
 
     def _run(self) -> None:
         try:
-            _datasync(self._descriptor)
+            _sync(self._descriptor)
         except OSError as error:
             self._error = error
 

@@ -18,8 +18,8 @@ from sharded_ema.checkpoint.reading.models import holds_model, open_model
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE, as_whole
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
-from sharded_ema.tools.casting import NUMBERS
-from sharded_ema.tools.contents import Average, find_tensors
+from sharded_ema.tools.casting import NUMBERS, parse_dtypes
+from sharded_ema.tools.contents import Average, find_tensors, origin
 from sharded_ema.tools.diff import comparable
 from sharded_ema.tools.huggingface import read_like
 from sharded_ema.tools.plan import Wanted, plan_model
@@ -78,7 +78,7 @@ def average(
     weights: Sequence[float] | None = None,
     profile: str = DEFAULT_PROFILE,
     prefix: str | None = None,
-    dtype: str | None = None,
+    dtype: str | Sequence[str] | None = None,
     max_shard_size: str | int = "5GB",
     like: str | os.PathLike[str] | None = None,
     trust_code: bool = False,
@@ -128,17 +128,20 @@ def average(
         report.verdict = f"{target} is whole and on disk"
         if like is None and last.average.checkpoint.format != "dcp" and not last.described:
             like = last.path if Path(last.path).is_dir() else None
-        model = read_like(like, trust_code=trust_code)
-        wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)
+        shapes = {name: tensor.shape for name, tensor in last.average.tensors.items()}
+        model = read_like(like, shapes, trust_code=trust_code)
+        wanted = Wanted(dtypes=parse_dtypes(dtype), max_shard_size=max_shard_size, model=model)
         plan = plan_model(last.average, wanted, report)
         if not report.ok:
             return report
-        sources = _sources(inputs, {output.name: output.source for output in plan.outputs})
+        read = {n: t for n, t in last.average.tensors.items() if t.key in plan.sources}
+        sources = {read[name].key: found for name, found in _sources(inputs, read).items()}
         header = {
             "format": "pt",
             "kind": "average",
             "sources": json.dumps([each.path for each in inputs]),
             "weights": json.dumps(shares),
+            "saves": json.dumps([origin(each.average.checkpoint) for each in inputs]),
         }
         report.facts |= {
             "output": str(target),
@@ -148,7 +151,7 @@ def average(
         }
         write_sums(
             Sums(sources, np.array([shares])),
-            replace(plan, headers={"": header}),
+            replace(plan, headers=dict.fromkeys(plan.headers, header)),
             target,
             inputs=[each.average for each in inputs],
             like=model,

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 import numpy
 
 from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.config import dtype_name
-from sharded_ema.errors import ConfigError
+from sharded_ema.errors import CheckpointMismatchError, ConfigError
 
 #: Names that users write, and safetensors'.
 DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 FLOATING = {"F64", "F32", "F16", "BF16"}
+_TORCH_NAMES = {"F64": "float64"} | {name: torch for torch, name in DTYPES.items()}
 #: Whose values can be summed and compared; of complex ones, their parts.
 NUMBERS = FLOATING | PARTS.keys()
 # Elements rounded at a time: what lies between the steps stays in the processor's cache.
@@ -22,21 +25,99 @@ Bytes = numpy.ndarray
 Cast = Callable[[Bytes], Bytes]
 
 
-def target_dtype(stored: str, wanted: object) -> str:
-    """dtype to write a tensor in; only real floating-point tensors are converted.
+@dataclass(frozen=True, slots=True)
+class Dtypes:
+    """In which dtype each tensor is written; only real floating-point tensors are converted.
+
+    Attributes:
+        default: a key of :data:`DTYPES`, ``None`` for what is stored.
+        patterns: shell patterns of names, each with such a key; the last that fits counts.
+    """
+
+    default: str | None = None
+    patterns: tuple[tuple[str, str], ...] = ()
+
+    def of(self, name: str, stored: str, kept: Collection[str] = ()) -> str:
+        """That of one tensor.
+
+        Args:
+            stored: its dtype in the checkpoint.
+            kept: names that stay in fp32 where the default has less; a pattern overrules it.
+        """
+        if stored not in FLOATING:
+            return stored
+        for pattern, dtype in reversed(self.patterns):
+            if fnmatchcase(name, pattern):
+                return DTYPES[dtype]
+        if self.narrows and name in kept:
+            return DTYPES["float32"]
+        return DTYPES[self.default] if self.default is not None else stored
+
+    @property
+    def narrows(self) -> bool:
+        """Whether the default has fewer bits than fp32."""
+        return self.default in ("float16", "bfloat16")
+
+    def check_used(self, names: Iterable[str]) -> None:
+        """Refuse a pattern that fits none of the names.
+
+        Raises:
+            CheckpointMismatchError: there is such.
+        """
+        names = list(names)
+        for pattern, _ in self.patterns:
+            if not any(fnmatchcase(name, pattern) for name in names):
+                raise CheckpointMismatchError(
+                    f"dtype pattern {pattern!r} fits no tensor; names are such as {names[0]!r}"
+                )
+
+    def __str__(self) -> str:
+        """All of it on a line, for what is written to say how; empty if nothing is converted."""
+        said = [f"{pattern}={dtype}" for pattern, dtype in self.patterns]
+        return " ".join(said if self.default is None else [self.default, *said])
+
+
+def parse_dtypes(given: object) -> Dtypes:
+    """What the user asked for: a name for all tensors, ``PATTERN=name``, or several of them.
 
     Args:
-        wanted: a name, or a dtype of PyTorch or numpy; ``None`` keeps what is stored.
+        given: names may also be dtypes of PyTorch or numpy; ``None`` keeps what is stored.
 
     Raises:
-        ConfigError: ``wanted`` is none of ``float32``, ``bfloat16``, ``float16``.
+        ConfigError: a name is none of ``float32``, ``bfloat16``, ``float16``, or two stand for all.
     """
-    if wanted is None:
-        return stored
-    name = dtype_name(wanted)
-    if name not in DTYPES:
-        raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {wanted!r}")
-    return DTYPES[name] if stored in FLOATING else stored
+    several = given if isinstance(given, list | tuple) else [] if given is None else [given]
+    texts = [dtype_name(each) for each in several]
+    default, patterns = None, []
+    for text in texts:
+        pattern, mark, name = text.rpartition("=")
+        if name not in DTYPES or (mark and not pattern):
+            raise ConfigError(
+                f"dtype must be one of {', '.join(DTYPES)}, or PATTERN=DTYPE for the tensors whose "
+                f"names fit, got {text!r}"
+            )
+        if mark:
+            patterns.append((pattern, name))
+        elif default is not None:
+            raise ConfigError(f"dtype names two for all tensors: {texts}")
+        else:
+            default = name
+    return Dtypes(default, tuple(patterns))
+
+
+def widest(dtypes: Iterable[str]) -> str | None:
+    """What holds the values of all floating-point tensors without a loss, as PyTorch calls it.
+
+    Args:
+        dtypes: safetensors names, of any kind.
+
+    Returns:
+        ``None`` if none is floating-point.
+    """
+    found = set(dtypes) & FLOATING
+    if found == {"F16", "BF16"}:
+        return "float32"
+    return next((_TORCH_NAMES[d] for d in ("F64", "F32", "F16", "BF16") if d in found), None)
 
 
 def caster(source: str, target: str) -> Cast | None:

@@ -20,6 +20,7 @@ from sharded_ema.checkpoint.reading.rank_shards import FORMAT as RANK_SHARDS
 from sharded_ema.checkpoint.reading.rank_shards import LACKS
 from sharded_ema.config import DEFAULT_PROFILE, as_whole
 from sharded_ema.errors import CheckpointExistsError, ConfigError, require_torch
+from sharded_ema.tools.casting import parse_dtypes
 from sharded_ema.tools.contents import find_tensors
 from sharded_ema.tools.huggingface import left_out_code, read_like
 from sharded_ema.tools.naming import Renaming
@@ -38,7 +39,7 @@ def consolidate(
     dst: str | os.PathLike[str],
     *,
     profile: str = DEFAULT_PROFILE,
-    dtype: str | None = None,
+    dtype: str | Sequence[str] | None = None,
     max_shard_size: str | int = "5GB",
     prefix: str | None = None,
     like: str | os.PathLike[str] | None = None,
@@ -67,15 +68,20 @@ def consolidate(
         dst: directory to create; it must not exist, or be empty.
         profile: which average.
         dtype: ``"float32"``, ``"bfloat16"`` or ``"float16"`` for floating tensors, rounded to
-            nearest even; ``None`` keeps what is stored.
+            nearest even; ``None`` keeps what is stored. ``"PATTERN=float32"`` is for those whose
+            names fit; a list may have several, of which the last that fits counts. What the model
+            of ``like`` keeps in fp32 beside narrower tensors, or transformers does, stays so.
         max_shard_size: bytes per output file, such as ``"5GB"``; a larger tensor gets its own.
         prefix: key prefix of the average if the checkpoint holds several. If no average of this
             library lies under it, all tensors there are written as they are; ``""`` means all.
         like: a Hugging Face directory. What a model needs beside weights is copied from it:
             configuration, tokenizer, processor, chat template, licence, model card, and nothing
-            else, nor what a link out of it leads to. If it has weights, names and shapes must be
-            theirs; a file of weights says nothing but these. The directory of a PEFT adapter makes
-            the output one: ``adapter_model.safetensors``, with PEFT's names.
+            else, nor what a link out of it leads to; ``config.json`` says the dtype that is
+            written. If it has weights, names and shapes must be theirs, but for experts that are
+            fused in memory and not there; a file of weights says nothing but these. A pipeline of
+            diffusers gets the average in place of the component that has its names. The directory
+            of a PEFT adapter makes the output one: ``adapter_model.safetensors``, with PEFT's
+            names.
         trust_code: copy Python files from ``like`` as well.
         jobs: output files written at a time.
         tied: ``"emit"`` writes tied weights under all their names, as ``load_state_dict`` wants
@@ -91,9 +97,9 @@ def consolidate(
             (``.pt``, ``.bin``), from which comes what the checkpoint does not store
             (``frozen="skip"``, ``exclude``). It must have all of that, and equal shapes where both
             have a tensor.
-        format: ``"safetensors"``; ``"torch"``, one ``pytorch_model.bin``; or ``"dcp"``, a
-            checkpoint of torch.distributed.checkpoint. The last two import PyTorch and are made
-            from the first one, so they need the disk twice.
+        format: ``"safetensors"``; ``"torch"``, one ``pytorch_model.bin``, in which names of a tied
+            weight share it; or ``"dcp"``, a checkpoint of torch.distributed.checkpoint. The last
+            two import PyTorch and are made from the first one, so they need the disk twice.
         plan: write nothing, only report what would be written.
         part: ``"I/N"`` if ``N`` processes on machines that share the directory of ``dst`` do this
             together, each with another ``I`` from 0 on. Each output file is written by one of them,
@@ -136,16 +142,18 @@ def consolidate(
                 raise
             taken = error  # perhaps by what the other parts have made
         weights = None if base is None else stack.enter_context(open_model(as_path(base, "base")))
+        renaming = Renaming(rename)
+        shapes = {renaming(name): tensor.shape for name, tensor in average.tensors.items()}
         wanted = Wanted(
-            dtype=dtype,
+            dtypes=parse_dtypes(dtype),
             max_shard_size=limit,
             tied=tied,
             adapter=adapter,
-            rename=Renaming(rename),
+            rename=renaming,
             include=include,
             exclude=exclude,
             base=weights,
-            model=read_like(like, trust_code=trust_code),
+            model=read_like(like, shapes, trust_code=trust_code),
             format=format,
         )
         if wanted.is_adapter and wanted.base is not None:
@@ -171,7 +179,7 @@ def consolidate(
             "output": str(target),
             "format": format,
             **average.facts(),
-            "tensors": len(planned.outputs),
+            "tensors": len(planned.outputs) + len(planned.shared),
             "bytes": planned.num_bytes,
             "files": len(planned.files) if format == "safetensors" else 1,
             "metadata": "verified" if checkpoint.verified_metadata else "unverified",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from sharded_ema.averaging.forgetting import MUCH_LEFT, describe_seed, per_step, steps_to_forget
 from sharded_ema.averaging.schedules import schedule_from_dict
 from sharded_ema.checkpoint.names import BUFFERS_PREFIX, FROZEN_PREFIX, META_KEY
+from sharded_ema.checkpoint.reading.manifest import manifest_digest
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
 from sharded_ema.config import DEFAULT_PROFILE
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
@@ -74,10 +76,11 @@ class Average:
         """What a file that holds it says of itself."""
         said = {name: str(value) for name, value in self.facts().items()}
         if self.meta:
+            settings = self.meta["profiles"][self.profile]
             said["num_updates"] = said.pop("updates")
-            said["decay"] = repr(self.meta["profiles"][self.profile]["decay"])
-        manifest = self.checkpoint.manifest
-        return {"format": "pt", **said, "source": manifest.uuid if manifest else "unknown"}
+            said["decay"] = repr(settings["decay"])
+            said["schedule"] = json.dumps(settings["schedule"])
+        return {"format": "pt", **said, **origin(self.checkpoint)}
 
     def verify_rest(self) -> None:
         """Check what an export does not read but depends on, or cannot check as it streams.
@@ -90,6 +93,14 @@ class Average:
         if self.checkpoint.format == "dcp":
             # Between the tensors of a .distcp file lie bytes that no checksum of a tensor covers.
             self.checkpoint.verify_files()
+
+
+def origin(checkpoint: Checkpoint) -> dict[str, str]:
+    """What tells a save from all others: its uuid, and the digest of its manifest."""
+    manifest = checkpoint.manifest
+    if manifest is None:
+        return {"source": "unknown"}
+    return {"source": manifest.uuid, "source_digest": manifest_digest(manifest)}
 
 
 def find_prefix(checkpoint: Checkpoint, prefix: str | None) -> str:

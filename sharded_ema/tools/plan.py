@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
-from sharded_ema.checkpoint.reading.models import ADAPTER_STEM
+from sharded_ema.checkpoint.reading.models import ADAPTER_STEM, STEMS
 from sharded_ema.checkpoint.reading.opened import Checkpoint, StoredTensor
-from sharded_ema.checkpoint.safetensors import in_parts, num_bytes
 from sharded_ema.errors import CheckpointMismatchError, ConfigError
 from sharded_ema.model.layout import Shape
-from sharded_ema.tools.casting import target_dtype
+from sharded_ema.tools.assembly import Assembled, Output
+from sharded_ema.tools.casting import Dtypes, widest
 from sharded_ema.tools.contents import Average
+from sharded_ema.tools.conversions import as_released
 from sharded_ema.tools.huggingface import Model
+from sharded_ema.tools.kept import kept_wide
 from sharded_ema.tools.naming import Renaming, adapter_tensors, rename_all, select
 from sharded_ema.tools.report import Report
 from sharded_ema.version import __version__
@@ -28,7 +33,7 @@ _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 class Wanted:
     """What the user asked for; see :func:`sharded_ema.consolidate`."""
 
-    dtype: str | None
+    dtypes: Dtypes
     max_shard_size: str | int
     model: Model | None
     tied: str | None = None
@@ -51,46 +56,35 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
-    """A tensor to write: its name, where it is read from, and its dtype in the file."""
-
-    name: str
-    source: StoredTensor
-    dtype: str
-
-    @property
-    def num_bytes(self) -> int:
-        """Of it in the file."""
-        return num_bytes(self.dtype, self.source.shape)
-
-    def described(self, format: str) -> tuple[str, str, Shape]:
-        """Name, dtype and shape in the header of a safetensors file.
-
-        Args:
-            format: of the files in the end: in those of PyTorch there is room for every dtype.
-        """
-        stored = self.dtype, self.source.shape
-        if self.dtype == "C128" and format == "safetensors":
-            stored = in_parts(*stored)
-        return self.name, *stored
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """The files of a model, or of several that differ in values only.
 
     Attributes:
         files: what each of them holds, by name, in order.
         headers: what the files of each model say of it, by its folder; ``""`` is the target itself.
+        stem: what the files are called, before their numbers.
+        dtype: of the whole, as PyTorch calls it: the one asked for, or the widest that is written;
+            ``None`` if nothing is of floating-point numbers.
+        shared: the name in ``files`` of each further name of a tensor, where the format of the
+            files in the end stores it once.
     """
 
     files: Mapping[str, Sequence[Output]]
     headers: Mapping[str, Mapping[str, str]]
+    stem: str
+    dtype: str | None
+    shared: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def outputs(self) -> list[Output]:
-        """All tensors, in order."""
+        """All tensors that are stored, in order."""
         return [output for group in self.files.values() for output in group]
+
+    @property
+    def sources(self) -> dict[str, StoredTensor]:
+        """The stored tensors that are read of one checkpoint, by key."""
+        stretches = (s for output in self.outputs for s in output.made_of.stretches)
+        return {stretch.tensor.key: stretch.tensor for stretch in stretches}
 
     @property
     def num_bytes(self) -> int:
@@ -106,19 +100,26 @@ class Plan:
         Raises:
             CheckpointCorruptError: the blocks of a tensor do not fit it or its file.
         """
-        outputs = self.outputs
-        checkpoints = list(dict.fromkeys(o.source.checkpoint for o in outputs))
+        read = [stretch.tensor for o in self.outputs for stretch in o.made_of.stretches]
+        checkpoints = list(dict.fromkeys(tensor.checkpoint for tensor in read))
         sources = [
-            checkpoint.identity(o.source.key for o in outputs if o.source.checkpoint is checkpoint)
+            checkpoint.identity(dict.fromkeys(t.key for t in read if t.checkpoint is checkpoint))
             for checkpoint in checkpoints
         ]
         number = {checkpoint: i for i, checkpoint in enumerate(checkpoints)}
+
+        def made_of(output: Output) -> list[Any]:
+            return [
+                (number[s.tensor.checkpoint], s.tensor.key, s.start, s.stop)
+                for s in output.made_of.stretches
+            ]
+
         said = [
-            (name, [(o.name, number[o.source.checkpoint], o.source.key, o.dtype) for o in group])
+            (name, [(*o.described(format), made_of(o)) for o in group])
             for name, group in self.files.items()
         ]
         headers = {folder: dict(texts) for folder, texts in self.headers.items()}
-        plan = json.dumps([__version__, format, headers, sources, said])
+        plan = json.dumps([__version__, format, headers, sources, said, dict(self.shared)])
         return xxhash.xxh3_128_hexdigest(plan.encode())
 
 
@@ -138,11 +139,35 @@ def plan_model(average: Average, wanted: Wanted, report: Report) -> Plan:
     outputs = _outputs(average, wanted, report)
     report.notes += _said_of_complex(outputs, wanted.format)
     header = average.header()
+    if said := str(wanted.dtypes):
+        header["dtype"] = said
     if wanted.base is not None:
         header["base"] = wanted.base.path.name
-    if wanted.is_adapter:  # PEFT reads one file
-        return Plan({f"{ADAPTER_STEM}.safetensors": outputs}, {"": header})
-    return Plan(_files(outputs, limit), {"": header})
+    shared: dict[str, str] = {}
+    if wanted.format == "torch":
+        outputs, shared = _stored_once(outputs)
+    model = wanted.model
+    stem = model.stem if model is not None else STEMS[0]
+    if wanted.is_adapter:
+        stem, limit = ADAPTER_STEM, sys.maxsize  # PEFT reads one file
+    return Plan(
+        _files(outputs, limit, stem),
+        {model.folder if model is not None else "": header},
+        stem,
+        wanted.dtypes.default or widest(output.dtype for output in outputs),
+        shared,
+    )
+
+
+def _stored_once(outputs: Sequence[Output]) -> tuple[list[Output], dict[str, str]]:
+    """The tensors without further names of the same one, and these with the name that is kept."""
+    kept: dict[object, Output] = {}
+    shared = {}
+    for output in outputs:
+        same = (id(output.made_of.tensor.checkpoint), output.made_of, output.dtype)
+        if kept.setdefault(same, output) is not output:
+            shared[output.name] = kept[same].name
+    return list(kept.values()), shared
 
 
 def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
@@ -154,9 +179,9 @@ def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
         left = len(average.tensors) - len(named)
         if left:
             report.notes.append(f"{left} tensors in the checkpoint are not the adapter's")
-        found = rename_all(named.items(), wanted.rename)
+        found = _assembled(named.items(), wanted)
     else:
-        found = rename_all(_with_tied(average, wanted), wanted.rename)
+        found = _assembled(_with_tied(average, wanted), wanted)
         if wanted.base is not None:
             found |= _fill(found, average, wanted.base, wanted, report)
         else:
@@ -164,19 +189,21 @@ def _outputs(average: Average, wanted: Wanted, report: Report) -> list[Output]:
     wanted.rename.check_used()
     found = select(found, wanted.include, wanted.exclude)
     _check_read(found)
+    wanted.dtypes.check_used(found)
     if wanted.base is not None:
-        taken = sum(tensor.checkpoint is wanted.base for tensor in found.values())
+        taken = sum(made.tensor.checkpoint is wanted.base for made in found.values())
         report.facts["from_base"] = taken
     if wanted.model is not None and wanted.shapes is not None:
         _compare(found, wanted.shapes, wanted.model.path, report)
-    names = found if wanted.shapes is None else [n for n in wanted.shapes if n in found]
+    kept = kept_wide(wanted.model, found) if wanted.dtypes.narrows else frozenset()
     return [
-        Output(name, found[name], target_dtype(found[name].dtype, wanted.dtype)) for name in names
+        Output(name, found[name], wanted.dtypes.of(name, found[name].dtype, kept))
+        for name in _in_order(found, wanted.shapes)
     ]
 
 
-def _check_read(named: Mapping[str, StoredTensor]) -> None:
-    unread = {name: tensor for name, tensor in named.items() if not tensor.is_read}
+def _check_read(named: Mapping[str, Assembled]) -> None:
+    unread = {name: made.tensor for name, made in named.items() if not made.tensor.is_read}
     if unread:
         name, tensor = next(iter(unread.items()))
         raise CheckpointMismatchError(
@@ -184,6 +211,33 @@ def _check_read(named: Mapping[str, StoredTensor]) -> None:
             f"not read, such as {name} with {tensor.dtype}; leave them out (--exclude), or choose "
             "a longer prefix"
         )
+
+
+def _assembled(named: Iterable[tuple[str, StoredTensor]], wanted: Wanted) -> dict[str, Assembled]:
+    """The tensors under their new names, taken apart or joined as those of a release are."""
+    found = {n: Assembled.whole(t) for n, t in rename_all(named, wanted.rename).items()}
+    if wanted.shapes is not None and wanted.model is not None:
+        return as_released(found, wanted.shapes, wanted.model.path)
+    if wanted.base is not None:
+        shapes = {name: tensor.shape for name, tensor in wanted.base.tensors.items()}
+        return as_released(found, shapes, Path(str(wanted.base.path)))
+    return found
+
+
+def _in_order(found: Mapping[str, Assembled], like: Iterable[str] | None) -> list[str]:
+    """Names in the order of the model to be like, but slices of one tensor as they lie in it.
+
+    So the tensor is read once from its first element to its last.
+    """
+    slices: dict[StoredTensor, list[str]] = {}
+    for name, made in found.items():
+        if made.is_part:
+            slices.setdefault(made.tensor, []).append(name)
+    names: dict[str, None] = {}
+    for name in found if like is None else [n for n in like if n in found]:
+        together = slices.get(found[name].tensor, [name]) if found[name].is_part else [name]
+        names |= dict.fromkeys(sorted(together, key=lambda n: found[n].stretches[0].start))
+    return list(names)
 
 
 def _with_tied(average: Average, wanted: Wanted) -> Iterable[tuple[str, StoredTensor]]:
@@ -240,16 +294,16 @@ def _tell_absent(average: Average, wanted: Wanted, report: Report) -> None:
 
 
 def _fill(
-    named: Mapping[str, StoredTensor],
+    named: Mapping[str, Assembled],
     average: Average,
     base: Checkpoint,
     wanted: Wanted,
     report: Report,
-) -> dict[str, StoredTensor]:
+) -> dict[str, Assembled]:
     """What the base has and the checkpoint has not."""
     tied = {wanted.rename(n) for names in average.aliases.values() for n in names}
     filled = {
-        name: tensor
+        name: Assembled.whole(tensor)
         for name, tensor in (base.tensors | base.unread).items()
         if name not in named
         and name not in tied
@@ -273,7 +327,7 @@ def _fill(
 
 
 def _compare(
-    named: Mapping[str, StoredTensor], shapes: Mapping[str, Shape], model: Path, report: Report
+    named: Mapping[str, Assembled], shapes: Mapping[str, Shape], model: Path, report: Report
 ) -> None:
     missing = [name for name in shapes if name not in named]
     extra = [name for name in named if name not in shapes]
@@ -281,28 +335,38 @@ def _compare(
         report.fail(f"{len(missing)} tensors of {model} are not in the checkpoint: {missing[:5]}")
     if extra:
         report.fail(f"{len(extra)} tensors are unknown to {model}: {extra[:5]}")
-    for name, tensor in named.items():
-        shape = shapes.get(name, tensor.shape)
-        if shape != tensor.shape:
-            report.fail(f"{name} is {tensor.shape} here and {shape} in {model}")
+    for name, made in named.items():
+        shape = shapes.get(name, made.shape)
+        if shape != made.shape:
+            report.fail(f"{name} is {made.shape} here and {shape} in {model}")
 
 
-def _files(outputs: Sequence[Output], limit: int) -> dict[str, Sequence[Output]]:
-    """Distribute tensors over files in order, none but single tensors larger than ``limit``."""
+def _files(outputs: Sequence[Output], limit: int, stem: str) -> dict[str, Sequence[Output]]:
+    """Distribute tensors over files in order, none but single tensors larger than ``limit``.
+
+    Slices of one tensor stay in one file if that has room for them, as each file reads it again.
+    """
     groups: list[list[Output]] = [[]]
     filled = 0
-    for output in outputs:
-        if groups[-1] and filled + output.num_bytes > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(output)
-        filled += output.num_bytes
+    for _, together in groupby(outputs, key=_read_together):
+        slices = list(together)
+        units = [slices] if group_bytes(slices) <= limit else [[output] for output in slices]
+        for unit in units:
+            if groups[-1] and filled + group_bytes(unit) > limit:
+                groups.append([])
+                filled = 0
+            groups[-1] += unit
+            filled += group_bytes(unit)
     if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
+        return {f"{stem}.safetensors": groups[0]}
     return {
-        f"model-{i:05d}-of-{len(groups):05d}.safetensors": group
+        f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": group
         for i, group in enumerate(groups, start=1)
     }
+
+
+def _read_together(output: Output) -> object:
+    return output.made_of.tensor if output.made_of.is_part else output
 
 
 def parse_size(size: str | int) -> int:

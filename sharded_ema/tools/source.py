@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sharded_ema.checkpoint.files import URL, Directory, Location, OpenFiles, as_location, entries
 from sharded_ema.checkpoint.names import COMMITTED_NAMES
-from sharded_ema.checkpoint.reading.models import holds_model, open_model
+from sharded_ema.checkpoint.reading.models import open_model
 from sharded_ema.checkpoint.reading.opened import Checkpoint
 from sharded_ema.checkpoint.reading.rank_shards import rank_shards, read_rank_shards
 from sharded_ema.checkpoint.run import locate, open_checkpoint
@@ -60,6 +60,6 @@ def open_weights(path: str | os.PathLike[str], files: OpenFiles | None = None) -
         return open_source(path, files)
     except CheckpointNotFoundError:
         where = as_location(path)
-        if isinstance(where, URL) or not holds_model(where):
+        if isinstance(where, URL):
             raise
         return open_model(where, files)

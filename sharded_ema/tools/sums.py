@@ -8,7 +8,7 @@ themselves: names, shapes and places of their chunks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.reading.stream import BLOCK_BYTES
 from sharded_ema.checkpoint.safetensors import ITEMSIZE, PARTS
+from sharded_ema.tools.assembly import Output, Reading, readings
 from sharded_ema.tools.casting import Bytes, round_once, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import Model
-from sharded_ema.tools.plan import Output, Plan
+from sharded_ema.tools.plan import Plan
 from sharded_ema.tools.report import Report
-from sharded_ema.tools.write import Tally, as_write_error, copied, write_models
+from sharded_ema.tools.write import Tally, as_write_error, converted, write_models
 
 #: Of blocks and sums in memory, whatever the sizes and numbers of models.
 BUDGET_BYTES = 1 << 26
@@ -36,15 +37,18 @@ class Sums:
     """What to sum.
 
     Attributes:
-        sources: by output name, a tensor of each input; or the one tensor that is copied.
+        sources: by the key of a tensor that the plan reads, a tensor of each input in its place;
+            or the one tensor that is copied.
         weights: float64, shape ``(sums, inputs)``.
     """
 
     sources: Mapping[str, Sequence[StoredTensor]]
     weights: NDArray[np.float64]
 
-    def blocks(self, output: Output, tally: Tally, budget: int) -> Iterator[Sequence[Bytes]]:
-        """The blocks of one output, a few elements at a time.
+    def blocks(
+        self, outputs: Sequence[Output], tally: Tally, budget: int
+    ) -> Iterator[Sequence[Bytes]]:
+        """The blocks of outputs, a few elements at a time.
 
         Args:
             budget: bytes to hold.
@@ -52,27 +56,35 @@ class Sums:
         Raises:
             CheckpointCorruptError: a chunk is not what was written.
         """
-        sources = self.sources[output.name]
-        if len(sources) == 1:
-            for (block,) in copied(output, tally):
-                yield [block] * len(self.weights)
-            return
+        for reading in readings(outputs):
+            if len(self.sources[reading.tensor.key]) == 1:
+                for block in converted(reading, tally):
+                    yield [block] * len(self.weights)
+            else:
+                yield from self._summed(reading, tally, budget)
+
+    def _summed(self, reading: Reading, tally: Tally, budget: int) -> Iterator[Sequence[Bytes]]:
         # An input may be held twice: as it lies in its chunks, and in order.
+        sources = self.sources[reading.tensor.key]
         itemsizes = [tensor.itemsize for tensor in sources]
         taken = 2 * sum(itemsizes) + len(self.weights) * _FLOAT64 + _SCRATCH
         length = max(1, min(budget // taken, BLOCK_BYTES // max(itemsizes)))
-        inputs = [_Input(tensor, length, tally) for tensor in sources]
+        inputs = [_Input(replace(reading, tensor=tensor), length, tally) for tensor in sources]
         sums = np.empty((len(self.weights), length))
-        total = output.source.num_bytes // _itemsize(output.source.dtype)
-        for start in range(0, total, length):
-            count = min(length, total - start)
-            sums[:, :count] = 0.0
-            for factors, values in zip(self.weights.T, inputs, strict=True):
-                values.add_to(sums[:, :count], factors)
-            rounded = [round_once(part[:count], output.dtype) for part in sums]
-            for data, part in zip(rounded, sums, strict=True):
-                tally.see_cast(part[:count].view("u1"), "F64", data, output.dtype)
-            yield rounded
+        values_each = reading.tensor.itemsize // _itemsize(reading.tensor.dtype)
+        for elements, dtype in reading.parts:
+            total = elements * values_each
+            for start in range(0, total, length):
+                count = min(length, total - start)
+                sums[:, :count] = 0.0
+                for factors, values in zip(self.weights.T, inputs, strict=True):
+                    values.add_to(sums[:, :count], factors)
+                rounded = [round_once(part[:count], dtype) for part in sums]
+                for data, part in zip(rounded, sums, strict=True):
+                    tally.see_cast(part[:count].view("u1"), "F64", data, dtype)
+                yield rounded
+        for values in inputs:
+            values.finish()
 
 
 def _itemsize(dtype: str) -> int:
@@ -88,11 +100,11 @@ class _Input:
         tally: counts its chunks.
     """
 
-    def __init__(self, tensor: StoredTensor, length: int, tally: Tally) -> None:
-        chunks = tensor.chunks()
+    def __init__(self, reading: Reading, length: int, tally: Tally) -> None:
+        chunks, first = reading.chunks()
         tally.see_chunks(chunks)
-        self._blocks = tensor.blocks(chunks, length * tensor.itemsize)
-        self._dtype = tensor.dtype
+        self._blocks = reading.blocks(chunks, first, length * reading.tensor.itemsize)
+        self._dtype = reading.tensor.dtype
         self._rest: Bytes = np.empty(0, np.uint8)
 
     def add_to(self, sums: NDArray[np.float64], factors: NDArray[np.float64]) -> None:
@@ -101,7 +113,7 @@ class _Input:
         done = 0
         while done < sums.shape[1]:
             if not self._rest.size:
-                self._rest = next(self._blocks)
+                self._rest, _ = next(self._blocks)
             stop = min(sums.shape[1], done + self._rest.size // itemsize)
             taken = (stop - done) * itemsize
             values = widen(self._rest[:taken], self._dtype)
@@ -111,6 +123,11 @@ class _Input:
                 for row, factor in zip(sums, factors, strict=True):
                     row[done:stop] += factor * values
             done = stop
+
+    def finish(self) -> None:
+        """Read its last chunk to the end, where its checksum is compared."""
+        for _ in self._blocks:
+            pass
 
 
 def write_sums(
@@ -140,7 +157,7 @@ def write_sums(
         written = write_models(
             plan,
             target,
-            lambda output, tally: sums.blocks(output, tally, BUDGET_BYTES // jobs),
+            lambda outputs, tally: sums.blocks(outputs, tally, BUDGET_BYTES // jobs),
             inputs=inputs,
             like=like,
             what=report.action,

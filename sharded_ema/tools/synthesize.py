@@ -17,7 +17,8 @@ from sharded_ema.checkpoint.reading.opened import StoredTensor
 from sharded_ema.checkpoint.safetensors import PARTS
 from sharded_ema.config import as_whole
 from sharded_ema.errors import ConfigError
-from sharded_ema.tools.contents import Average, find_average
+from sharded_ema.tools.casting import parse_dtypes
+from sharded_ema.tools.contents import Average, find_average, origin
 from sharded_ema.tools.huggingface import read_like
 from sharded_ema.tools.plan import Plan, Wanted, plan_model
 from sharded_ema.tools.report import Report
@@ -39,7 +40,7 @@ def synthesize(
     out: str | os.PathLike[str],
     step: int | None = None,
     profiles: Sequence[str] | None = None,
-    dtype: str | None = None,
+    dtype: str | Sequence[str] | None = None,
     max_shard_size: str | int = "5GB",
     like: str | os.PathLike[str] | None = None,
     trust_code: bool = False,
@@ -100,10 +101,11 @@ def synthesize(
         folders = [f"sigma_rel_{width!r}" for width in widths]
         report.facts |= _facts(chosen, target, schedules, folders, found)
         _check_fit(chosen, widths, found, max_residual, report)
-        model = read_like(like, trust_code=trust_code)
         name = next(n for s, n, _ in chosen.columns if s is chosen.target)
         average = find_average(chosen.target.checkpoint, name, chosen.target.prefix)
-        wanted = Wanted(dtype=dtype, max_shard_size=max_shard_size, model=model)
+        shapes = {name: tensor.shape for name, tensor in average.tensors.items()}
+        model = read_like(like, shapes, trust_code=trust_code)
+        wanted = Wanted(dtypes=parse_dtypes(dtype), max_shard_size=max_shard_size, model=model)
         plan = plan_model(average, wanted, report)
         if not report.ok:
             return report
@@ -187,19 +189,18 @@ def _check_fit(
 
 
 def _sources(chosen: Chosen, name: str, plan: Plan) -> dict[str, list[StoredTensor]]:
-    """What each output is made of: every stored average, or the tensor of the last snapshot."""
+    """What is read in place of each tensor: that of every stored average, or of the last alone."""
     start = f"{chosen.target.prefix}{name}."
     found: dict[str, list[StoredTensor]] = {}
-    for output in plan.outputs:
-        key = output.source.key
-        if key.startswith(start) and output.source.dtype in _ROUNDING:
+    for key, tensor in plan.sources.items():
+        if key.startswith(start) and tensor.dtype in _ROUNDING:
             inner = key.removeprefix(start)
-            found[output.name] = [
+            found[key] = [
                 s.checkpoint.tensors[f"{s.prefix}{profile}.{inner}"]
                 for s, profile, _ in chosen.columns
             ]
         else:
-            found[output.name] = [output.source]
+            found[key] = [tensor]
     return found
 
 
@@ -211,7 +212,6 @@ def _header(chosen: Chosen, schedule: Power, found: Fit, number: int) -> dict[st
             chosen.columns, found.coefficients[number], strict=True
         )
     ]
-    manifest = target.checkpoint.manifest
     return {
         "format": "pt",
         "kind": "ema",
@@ -221,7 +221,7 @@ def _header(chosen: Chosen, schedule: Power, found: Fit, number: int) -> dict[st
         "decay": repr(schedule.decay(max(1, target.meta["num_updates"]))),
         "num_updates": str(target.meta["num_updates"]),
         "step": str(target.step),
-        "source": manifest.uuid if manifest else "unknown",
+        **origin(target.checkpoint),
         "source_steps": ",".join(str(s.step) for s in chosen.snapshots),
         "residual": repr(float(found.residuals[number])),
         "coefficients": json.dumps(parts),

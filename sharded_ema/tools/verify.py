@@ -11,11 +11,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
 
-from sharded_ema.checkpoint.files import Directory, Location, OpenFiles, gone, inside
+from sharded_ema.checkpoint.files import (
+    Directory,
+    Location,
+    OpenFiles,
+    as_location,
+    gone,
+    inside,
+)
 from sharded_ema.checkpoint.names import MANIFEST_NAME, META_KEY, METADATA_NAME, is_stray
 from sharded_ema.checkpoint.reading.chunks import ChunkTable, TableIndex
 from sharded_ema.checkpoint.reading.dcp import DcpIndex
@@ -37,8 +45,10 @@ from sharded_ema.errors import (
     CheckpointMismatchError,
     CheckpointUncommittedError,
     CheckpointUnreachableError,
+    ConfigError,
 )
 from sharded_ema.tools.comparison import compare, open_raw
+from sharded_ema.tools.provenance import find_export, verify_export
 from sharded_ema.tools.report import Report
 from sharded_ema.tools.source import open_rank_shards
 
@@ -49,9 +59,12 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
     Reads all files in blocks of 4 MiB. Of a DCP checkpoint that this library did not write only the
     CRC32 of its entries can be checked; ``metadata: unverified`` says so.
 
+    An export is checked by the digests in its files, and the report says where it came from.
+
     Args:
-        path: a committed checkpoint, ours or one of PyTorch's distributed format, or what
-            ``engine.save_checkpoint`` of DeepSpeed wrote with an average in it.
+        path: a committed checkpoint, ours or one of PyTorch's distributed format, what
+            ``engine.save_checkpoint`` of DeepSpeed wrote with an average in it, or what one of the
+            tools here has written as a model.
         model: raw weights to compare the averages with: a Hugging Face directory, a safetensors
             file, or a DCP checkpoint. The check fails if an average that was updated, and not
             with a decay of zero, equals them in every element: then it does not average.
@@ -65,9 +78,19 @@ def verify(path: str | os.PathLike[str], *, model: str | os.PathLike[str] | None
         CheckpointMismatchError: of a later version, or ``model`` has other tensors or is an
             average itself; or there are shards of ``HuggingFaceStorageWriter``, without checksums.
         CheckpointCorruptError: ``model`` cannot be read.
+        ConfigError: ``model`` with an export.
     """
     path, model = os.fspath(path), None if model is None else os.fspath(model)
     report = Report("verify", path, verdict="no damage was found")
+    location = as_location(path)
+    if isinstance(location, Path) and (export := find_export(location)):
+        if model is not None:
+            raise ConfigError(
+                f"{path} is an export, whose distance from other weights diff tells; leave model "
+                "(--model) out"
+            )
+        verify_export(location, export, report)
+        return report
     with OpenFiles() as files:
         where = locate(path)
         shards = open_rank_shards(where, files)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
@@ -18,7 +18,7 @@ from typing import Protocol
 
 from sharded_ema.checkpoint import removal
 from sharded_ema.checkpoint.durable import fsync
-from sharded_ema.checkpoint.files import URL, Location, as_location, as_path, exists, identity
+from sharded_ema.checkpoint.files import URL, Location, as_location, exists, identity
 from sharded_ema.checkpoint.holding import Hold
 from sharded_ema.checkpoint.names import (
     LATEST_NAME,
@@ -39,9 +39,10 @@ from sharded_ema.errors import (
     CheckpointWriteError,
     ConfigError,
 )
-from sharded_ema.tools.casting import FLOATING, target_dtype
+from sharded_ema.model.layout import Shape
+from sharded_ema.tools.casting import parse_dtypes
 from sharded_ema.tools.consolidate import consolidate
-from sharded_ema.tools.huggingface import has_description, read_model
+from sharded_ema.tools.huggingface import has_description, read_like
 from sharded_ema.tools.report import Report
 
 # Of the directory by which a watch holds that of its exports.
@@ -64,7 +65,7 @@ def watch(
     run: str | os.PathLike[str],
     out: str | os.PathLike[str],
     *,
-    dtype: str | None = None,
+    dtype: str | Sequence[str] | None = None,
     profile: str = DEFAULT_PROFILE,
     like: str | os.PathLike[str] | None = None,
     trust_code: bool = False,
@@ -105,7 +106,7 @@ def watch(
         CheckpointExistsError: ``latest`` in ``out`` is something else than a link.
     """
     run, out = os.fspath(run), os.fspath(out)
-    target_dtype("F32", dtype)
+    parse_dtypes(dtype)
     keep = as_whole(keep, "keep", least=1)
     if not interval > 0:
         raise ConfigError(f"interval must be a positive number of seconds, got {interval}")
@@ -114,8 +115,7 @@ def watch(
         raise ConfigError(f"out must be a directory of its own on this machine, got {out}")
     if any((folder / MANIFEST_NAME).is_file() for folder in (place, *place.parents)):
         raise ConfigError(f"{out} lies inside a checkpoint, which must not change")
-    if like is not None:
-        read_model(as_path(like, "like"), trust_code=trust_code)
+    read_like(like, {}, trust_code=trust_code)
     _check_run(as_location(run), once=once)
     link = Path(out, LATEST_NAME)
     if os.path.lexists(link) and not link.is_symlink():
@@ -158,7 +158,7 @@ class _Watcher:
         self,
         run: str | os.PathLike[str],
         out: Path,
-        dtype: str | None,
+        dtype: str | Sequence[str] | None,
         profile: str,
         like: str | os.PathLike[str] | None,
         trust_code: bool,
@@ -178,7 +178,7 @@ class _Watcher:
         self._refused: dict[str, object] = {}
         # By export, as its files are read only once.
         self._alike: dict[tuple[Path, str], bool] = {}
-        self._headers: dict[tuple[Path, object], tuple[dict[str, str], set[str]]] = {}
+        self._headers: dict[tuple[Path, object], tuple[dict[str, str], dict[str, Shape]]] = {}
 
     def run(self, interval: float | None) -> Generator[Report]:
         self._out.mkdir(parents=True, exist_ok=True)
@@ -262,7 +262,8 @@ class _Watcher:
 
     def _exports(self) -> list[_Export]:
         paths = sorted(self._out.iterdir())
-        self._headers = {key: said for key, said in self._headers.items() if key[0].parent in paths}
+        there = set(paths)
+        self._headers = {k: v for k, v in self._headers.items() if there & set(k[0].parents)}
         found = [self._read(path) for path in paths]
         return [export for export in found if export is not None]
 
@@ -270,38 +271,36 @@ class _Watcher:
         """What an entry of the directory is an export of; ``None`` if it is none."""
         if path.is_symlink() or not path.is_dir() or is_temporary(path.name):
             return None
-        for file in sorted(path.glob("*.safetensors")):
+        # Those of a pipeline lie in the directory of a component, beside others.
+        for file in sorted([*path.glob("*.safetensors"), *path.glob("*/*.safetensors")]):
             with suppress(CheckpointError):
-                header, dtypes = self._header(file)
+                header, shapes = self._header(file)
                 if header.get("kind") != "ema" or "source" not in header:
-                    return None
+                    continue
                 step = header.get("step", "")
                 return _Export(
                     path,
                     header["source"],
                     int(step) if step.isdecimal() else 0,
                     header.get("profile") == self._profile
-                    and (self._dtype is None or dtypes <= {target_dtype("F32", self._dtype)})
-                    and self._is_alike(path, header["source"]),
+                    and header.get("dtype", "") == str(parse_dtypes(self._dtype))
+                    and self._is_alike(path, header["source"], shapes),
                 )
         return None
 
-    def _header(self, file: Path) -> tuple[dict[str, str], set[str]]:
-        """What a file says of itself, and the dtypes in it that rounding leads to; read once."""
+    def _header(self, file: Path) -> tuple[dict[str, str], dict[str, Shape]]:
+        """What a file says of itself, and the shapes of its tensors; read once."""
         known = (file, identity(file))
         if known not in self._headers:
             tensors, header, _ = read_header(file)
-            self._headers[known] = header, {t.dtype for t in tensors.values()} & FLOATING
+            self._headers[known] = header, {name: t.shape for name, t in tensors.items()}
         return self._headers[known]
 
-    def _is_alike(self, path: Path, source: str) -> bool:
-        if self._like is None:
-            return True
+    def _is_alike(self, path: Path, source: str, shapes: Mapping[str, Shape]) -> bool:
         known = (path, source)
         if known not in self._alike:
-            self._alike[known] = has_description(
-                path, Path(self._like), trust_code=self._trust_code
-            )
+            model = read_like(self._like, shapes, trust_code=self._trust_code)
+            self._alike[known] = model is None or has_description(path, model)
         return self._alike[known]
 
     def _tidy(self, checkpoints: list[Committed]) -> None:

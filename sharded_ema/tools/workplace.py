@@ -31,7 +31,6 @@ from sharded_ema.checkpoint.names import (
     new_uuid,
     temporary,
 )
-from sharded_ema.checkpoint.reading.stream import verify_file
 from sharded_ema.checkpoint.writing.target import publish
 from sharded_ema.errors import (
     CheckpointCorruptError,
@@ -40,6 +39,7 @@ from sharded_ema.errors import (
     ConfigError,
     EMAError,
 )
+from sharded_ema.tools.provenance import verify_written
 
 # Lines of a journal take some 250 bytes.
 _MAX_JOURNAL_BYTES = 1 << 26
@@ -52,7 +52,8 @@ class Finished:
     Attributes:
         file: name of an output file.
         bytes: its size.
-        digest: its xxh3-128 in hex.
+        digest: its xxh3-128 in hex, as it says it itself; see
+            :mod:`sharded_ema.tools.provenance`.
         source: digest of what it was made from and how: the plan's.
         unchecked, overflowed: see :class:`~sharded_ema.tools.write.Tally`.
     """
@@ -206,7 +207,7 @@ class Workplace:
 def is_whole(path: Path, line: Finished) -> bool:
     """Whether a file is there, and what the journal says of it."""
     try:
-        verify_file(path, line.digest)
+        verify_written(path, line.digest)
     except CheckpointCorruptError:  # or missing
         return False
     return True

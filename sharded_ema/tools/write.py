@@ -23,18 +23,22 @@ import xxhash
 from sharded_ema.checkpoint import durable
 from sharded_ema.checkpoint.names import temporary
 from sharded_ema.checkpoint.reading.chunks import Chunk
-from sharded_ema.checkpoint.reading.models import ADAPTER_STEM
+from sharded_ema.checkpoint.reading.models import ADAPTER_STEM, STEMS
 from sharded_ema.checkpoint.removal import remove_files
 from sharded_ema.checkpoint.safetensors import build_header
 from sharded_ema.errors import CheckpointWriteError, EMAError
+from sharded_ema.tools.assembly import Output, Reading, readings
 from sharded_ema.tools.casting import Bytes, caster, widen
 from sharded_ema.tools.contents import Average
 from sharded_ema.tools.huggingface import (
     Model,
     copy_description,
+    copy_pipeline,
+    pipeline_bytes,
     write_index,
 )
-from sharded_ema.tools.plan import Output, Plan, group_bytes
+from sharded_ema.tools.plan import Plan, group_bytes
+from sharded_ema.tools.provenance import sign, with_room, write_sidecar
 from sharded_ema.tools.workplace import Workplace, check_space
 
 Result = TypeVar("Result")
@@ -90,26 +94,38 @@ class Tally:
         return lines
 
 
-#: The bytes of an output, block by block; of each block, those of every model that is written.
-Blocks = Callable[[Output, Tally], Iterator[Sequence[Bytes]]]
+#: The bytes of outputs, block by block; of each block, those of every model that is written.
+Blocks = Callable[[Sequence[Output], Tally], Iterator[Sequence[Bytes]]]
 
 
-def copied(output: Output, tally: Tally) -> Iterator[Sequence[Bytes]]:
-    """The :data:`Blocks` of one model: a tensor as it is stored, but for its dtype.
+def copied(outputs: Sequence[Output], tally: Tally) -> Iterator[Sequence[Bytes]]:
+    """The :data:`Blocks` of one model: tensors as they are stored, but for their dtypes.
 
     Raises:
         CheckpointCorruptError: a chunk is not what was written.
     """
-    source = output.source
-    cast = caster(source.dtype, output.dtype)
-    chunks = source.chunks()
+    for reading in readings(outputs):
+        for block in converted(reading, tally):
+            yield (block,)
+
+
+def converted(reading: Reading, tally: Tally) -> Iterator[Bytes]:
+    """What is read, in the dtypes of the outputs.
+
+    Raises:
+        CheckpointCorruptError: a chunk is not what was written.
+    """
+    stored = reading.tensor.dtype
+    chunks, first = reading.chunks()
     tally.see_chunks(chunks)
-    for block in source.blocks(chunks):
-        data = block
-        if cast is not None:
-            data = cast(block)
-            tally.see_cast(block, source.dtype, data, output.dtype)
-        yield (data,)
+    for block, dtype in reading.blocks(chunks, first):
+        cast = caster(stored, dtype)
+        if cast is None:
+            yield block
+            continue
+        data = cast(block)
+        tally.see_cast(block, stored, data, dtype)
+        yield data
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +197,7 @@ def write_models(
             if gather is not None:
                 gather(place, folder)
         finished = list(place.finished.values())
-        needed = plan.num_bytes * (1 if format == "safetensors" else 2)
+        needed = plan.num_bytes * (1 if format == "safetensors" else 2) + pipeline_bytes(like)
         check_space(target, needed - sum(line.bytes for line in finished))
         for average in inputs:
             average.verify_rest()
@@ -189,13 +205,17 @@ def write_models(
             plan, place, folders, blocks, what=what, jobs=jobs, progress=progress, format=format
         )
         names: list[str] = []
-        for folder in folders:
+        for folder, texts in folders.items():
             if format == "safetensors":
-                write_index(folder, plan.files)
+                write_index(folder, plan.files, plan.stem)
             else:
-                _convert([folder / name for name in plan.files], folder, format)
-            names = copy_description(like, folder) if like is not None else []
+                _convert(plan, folder, format)
+                write_sidecar(folder, texts)
+            names = copy_description(like, folder, plan.dtype) if like is not None else []
             durable.fsync(folder)
+        if like is not None:
+            names += copy_pipeline(like, place.model)
+            durable.fsync(place.model)
         place.publish()
     for line in finished:
         tally.add(Tally(line.unchecked, line.overflowed))
@@ -248,17 +268,17 @@ def write_file(
     files: list[_NewFile] = []
     with ExitStack() as stack:
         for folder, texts in folders.items():
-            header, _ = build_header(described, dict(texts))
+            header, _ = build_header(described, with_room(texts))
             new, size = temporary(folder / name), len(header) + group_bytes(group)
             write = stack.enter_context(durable.new_file(new, size))
-            files.append(_NewFile(new, size, write))
+            files.append(_NewFile(new, size, header, write))
             files[-1].add(memoryview(header))
-        for output in group:
-            for block in blocks(output, tally):
-                for file, data in zip(files, block, strict=True):
-                    file.add(data.data.cast("B"))
-                    advance(data.nbytes)
+        for block in blocks(group, tally):
+            for file, data in zip(files, block, strict=True):
+                file.add(data.data.cast("B"))
+                advance(data.nbytes)
     for file in files:
+        sign(file.path, file.header, file.digest())
         # The name says that the file is whole, so it comes last.
         os.rename(file.path, file.path.with_name(name))
         durable.fsync(file.path.parent)
@@ -272,12 +292,16 @@ class _NewFile:
     Args:
         path: where it is written.
         size: in bytes, once it is whole.
+        header: its first bytes.
         write: writes the next bytes.
     """
 
-    def __init__(self, path: Path, size: int, write: Callable[[memoryview], None]) -> None:
+    def __init__(
+        self, path: Path, size: int, header: bytes, write: Callable[[memoryview], None]
+    ) -> None:
         self.path = path
         self.size = size
+        self.header = header
         self._write = write
         self._digest = xxhash.xxh3_128()
 
@@ -347,13 +371,14 @@ def _bar(what: str, total: int, initial: int, *, shown: bool) -> AbstractContext
     return bar
 
 
-def _convert(written: Sequence[Path], folder: Path, format: str) -> None:
+def _convert(plan: Plan, folder: Path, format: str) -> None:
     """Replace safetensors files by those of PyTorch."""
     from sharded_ema.checkpoint.writing.torch_files import write_dcp, write_torch  # imports PyTorch
 
+    written = [folder / name for name in plan.files]
     if format == "dcp":
         write_dcp(written, folder)
     else:
-        is_adapter = written[0].name.startswith(ADAPTER_STEM)
-        write_torch(written, folder / f"{ADAPTER_STEM if is_adapter else 'pytorch_model'}.bin")
+        stem = plan.stem if plan.stem in (STEMS[1], ADAPTER_STEM) else "pytorch_model"
+        write_torch(written, folder / f"{stem}.bin", plan.shared)
     remove_files(written)

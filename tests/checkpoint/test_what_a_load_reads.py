@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from sharded_ema import Constant, SafetensorsStorageReader, ShardedEMA
+from sharded_ema import Constant, SafetensorsStorageReader, ShardedEMA, verify
 from sharded_ema.checkpoint import loading
 from sharded_ema.checkpoint.files import Directory, OpenFile, _LocalFile
 from sharded_ema.checkpoint.reading import ranges, selection
@@ -182,6 +182,17 @@ def test_each_file_is_opened_once_by_our_reader(
     assert set(opens.opened.values()) == {1}
     assert sum(opens.read.values()) <= 1.1 * needed(path)
     assert all(torch.equal(v, torch.from_numpy(averages()[k])) for k, v in wanted.items())
+
+
+def test_objects_are_read_by_ranges(tmp_path: Path) -> None:
+    counting.register()
+    path = make(tmp_path / "c", averages(), rows(3))
+    ema = whole_average()
+    ema.load(f"objects://{path}")
+    assert set(counting.OPENED) == {file.name for file in path.iterdir()}
+    assert sum(counting.FETCHED.values()) <= 1.1 * needed(path)
+    assert all(torch.equal(v, torch.from_numpy(averages()[k])) for k, v in values(ema).items())
+    assert verify(f"objects://{path}").ok
 
 
 @pytest.mark.parametrize("number, midway", [(0, False), (42, True)])

@@ -71,10 +71,11 @@ class CountingObjects(AsyncFileSystem):
         return found if detail else [entry["name"] for entry in found]
 
     async def _cat_file(
-        self, path: str, start: int | None = None, end: int | None = None, **_: Any
-    ):
+        self, path: str, version: Any = None, start: int = 0, end: int = 0, **_: Any
+    ) -> bytes:
         OPENED[Path(path).name] += 1
-        return _fetch(self._strip_protocol(path), start, end)
+        # As s3fs takes an end of 0.
+        return _fetch(self._strip_protocol(path), start, end or os.stat(path).st_size)
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> AbstractBufferedFile:
         return _File(self, path, mode, 50 << 20)

@@ -100,9 +100,12 @@ def test_header_says_what_it_is(tmp_path: Path) -> None:
     run(checkpoint(tmp_path / "c"), tmp_path / "out")
     with safe_open(tmp_path / "out" / "model.safetensors", "np") as opened:
         said = opened.metadata()
+    manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
+    assert len(said.pop("digest")) == 32
     assert said == {
         "format": "pt", "kind": "ema", "profile": "ema", "decay": "0.999", "num_updates": "100",
-        "step": "100", "source": UUID,
+        "schedule": '{"decay": 0.999, "type": "Constant"}', "step": "100", "source": UUID,
+        "source_digest": manifest["digest"],
     }  # fmt: skip
 
 

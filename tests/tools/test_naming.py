@@ -189,7 +189,8 @@ def as_torch() -> dict[str, torch.Tensor]:
 def test_files_of_torch(tmp_path: Path, size: Any) -> None:
     source = checkpoint(tmp_path / "c", weights() | {"empty": np.empty((0, 4), "f4")})
     assert run(source, tmp_path / "bin", format="torch", max_shard_size=size).ok
-    assert {p.name for p in (tmp_path / "bin").iterdir()} == {"pytorch_model.bin"}
+    names = {p.name for p in (tmp_path / "bin").iterdir()}
+    assert names == {"pytorch_model.bin", "provenance.json"}
     found = torch.load(tmp_path / "bin" / "pytorch_model.bin", weights_only=True)
     assert found.keys() == as_torch().keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in as_torch().items())
@@ -199,7 +200,7 @@ def test_files_of_torch(tmp_path: Path, size: Any) -> None:
 def test_a_checkpoint_of_dcp(tmp_path: Path, size: Any) -> None:
     source = checkpoint(tmp_path / "c", weights() | {"empty": np.empty((0, 4), "f4")})
     run(source, tmp_path / "dcp", format="dcp", dtype="bfloat16", max_shard_size=size)
-    assert {p.suffix for p in (tmp_path / "dcp").iterdir()} == {"", ".distcp"}
+    assert {p.suffix for p in (tmp_path / "dcp").iterdir()} == {"", ".distcp", ".json"}
     wanted = {n: t.bfloat16() if t.is_floating_point() else t for n, t in as_torch().items()}
     found = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
     assert (
@@ -225,6 +226,8 @@ def test_a_plan_writes_nothing(tmp_path: Path) -> None:
     assert report.ok and {p.name for p in tmp_path.rglob("*")} == before
     done = run(source, tmp_path / "out", max_shard_size=150, dtype="bfloat16")
     files = {p.name for p in (tmp_path / "out").glob("*.safetensors")}
-    assert set(report.facts["plan"]) == files and report.facts["files"] == len(files) > 1
+    assert {each["file"] for each in report.facts["plan"]} == files and report.facts[
+        "files"
+    ] == len(files) > 1
     shared = set(report.facts) - {"plan", "seconds"}
     assert {n: done.facts[n] for n in shared} == {n: report.facts[n] for n in shared}

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from sharded_ema.cli import COMMANDS, main
+from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.report import Report, size
 from tests.helpers.checkpoints import flip, make, meta, rows
 
@@ -43,7 +44,7 @@ def strict() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two checkpoints with a power-function average each, raw weights, a damaged one."""
+    """Two checkpoints with a power-function average each, raw weights, a damaged one, an export."""
     folder = tmp_path_factory.mktemp("reports")
     schedule = {"type": "Power", "gamma": 6.94, "sigma_rel": None}
     profiles = {"ema": {"schedule": schedule, "decay": 0.9, "seed_weight": 0.0}}
@@ -55,6 +56,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_file({"w": np.zeros((60, 50), "f4")}, folder / "raw.safetensors")
     make(folder / "damaged", {"ema.w": np.ones(30, "f4")})
     flip(folder / "damaged" / "shard-00000.safetensors", 4096)
+    consolidate(folder / "run/step_100", folder / "export", dtype="float16", progress=False)
     return folder
 
 
@@ -65,6 +67,7 @@ CASES: tuple[tuple[int, str], ...] = (
     (0, "inspect raw.safetensors"),
     (0, "verify run/step_100 --model raw.safetensors"),
     (1, "verify damaged"),
+    (0, "verify export"),
     (0, "diff run/step_100 run/step_100 --tensors"),
     (1, "diff run/step_100 run/step_200"),
     (1, "diff run/step_100 raw.safetensors"),

@@ -20,6 +20,7 @@ from sharded_ema.errors import (
     CheckpointMismatchError,
     CheckpointNotFoundError,
     CheckpointUncommittedError,
+    CheckpointUnreachableError,
 )
 from sharded_ema.tools.verify import verify
 from tests.helpers.checkpoints import flip, grid, make, meta, meta_bytes, rows
@@ -361,6 +362,19 @@ def test_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "nothing")]) == 2
     assert main(["verify", str(copy), "--model", str(tmp_path / "nothing")]) == 2
     assert capsys.readouterr().err.count("sharded-ema: error: ") == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(CheckpointUnreachableError, 2), (CheckpointCorruptError, 1)]
+)
+def test_a_store_that_does_not_answer_is_no_damage(
+    tmp_path: Path, error: type[Exception], status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise error("the file cannot be read")
+
+    monkeypatch.setattr("sharded_ema.tools.verify.scan_file", fails)
+    assert main(["verify", str(make(tmp_path / "c", AVERAGE))]) == status
 
 
 PEAK = """

@@ -33,6 +33,12 @@ from sharded_ema.tools.watch import _alone
 from tests.helpers.checkpoints import flip, make, meta, rows
 
 
+@pytest.fixture(autouse=True)
+def interruptible() -> None:
+    """Ctrl-C does something, which a shell that starts a job with & has switched off."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 def save(path: Path, step: int, value: float | None = None) -> str:
     """Commit a checkpoint whose weights tell its step; returns its uuid."""
     uuid = uuid4().hex
@@ -452,4 +458,4 @@ def test_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["watch", str(run), "--out", str(out), "--once", "--keep", "1"]) == 1
     first, second = capsys.readouterr().out.splitlines()
     assert first.startswith(f"{run / 'step_2'}: FAILED: ") and "damaged" in first
-    assert second.startswith(f"{run / 'step_1'}: exported to {out / 'step_1'} (step 1, 60 bytes")
+    assert second.startswith(f"{run / 'step_1'}: exported to {out / 'step_1'} (step 1, 60 B in")

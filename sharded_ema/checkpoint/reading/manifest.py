@@ -165,6 +165,11 @@ def dump_manifest(m: Manifest) -> bytes:
     return head + digest.encode() + b'"}'
 
 
+def manifest_digest(manifest: Manifest) -> str:
+    """What a manifest says of its own bytes: xxh3-128 in hex, which covers all of a save."""
+    return dump_manifest(manifest)[-len(_ZEROS) - 2 : -2].decode()
+
+
 def parse_manifest(data: bytes, where: str) -> Manifest:
     """Check the digest, then every field.
 

@@ -55,7 +55,8 @@ def open_model(path: Path, files: OpenFiles | None = None) -> Checkpoint:
         if not path.exists():
             raise CheckpointNotFoundError(f"there is nothing at {path}")
         raise CheckpointNotFoundError(
-            f"{path} holds no weights, in files of safetensors or torch.save{name_below(path)}"
+            f"{path} holds no weights: neither files of safetensors or torch.save nor a DCP "
+            f"checkpoint{name_below(path)}"
         )
     tensors: dict[str, tuple[Shape, str]] = {}
     chunks: dict[str, list[Chunk]] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -43,10 +43,17 @@ def map_tensors(paths: Sequence[Path]) -> dict[str, Tensor]:
     return found
 
 
-def write_torch(sources: Sequence[Path], target: Path) -> None:
-    """Write a dict of all tensors with ``torch.save``, for ``torch.load(weights_only=True)``."""
+def write_torch(sources: Sequence[Path], target: Path, shared: Mapping[str, str]) -> None:
+    """Write a dict of all tensors with ``torch.save``, for ``torch.load(weights_only=True)``.
+
+    Args:
+        shared: further names of tensors, with those that they have in the sources; they share
+            their memory, in the file and when it is loaded.
+    """
+    tensors = map_tensors(sources)
+    tensors |= {alias: tensors[name] for alias, name in shared.items()}
     new = temporary(target)
-    torch.save(map_tensors(sources), new)
+    torch.save(tensors, new)
     fsync(new)
     os.rename(new, target)
 
