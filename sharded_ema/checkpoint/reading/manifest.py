@@ -298,7 +298,8 @@ def check_header(directory: Directory, record: FileRecord) -> Bytes:
         if record.header_bytes > min(MAX_HEADER_BYTES, opened.size):
             raise CheckpointCorruptError(f"{file} cannot have {record.header_bytes} header bytes")
         header = np.empty(record.header_bytes, np.uint8)
-        opened.fetch(header.data, 0)
+        if record.header_bytes:
+            opened.fetch(header.data, 0)
     if record.header_bytes and xxhash.xxh3_128_hexdigest(header.data) != record.header_digest:
         raise CheckpointCorruptError(
             f"the header of {file} (bytes 0 to {record.header_bytes}) is damaged, or of another "
