@@ -268,18 +268,29 @@ class _Shared:
         """Put all files into the workplace of the target; see :func:`write_models`.
 
         Raises:
+            CheckpointExistsError: another process has published meanwhile, and removes them.
             CheckpointCorruptError: what is known of a file was removed.
         """
-        for name in self._plan.files:
-            line = self._finished(name)
-            if line is None:
-                raise CheckpointCorruptError(
-                    f"{self._folder / name} does not say what it holds; remove {self._place}"
-                )
-            if name not in place.finished:
-                _link(self._folder / name / name, folder / name)
-                durable.fsync(folder)
-                place.record(name, line.bytes, line.digest, line.unchecked, line.overflowed)
+        try:
+            for name in self._plan.files:
+                self._gather(name, place, folder)
+        except (CheckpointCorruptError, FileNotFoundError):
+            if not os.path.lexists(self._target):
+                raise
+            raise CheckpointExistsError(
+                f"another process has made {self._target}; nothing was written"
+            ) from None
+
+    def _gather(self, name: str, place: Workplace, folder: Path) -> None:
+        line = self._finished(name)
+        if line is None:
+            raise CheckpointCorruptError(
+                f"{self._folder / name} does not say what it holds; remove {self._place}"
+            )
+        if name not in place.finished:
+            _link(self._folder / name / name, folder / name)
+            durable.fsync(folder)
+            place.record(name, line.bytes, line.digest, line.unchecked, line.overflowed)
 
     def close(self) -> None:
         """Remove the directory, once the target is there."""

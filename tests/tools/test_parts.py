@@ -20,6 +20,7 @@ from sharded_ema.errors import CheckpointExistsError, CheckpointWriteError, Conf
 from sharded_ema.tools import parts
 from sharded_ema.tools.consolidate import consolidate
 from sharded_ema.tools.parts import Part
+from sharded_ema.tools.workplace import Workplace
 from tests.helpers.checkpoints import flip, make, rows
 
 OPTIONS: dict[str, Any] = {"max_shard_size": 500, "progress": False}
@@ -63,6 +64,31 @@ def test_the_same_bytes_whatever_the_number(
     assert names(tmp_path) == {"c", "out"}
     # One that comes late, as when its node was slow to start.
     assert consolidate(source, tmp_path / "out", part="1/2", **OPTIONS).ok
+
+
+@pytest.mark.parametrize("removed", ["model-00003-of-00007.safetensors", "all"])
+def test_another_publishes_while_this_one_gathers(
+    source: Path,
+    tmp_path: Path,
+    removed: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Between two files of this one the other makes the target and begins to clean up."""
+    record, gather = Workplace.record, parts._Shared.gather
+
+    def gathering(shared: Any, place: Workplace, folder: Path) -> None:
+        def late(place: Workplace, name: str, *line: Any) -> None:
+            record(place, name, *line)
+            if name == "model-00002-of-00007.safetensors":
+                shutil.copytree(place.model, tmp_path / "out")
+                shutil.rmtree(shared._folder if removed == "all" else shared._folder / removed)
+
+        monkeypatch.setattr(Workplace, "record", late)
+        gather(shared, place, folder)
+
+    monkeypatch.setattr(parts._Shared, "gather", gathering)
+    assert consolidate(source, tmp_path / "out", part="0/2", **OPTIONS).ok
+    assert names(tmp_path) == {"c", "out"}, "what is left is the other one's"
 
 
 def test_what_is_there_and_is_something_else_is_refused(source: Path, tmp_path: Path) -> None:
