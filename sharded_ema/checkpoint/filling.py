@@ -130,6 +130,8 @@ def _copy(
     dtype: torch.dtype, chunk: Chunk, block: Box, fillings: Sequence[Filling], data: Bytes
 ) -> None:
     """Copy what fillings need of a block of a chunk, of which ``data`` are the bytes."""
+    if data.ctypes.data % dtype.itemsize:
+        data = data.copy()  # PyTorch ends the process over complex elements that lie askew
     flat = torch.from_numpy(data).view(dtype)
     source = flat.view(block.sizes) if chunk.strides is None else (
         flat.as_strided(block.sizes, chunk.strides)

@@ -18,6 +18,7 @@ from sharded_ema.checkpoint.reading.rank_shards import rank_shards
 _MAX_DEPTH = 3
 # Under a URL each look is a request, and on a large file system it takes its time as well.
 _MAX_LOOKS = 1000
+_EXPORT = 2  # how likely one is meant, see below
 _WEIGHTS = re.compile(r".*\.safetensors|(diffusion_)?pytorch_model(-\d+-of-\d+)?\.bin")
 
 
@@ -26,8 +27,9 @@ def name_below(root: Location) -> str:
     found = sorted(_below(root))
     if not found:
         return ""
-    likeliest = sum(rank == found[-1][0] for rank, _, _ in found)
-    count = f"{likeliest} directories in it do" if likeliest > 1 else "a directory in it does"
+    # Beside checkpoints, exports are not what was meant.
+    alike = sum((rank == _EXPORT) == (found[-1][0] == _EXPORT) for rank, _, _ in found)
+    count = f"{alike} directories in it do" if alike > 1 else "a directory in it does"
     return f"; but {count}, such as {found[-1][-1]}"
 
 
@@ -57,7 +59,7 @@ def _rank(name: str, names: set[str]) -> int:
         return 4
     if names & COMMITTED_NAMES:
         return 1 if name.startswith("optimizer") else 3
-    return 2 if rank_shards(names) or any(map(_WEIGHTS.fullmatch, names)) else 0
+    return _EXPORT if rank_shards(names) or any(map(_WEIGHTS.fullmatch, names)) else 0
 
 
 def _in_order(path: str) -> list[tuple[bool, int, str]]:

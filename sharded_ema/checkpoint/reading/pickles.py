@@ -22,10 +22,10 @@ from sharded_ema.errors import CheckpointCorruptError
 
 _HIGHEST_PROTOCOL = 5
 # Bytes of memory for each byte of a pickle, and for the shortest ones.
-_MEMORY_PER_BYTE = 19
+_MEMORY_PER_BYTE = 20
 _MEMORY_FOR_ALL = 1 << 16
 # What objects take: an empty dict, with its first item, a list, a tuple, a note; a number, a text.
-_DICT, _ITEMS, _LIST, _TUPLE, _NOTE, _NUMBER, _TEXT = 64, 168, 56, 56, 56, 32, 49
+_DICT, _ITEMS, _LIST, _TUPLE, _NOTE, _NUMBER, _TEXT = 64, 168, 64, 56, 56, 32, 49
 _POINTER = 8
 
 
