@@ -138,8 +138,8 @@ def test_what_one_may_do_while_another_stands_in(tmp_path: Path) -> None:
         assert second.metrics()["ema/num_updates"] == 3
         assert_equal(averages(second, "fast"), want)
     (average,) = inspect(tmp_path / "x").facts["averages"]
-    names = [profile["name"] for profile in average["profiles"]]
-    assert "fast" in names and "sampled_distance" not in str(average)
+    distances = {p["name"]: p["sampled_distance_to_live_weights"] for p in average["profiles"]}
+    assert "fast" in distances and not any(distances.values()), "the weights are another's"
     second.reseed()
     second.load(tmp_path / "x")
     assert_equal(averages(second, "fast"), want)
