@@ -438,6 +438,22 @@ def _places(command: Command) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; see the module for exit codes."""
+    return _main(argv, ends=False)
+
+
+def run() -> int:
+    """The command as a process of its own: :func:`main`, after which Ctrl-C has nothing to stop.
+
+    The end of the interpreter waits for threads that still write, and would be interrupted with a
+    traceback.
+    """
+    status = _main(None, ends=True)
+    if status != INTERRUPTED:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return status
+
+
+def _main(argv: Sequence[str] | None, *, ends: bool) -> int:
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser(in_json="--json" in given).parse_args(given)
     for stream in (sys.stdout, sys.stderr):
@@ -446,7 +462,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _fill_in(arguments)
     goes_on = arguments.command == "consolidate"
     said = "sharded-ema: interrupted" + goes_on * "; the same command goes on where this one was"
-    with Interruption(said, INTERRUPTED) as interruption:
+    with Interruption(said, INTERRUPTED, ends=ends) as interruption:
         try:
             if arguments.command == "watch":
                 return _watch(arguments, interruption)
@@ -461,16 +477,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         except (EMAError, OSError, MemoryError) as error:
             return _tell(error, arguments)
     return 0 if report.ok else 1
-
-
-def run() -> int:
-    """The command as a process of its own: :func:`main`, after which Ctrl-C has nothing to stop.
-
-    The end of the interpreter would be interrupted with a traceback.
-    """
-    status = main()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return status
 
 
 def _tell(error: Exception, arguments: argparse.Namespace) -> int:

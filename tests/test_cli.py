@@ -167,7 +167,7 @@ def test_interrupted_is_130(tmp_path: Path, command: str) -> None:
 
 PRESSED_AGAIN = """
 import os, signal, sys, threading
-from sharded_ema.cli import main
+from sharded_ema.cli import run
 signal.signal(signal.SIGINT, signal.default_int_handler)
 write, main_thread = os.write, threading.main_thread()
 def never_ends(descriptor, data):
@@ -177,7 +177,7 @@ def never_ends(descriptor, data):
         os.kill(os.getpid(), signal.SIGINT)
         threading.Event().wait(0.05)
 os.write = never_ends
-sys.exit(main(sys.argv[1:]))
+sys.exit(run())
 """
 
 

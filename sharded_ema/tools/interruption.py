@@ -23,11 +23,13 @@ class Interruption:
     Args:
         said: the line about it on standard error, which is printed once.
         status: what the process ends with.
+        ends: whether it ends after the block, so that the second Ctrl-C may come after it.
     """
 
-    def __init__(self, said: str, status: int) -> None:
+    def __init__(self, said: str, status: int, *, ends: bool) -> None:
         self._said = f"{said}\n"
         self._status = status
+        self._ends = ends
         self._pressed = False
         self._handles = False
 
@@ -41,7 +43,7 @@ class Interruption:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
-        if self._handles:
+        if self._handles and not (self._ends and self._pressed):
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     @contextmanager
