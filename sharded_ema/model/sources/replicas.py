@@ -76,10 +76,7 @@ class Replicas:
         on what they have by then, already converted to what the targets are.
         """
         for target, tensor, span in zip(targets, tensors, self.spans, strict=True):
-            if span.numel == target.numel():
-                target.copy_(tensor)
-            elif span.numel:
-                target.view(-1)[span.start : span.stop].copy_(tensor)
+            _put(target, tensor, span)
         known = 1
         for group in reversed(self._groups):
             size = dist.get_world_size(group)
@@ -101,11 +98,7 @@ class Replicas:
         Collective over the groups, and without memory beside the target: each replica broadcasts
         what it has into its place, along each group what it has by then.
         """
-        span = self.spans[index]
-        if span.numel == target.numel():
-            target.copy_(tensor)
-        elif span.numel:
-            target.view(-1)[span.start : span.stop].copy_(tensor)
+        _put(target, tensor, self.spans[index])
         known = 1
         for group in reversed(self._groups):
             size = dist.get_world_size(group)
@@ -116,6 +109,14 @@ class Replicas:
                 if parts:  # neighbours keep neighbouring slices
                     _broadcast(group, member, target, FlatRange(parts[0].start, parts[-1].stop))
             known *= size
+
+
+def _put(target: Tensor, tensor: Tensor, span: FlatRange) -> None:
+    """Copy a slice to its place."""
+    if span.numel == target.numel():
+        target.copy_(tensor)
+    elif span.numel:
+        target.view(-1)[span.start : span.stop].copy_(tensor)
 
 
 def _broadcast(group: dist.ProcessGroup, owner: int, target: Tensor, span: FlatRange) -> None:
