@@ -82,8 +82,9 @@ class Whole:
     def __call__(self, own: Tensor) -> Tensor:
         """Of the part that this rank keeps."""
         like = self._like
-        block = own.to(self._dtype)
-        if self._index is not None:
+        if self._index is None:
+            block = own.to(self._dtype)
+        else:
             local = local_tensor(like) if isinstance(like, DTensor) else like
             block = torch.empty_strided(
                 local.shape, local.stride(), dtype=self._dtype, device=own.device

@@ -328,6 +328,32 @@ def test_mixed_precision(
     worlds[2].run(mixed, mesh, param_dtype, asked)
 
 
+class Narrow(nn.Module):
+    """Frozen weights in bf16 in one fully_shard call with those that train."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.base = nn.Linear(3, 4, dtype=torch.bfloat16).requires_grad_(False)
+        self.top = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x.bfloat16()).float() + self.top(x)
+
+
+def several_dtypes() -> None:
+    mesh = init_device_mesh("cpu", (2, 1), mesh_dim_names=("replicate", "shard"))
+    ema = ShardedEMA(fully_shard(Narrow(), mesh=mesh), 0.9)
+    teacher = ema.module()
+    with torch.no_grad():
+        assert torch.equal(teacher(data(0)), Narrow()(data(0)))
+    ema.close()
+
+
+def test_shared_replicas_of_several_dtypes(worlds: Worlds) -> None:
+    worlds[2].run(several_dtypes)
+
+
 def in_parts_and_another_dtype() -> None:
     net = DistributedDataParallel(Net().bfloat16())
     ema = ShardedEMA(net, 0.9)

@@ -354,10 +354,10 @@ def cast_alike(
         for group in _groups(state):
             WRAPPED.check(group)
             wanted = _computed_in(group, dtype)
-            if wanted is not None:
-                for divided in group.fsdp_params:
-                    DIVIDED.check(divided)
-                    computed[id(divided.sharded_param)] = wanted
+            for divided in group.fsdp_params:
+                DIVIDED.check(divided)
+                parameter = divided.sharded_param
+                computed[id(parameter)] = wanted or parameter.dtype
             policy = replace(group.mp_policy, param_dtype=wanted)
             for module in state._modules:
                 if id(module) in copies:
