@@ -67,6 +67,7 @@ class Settings:
         offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
         overlap: let a GPU update the average beside the next step: ``True``, ``False``, or
             ``"auto"`` where hooks say when weights change.
+        capturable: whether updates may be recorded in a graph.
     """
 
     update_every: int
@@ -77,6 +78,7 @@ class Settings:
     total_steps: int | None
     offload_buffer: int = OFFLOAD_BUFFER
     overlap: bool | str = False
+    capturable: bool = False
     decay_per: str = "step"
 
     def __post_init__(self) -> None:
@@ -97,6 +99,14 @@ class Settings:
                 object.__setattr__(self, name, as_whole(getattr(self, name), name))
         if type(self.overlap) is not bool and self.overlap != "auto":
             raise ConfigError(f"overlap must be 'auto', True or False, got {self.overlap!r}")
+        if type(self.capturable) is not bool:
+            raise ConfigError(f"capturable must be True or False, got {self.capturable!r}")
+        for name, value in (("overlap", True), ("nonfinite", "raise")):
+            if self.capturable and getattr(self, name) == value:
+                raise ConfigError(
+                    f"capturable=True does not go with {name}={value!r}, which takes the host at "
+                    "every step"
+                )
         if type(self.offload_buffer) is not int or self.offload_buffer < _LEAST_BUFFER:
             raise ConfigError(
                 f"offload_buffer must be at least {_LEAST_BUFFER:,} bytes, "

@@ -89,6 +89,12 @@ class ShardedEMA:
             nothing else changes the weights in between, which no library can see: no clipping,
             normalising or loading there. ``"auto"`` does so where hooks of such an optimizer are
             attached and no buffers are averaged, and ``True`` refuses all else by name.
+        capturable: let an update be part of a step that is recorded in a CUDA graph, as of torch's
+            optimizers. The device counts the steps and has the decays of the next 65,536 of them,
+            so that each replay is an update; ``num_updates``, metrics and saves read the count from
+            there, and bring further decays there. Take a step with its update before the capture.
+            For parameters of one GPU that one launch of the Triton kernel takes; all else is
+            refused by name.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
             a mesh that replicate, plain parameters beside DTensors) keep 1/R on each.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``
@@ -132,6 +138,7 @@ class ShardedEMA:
         device: torch.device | str | None = None,
         offload_buffer: int = OFFLOAD_BUFFER,
         overlap: bool | str = False,
+        capturable: bool = False,
         shard_replicas: bool = True,
         nonfinite: str = "skip",
         impl: str | None = None,
@@ -153,6 +160,7 @@ class ShardedEMA:
             total_steps=total_steps,
             offload_buffer=offload_buffer,
             overlap=overlap,
+            capturable=capturable,
         )
         if force_dtype:
             warn(
@@ -171,6 +179,7 @@ class ShardedEMA:
         self._closed = False
         self._begun = False  # whether an optimizer has stepped
         self._overlap = overlap
+        self._capturable = capturable
         # The module of an average, with what it was made with.
         self._twins: dict[str, tuple[tuple[Any, ...], Twin]] = {}
         self._model = FollowedModel(source, timeout)
@@ -188,6 +197,7 @@ class ShardedEMA:
             device=check_device(torch.device(device)) if device is not None else None,
             impl=impl,
             offload_buffer=offload_buffer,
+            capturable=capturable,
         )
         self._health = Health(settings.total_steps)
         self._store = Store(self._average, self._model, settings, self._health)
@@ -807,7 +817,8 @@ class ShardedEMA:
 
     def _applied_step(self) -> None:
         self._model.refuse_in_swap("update()")
-        self._model.refuse_capture()
+        if not self._capturable:
+            self._model.refuse_capture()
         if any(twin.is_running for _, twin in self._twins.values()):
             raise StateError(
                 "an update was called within a forward of the module of this average, which would "
@@ -819,11 +830,12 @@ class ShardedEMA:
         started = self._average.advance(self._model.live(), overlap=self._overlaps())
         if started is not None:
             self._begin(started)
-        self._health.note_update(self._average, self._model.weights)
+        if not self._capturable:  # a look waits for the device
+            self._health.note_update(self._average, self._model.weights)
 
     def _overlaps(self) -> bool:
         """Whether an update may read the weights until a hook says that they will change."""
-        if not self._overlap:
+        if not self._overlap or self._capturable:
             return False
         buffers = len(self._model.weights_at) < len(self._model.names)
         hooked = isinstance(self._model.steps, OptimizerSteps)
@@ -847,6 +859,12 @@ class ShardedEMA:
         self._average.release()
         self._model.refuse_in_swap("an optimizer step")
         if not self._begun:
+            if self._capturable and self._model.is_recorded:
+                raise StateError(
+                    "the first step since this ShardedEMA was made is recorded in a graph, and "
+                    "whether the weights are still those that it started from cannot be seen "
+                    "meanwhile; take a step with its update before, as a warm-up"
+                )
             self._begun = True
             self._start_from_what_trains()
         self._health.check_unedited(self._average, self._model.weights)

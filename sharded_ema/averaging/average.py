@@ -14,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharded_ema.averaging.ahead import StepsAhead
 from sharded_ema.averaging.clock import Clock
 from sharded_ema.averaging.forgetting import per_step, share_left
+from sharded_ema.averaging.kernels import launches
 from sharded_ema.averaging.schedules import Schedule, horizon
 from sharded_ema.averaging.shadow import Shadow
 from sharded_ema.config import OFFLOAD_BUFFER
@@ -41,12 +43,11 @@ class Average:
         device: where the shadow lies; ``None`` for each parameter's own device.
         impl: kernel implementation; ``None`` for the best.
         offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
+        capturable: let the device count, so that an update may be recorded in a graph.
 
     Attributes:
         profiles: as given.
-        clock: its counters.
         shadow: its values.
-        seed_weights: for each profile the share that is still the weights it was seeded with.
         broken: why it cannot be used, ``None`` if it can.
     """
 
@@ -64,9 +65,13 @@ class Average:
         device: torch.device | None = None,
         impl: str | None = None,
         offload_buffer: int = OFFLOAD_BUFFER,
+        capturable: bool = False,
     ) -> None:
         self.profiles = dict(profiles)
-        self.clock = Clock(update_every, start_step, decay_per)
+        self._clock = Clock(update_every, start_step, decay_per)
+        self._ahead: StepsAhead | None = None
+        if capturable:
+            self._ahead = StepsAhead(self.profiles, self._clock, launched_on(live, names))
         self.shadow = Shadow(
             self.profiles,
             live,
@@ -76,12 +81,36 @@ class Average:
             guard=nonfinite == "skip",
             impl=impl,
             offload_buffer=offload_buffer,
+            by_step=None if self._ahead is None else self._ahead.weights,
         )
-        self.seed_weights = dict.fromkeys(self.profiles, 1.0)
+        self._seed_weights = dict.fromkeys(self.profiles, 1.0)
         self.broken: str | None = None
         self._nonfinite = nonfinite
         self._fresh = False
         self._moves = 0
+
+    # ------------------------------------------------------------------ counting
+
+    @property
+    def clock(self) -> Clock:
+        """Its counters; where the device counts, as it has them by now, for which this waits."""
+        self._catch_up()
+        return self._clock
+
+    @property
+    def seed_weights(self) -> dict[str, float]:
+        """For each profile the share that is still the weights it was seeded with."""
+        self._catch_up()
+        return self._seed_weights
+
+    def _catch_up(self) -> None:
+        if self._ahead is not None and not self._ahead.is_recorded:
+            self._ahead.catch_up(self._clock, self._seed_weights)
+
+    def _recount(self) -> None:
+        """The counters have become others than those of the next step."""
+        if self._ahead is not None:
+            self._ahead.go_on_from(self._clock)
 
     # ------------------------------------------------------------------ moving
 
@@ -100,18 +129,19 @@ class Average:
                 parameters are finite, and its values are not taken in.
             StateError: the update before has failed behind its call.
         """
-        clock = replace(self.clock, applied_steps=self.clock.applied_steps + 1)
+        if self._ahead is not None:
+            self._advance_on_device(self._ahead, live)
+            return None
+        clock = replace(self._clock, applied_steps=self._clock.applied_steps + 1)
         if clock.starts or clock.is_due:
             self.settle()
         self.require_whole()
         self.shadow.follow(live)
         bad = self.shadow.nonfinite() if self._nonfinite == "raise" else []
-        decays: dict[str, float] = {}
-        if clock.is_due:
-            decays = {name: clock.window_decay(s) for name, s in self.profiles.items()}
+        decays = clock.decays_due(self.profiles)
         started = None
         with self._whole("an update"):
-            self.clock = clock
+            self._clock = clock
             self._fresh = False
             self._moves += clock.starts or bool(decays)
             if clock.starts:
@@ -121,7 +151,7 @@ class Average:
                 if not bad:
                     self.shadow.lerp(decays, overlap=overlap)
                 for name, decay in decays.items():
-                    self.seed_weights[name] *= decay
+                    self._seed_weights[name] *= decay
                 clock.taken_in()
         if bad:
             raise NonFiniteError(
@@ -130,6 +160,21 @@ class Average:
                 "ranks, and the average has kept its values"
             )
         return started
+
+    def _advance_on_device(self, ahead: StepsAhead, live: Sequence[Tensor]) -> None:
+        """As :meth:`advance`, by counters of the device: each replay of what is recorded counts."""
+        self.require_whole()
+        if ahead.is_recorded and not self.shadow.reads(live):
+            raise StateError(
+                "parameters have other memory than at the last update, which cannot be noted while "
+                "a graph is recorded; take a step with its update before, as a warm-up"
+            )
+        self.shadow.follow(live)
+        with self._whole("an update"):
+            self._fresh = False
+            self._moves += 1
+            ahead.count()
+            self.shadow.lerp_by_step(keep=ahead.is_recorded)
 
     @contextmanager
     def _whole(self, what: str) -> Iterator[None]:
@@ -161,7 +206,7 @@ class Average:
         """
         chosen = list(self.profiles if profiles is None else profiles)
         bad = self.shadow.copy_live(keep_nonfinite=self._nonfinite == "allow", profiles=chosen)
-        self.seed_weights |= dict.fromkeys(chosen, 1.0)
+        self._seed_weights |= dict.fromkeys(chosen, 1.0)
         return bad
 
     def start(self) -> list[str]:
@@ -174,15 +219,17 @@ class Average:
         """
         with self._whole("its start"):
             self._moves += 1
-            if self.clock.seed_step is not None or self.clock.start_step == 0:
-                self.clock.seeded()
-            self._fresh = self.clock.seed_step is not None
+            clock = self.clock
+            if clock.seed_step is not None or clock.start_step == 0:
+                clock.seeded()
+                self._recount()
+            self._fresh = clock.seed_step is not None
             return self.copy_live()
 
     @property
     def moment(self) -> Hashable:
-        """Another one whenever the average has become another."""
-        clock = self.clock
+        """Another one whenever the average has become another, but by a replay. Never waits."""
+        clock = self._clock
         return self._moves, clock.applied_steps if clock.seed_step is None else None
 
     @property
@@ -329,17 +376,33 @@ class Average:
         Returns:
             Profiles that were not there, which begin with the parameters as they are now.
         """
-        self.clock.go_on_from(described)
+        self._clock.go_on_from(described)
         self._fresh = False
         self._moves += 1
         stored = described["profiles"]
         for name in self.profiles.keys() & stored.keys():
-            self.seed_weights[name] = stored[name]["seed_weight"]
+            self._seed_weights[name] = stored[name]["seed_weight"]
+        self._recount()
         self.broken = None
         fresh = sorted(self.profiles.keys() - stored.keys())
         if fresh:
             self.copy_live(fresh)
         return fresh
+
+
+def launched_on(live: Sequence[Tensor], names: Sequence[str]) -> torch.device:
+    """The one device whose kernel takes all parameters.
+
+    Raises:
+        ConfigError: there are others.
+    """
+    for tensor, name in zip(live, names, strict=True):
+        if tensor.device.type not in launches.DEVICES or tensor.device != live[0].device:
+            raise ConfigError(
+                f"capturable=True takes parameters of one CUDA device, and {name} is on "
+                f"{tensor.device}; move the model there before, or leave capturable out"
+            )
+    return live[0].device
 
 
 def check_dtype(

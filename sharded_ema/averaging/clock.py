@@ -81,6 +81,12 @@ class Clock:
                 raise ConfigError(f"{schedule} gives the decay {decay} at n = {n}, not in [0, 1]")
         return math.prod(decays)
 
+    def decays_due(self, profiles: Mapping[str, Schedule]) -> dict[str, float]:
+        """Decay of the update that is due now, by profile; empty if none is."""
+        if not self.is_due:
+            return {}
+        return {name: self.window_decay(schedule) for name, schedule in profiles.items()}
+
     def to_dict(self) -> dict[str, int | str | None]:
         """All counters, as stored in a checkpoint."""
         return {

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sharded_ema.averaging.kernels import LerpPlan, launches
-from sharded_ema.averaging.kernels.launches import ALIGNMENT
+from sharded_ema.averaging.kernels.launches import ALIGNMENT, StepWeights
 from sharded_ema.config import OFFLOAD_BUFFER
-from sharded_ema.errors import StateError
+from sharded_ema.errors import ConfigError, StateError
 from sharded_ema.model.devices import is_accelerator
 from sharded_ema.model.memory import has_memory
 from sharded_ema.model.precision import average_dtype
@@ -33,6 +33,7 @@ class Shadow:
         guard: skip and count non-finite elements.
         impl: kernel implementation; ``None`` for the best.
         offload_buffer: bytes of a GPU that its parameters pass through to a shadow on the host.
+        by_step: weights on the device that :meth:`lerp_by_step` takes.
 
     Attributes:
         skipped_elements: those that the guard has skipped, as of the last look.
@@ -40,7 +41,7 @@ class Shadow:
     """
 
     # What a copy does not share: it reads the tensors of a copied model, which track() tells.
-    not_copied = ("_plan",)
+    not_copied = ("_plan", "_kept")
 
     def __init__(
         self,
@@ -53,6 +54,7 @@ class Shadow:
         guard: bool,
         impl: str | None,
         offload_buffer: int = OFFLOAD_BUFFER,
+        by_step: StepWeights | None = None,
     ) -> None:
         self.skipped_elements = 0
         self.failure: BaseException | None = None
@@ -60,6 +62,9 @@ class Shadow:
         self._guard = guard
         self._impl = impl
         self._offload_buffer = offload_buffer
+        self._by_step = by_step
+        # Plans that a graph has recorded, with the memory of parameters that it knows by address.
+        self._kept: list[tuple[LerpPlan, list[Tensor]]] = []
         self._seeded = False
         # Positions of shadows that may hold NaN or Inf, of which the average is to be rid.
         self._unhealthy: set[int] = set()
@@ -72,7 +77,7 @@ class Shadow:
         return {name: value for name, value in vars(self).items() if name not in self.not_copied}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _plan=None)
+        vars(self).update(state, _plan=None, _kept=[])
 
     @property
     def views(self) -> dict[str, list[Tensor]]:
@@ -141,13 +146,27 @@ class Shadow:
 
     @torch.inference_mode(False)
     def _make_plan(self, live: Sequence[Tensor]) -> LerpPlan:
-        return LerpPlan(
+        plan = LerpPlan(
             list(self._views.values()),
             list(live),
             guard=self._guard,
             impl=self._impl,
             buffer_bytes=self._offload_buffer,
+            by_step=self._by_step,
         )
+        if self._by_step is not None and plan.not_launched:
+            left = [self._names[i] for i in plan.not_launched]
+            raise ConfigError(
+                f"capturable=True takes what one launch of a kernel updates, and {len(left)} "
+                f"parameters are not of that kind, among them {left[:3]}: it takes fp32, bf16 and "
+                "fp16 without gaps, an fp32 shadow on their GPU, at most 8 profiles, and Triton. "
+                "Leave capturable or these parameters out"
+            )
+        return plan
+
+    def reads(self, live: Sequence[Tensor]) -> bool:
+        """Whether an update would read these tensors as they are now."""
+        return self._plan is not None and self._plan.reads(live)
 
     def follow(self, live: Sequence[Tensor]) -> None:
         """Take up parameters whose memory has changed before an update reads them.
@@ -155,7 +174,7 @@ class Shadow:
         Raises:
             StateError: see :meth:`track`.
         """
-        if self._plan is None or not self._plan.reads(live):
+        if not self.reads(live):
             self.track(live)
 
     def track(self, live: Sequence[Tensor]) -> None:
@@ -165,7 +184,7 @@ class Shadow:
             StateError: a parameter changed its shape since the shadow was made, or lies nowhere.
         """
         self._refuse_changed(live)
-        if self._plan is None or not self._plan.reads(live):
+        if not self.reads(live):
             self.collect_skipped()
             self._plan = self._make_plan(live)
 
@@ -265,6 +284,18 @@ class Shadow:
             self._refuse_changed(plan.given)
             raise
 
+    def lerp_by_step(self, *, keep: bool) -> None:
+        """As :meth:`lerp`, by weights of the device. Elements that are NaN or Inf heal in it.
+
+        Args:
+            keep: a graph records this, and reads the memory of the plan at each replay.
+        """
+        plan = self._tracked
+        if keep and not any(plan is kept for kept, _ in self._kept):
+            # Aliases, since a parameter itself may be given other memory.
+            self._kept.append((plan, [tensor.detach() for tensor in plan.given]))
+        plan.run_by_step()
+
     def nonfinite(self) -> list[str]:
         """Names of parameters that hold NaN or Inf. Waits for the device."""
         return [self._names[i] for i in self._tracked.nonfinite()]
@@ -273,7 +304,8 @@ class Shadow:
         """Elements that the guard has skipped so far. Waits for the device."""
         self.settle()
         if self._plan is not None:
-            self.skipped_elements += self._plan.take_skipped()
+            plans = {id(plan): plan for plan in (self._plan, *(plan for plan, _ in self._kept))}
+            self.skipped_elements += sum(plan.take_skipped() for plan in plans.values())
             self._unhealthy = self._sick(self._unhealthy)
         return self.skipped_elements
 

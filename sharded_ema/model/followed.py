@@ -157,17 +157,23 @@ class FollowedModel:
         """Have a method called before every step of an optimizer of the averaged parameters."""
         return StepWatch(self._source.steps.trains, call)
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a stream records what is done now in a graph, instead of computing it."""
+        return any(is_capturing(device) for device in self._accelerators)
+
     def refuse_capture(self) -> None:
         """Refuse an update that a stream would record instead of computing.
 
         Raises:
             StateError: see above.
         """
-        if any(is_capturing(device) for device in self._accelerators):
+        if self.is_recorded:
             raise StateError(
                 "an update was called while the current stream records a graph: replayed, it would "
-                "repeat the decay of this step and count none. Keep it out of the capture (detach "
-                "the optimizer whose step is captured) and call ema.update() after each replay"
+                "repeat the decay of this step and count none. Make the ShardedEMA with "
+                "capturable=True; or keep the update out of the capture (detach the optimizer "
+                "whose step is captured) and call ema.update() after each replay"
             )
 
     @cached_property

@@ -19,7 +19,8 @@ import torch
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from sharded_ema.errors import OptimizerError, warn
+from sharded_ema.errors import OptimizerError, StateError, warn
+from sharded_ema.model.devices import is_capturing
 from sharded_ema.model.internals.pytorch import is_nested_step, runs_own_hooks
 
 # Where wrappers come from whose step() is that of the optimizer inside, or nothing.
@@ -118,6 +119,12 @@ class OptimizerSteps:
         # GradScaler leaves found_inf on a fused optimizer, which then skips inside its kernel.
         # Reading it is the one host sync that fp16 training pays here.
         found_inf = getattr(optimizer, "found_inf", None)
+        if isinstance(found_inf, torch.Tensor) and is_capturing(found_inf.device):
+            raise StateError(
+                "a GradScaler steps the optimizer while the current stream records a graph: "
+                "whether the step is applied is known only on the device, at each replay. Call "
+                "scaler.step() outside of the graph"
+            )
         if found_inf is not None and float(found_inf) > 0:
             self.skipped_steps += 1
         else:

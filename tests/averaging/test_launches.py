@@ -44,7 +44,9 @@ def test_interpreted_it_equals_the_plain_loop(dtype: str) -> None:
 # ---------------------------------------------------------------------- compiled
 
 
-def ptx(capability: int, kinds: int, profiles: int, *, guard: bool = True) -> str:
+def ptx(
+    capability: int, kinds: int, profiles: int, *, guard: bool = True, by_step: bool = False
+) -> str:
     """The kernel as it is compiled for a GPU that need not be there."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -54,9 +56,13 @@ def ptx(capability: int, kinds: int, profiles: int, *, guard: bool = True) -> st
 
     constants = {"K": profiles, "GUARD": guard, "KINDS": kinds}
     signature = {"table": "*i64", "skipped": "*i64"}
-    signature |= {f"w{k}": "fp32" for k in range(8)} | dict.fromkeys(constants, "constexpr")
+    if by_step:
+        signature |= {"counter": "*i64", "weights": "*fp32", "steps": "i32", "period": "i32"}
+    else:
+        signature |= {f"w{k}": "fp32" for k in range(8)}
+    signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
-        fn=triton_lerp.fused_lerp,
+        fn=triton_lerp.fused_lerp_by_step if by_step else triton_lerp.fused_lerp,
         signature=signature,
         constexprs=constants,
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
@@ -81,23 +87,25 @@ def accesses(text: str, what: str) -> tuple[int, int]:
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("profiles", [1, 3])
+@pytest.mark.parametrize("by_step", [False, True], ids=["", "by_step"])
 @pytest.mark.parametrize(("number", "size"), [(0, 4), (1, 2), (2, 2)], ids=["fp32", "bf16", "fp16"])
 def test_whole_blocks_move_in_128_bits(
-    number: int, size: int, profiles: int, capability: int, tmp_path: Path,
+    number: int, size: int, by_step: bool, profiles: int, capability: int, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Of its 2,048 elements each of 128 threads has 16: those are so many accesses of 16 bytes."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    text = ptx(capability, 1 << (2 * number + 1), profiles)
+    text = ptx(capability, 1 << (2 * number + 1), profiles, by_step=by_step)
     wide, narrow = accesses(text, "ld")
     # Only the tail of a row, which is masked, has others: 16 per thread and tensor, and the table.
     assert wide == 16 * size // 16 + profiles * 16 * 4 // 16
-    assert narrow <= 16 * (1 + profiles) + 3 + 2 * profiles
+    assert narrow <= 16 * (1 + profiles) + 3 + 2 * profiles + by_step * (2 + profiles)
     assert accesses(text, "st") == (profiles * 16 * 4 // 16, profiles * 16)
     assert ".local" not in text
     assert len(re.findall(r"\bfma\.rn(?:\.ftz)?\.f32", text)) >= 2 * 16 * profiles
     # What starts anywhere has no wide accesses to memory that it might not be aligned for.
-    assert accesses(ptx(capability, 1 << (2 * number), profiles), "st")[0] == 0
+    unaligned = ptx(capability, 1 << (2 * number), profiles, by_step=by_step)
+    assert accesses(unaligned, "st")[0] == 0
 
 
 @needs_triton

@@ -181,6 +181,39 @@ def test_several_profiles_in_one_pass(mesh: DeviceMesh) -> None:
     ema.close()
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_each_replay_of_a_graph_is_an_update(mesh: DeviceMesh, mode: str) -> None:
+    """Of a recorded step of the optimizer with the average, whose decays change at every step."""
+    run = build(mode, mesh)
+    run.step(0)
+    trained = [p for p in run.model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, foreach=False, capturable=True)
+    ema = ShardedEMA(run.model, "warmup:0.9999", capturable=True)
+    ema.attach(optimizer)
+    for parameter in trained:
+        parameter.grad = torch.ones_like(parameter)
+    expected = as_float(run.live())
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for n in (1, 2, 3):
+            optimizer.step()
+            reference_step(expected, run.live(), 1 - (1 + n) / (10 + n))
+    torch.cuda.current_stream().wait_stream(side)
+    assert ema.num_updates == 3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    assert ema.num_updates == 3
+    for n in (4, 5, 6, 7):
+        graph.replay()
+        reference_step(expected, run.live(), 1 - (1 + n) / (10 + n))
+        assert ema.num_updates == n
+    assert_equal(averages(ema), expected)
+    assert ema.metrics()["ema/decay/ema"] == 8 / 17
+    ema.close()
+
+
 # ---------------------------------------------------------------------- update() never waits
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.averaging.kernels import LerpPlan, launches
+from sharded_ema.averaging.kernels.launches import StepWeights
 
 BLOCK = 2048
 SIZES = (1, 2, 3, 5, 127, 1000, *range(BLOCK - 2, BLOCK + 3), *range(4093, 4101), 9001)
@@ -56,6 +57,44 @@ def main(dtype: torch.dtype) -> None:
     mixed = parameters(torch.float32)[:6] + parameters(dtype)[-6:] + parameters(torch.half)[4:5]
     mixed[0] = torch.full((2,), float("nan"))
     compare_mixed(mixed)
+    for profiles, guard in ((1, True), (3, False), (8, True)):
+        compare_by_step(parameters(dtype)[4:], profiles, guard=guard)
+
+
+def compare_by_step(live: list[Tensor], profiles: int, *, guard: bool) -> None:
+    """Weights that lie where the kernel counts steps, also past their end."""
+    if not guard:
+        live = [t.nan_to_num(0.0, 1.0, -1.0) for t in live]
+    rows = [[-1.0] * profiles, list(WEIGHTS[:profiles]), [-1.0] * profiles]
+    rows.append([0.25 / (k + 1) for k in range(profiles)])
+    by_step = StepWeights(torch.tensor([0, 11]), torch.tensor(rows), period=2)
+    seeds = [[torch.randn(t.shape) for t in live] for _ in range(profiles)]
+    seeds[0][2][0] = float("nan")  # which heals
+    fused = [[t.clone() for t in s] for s in seeds]
+    kernel = LerpPlan(fused, live, guard=guard, by_step=by_step)
+    plain = LerpPlan(seeds, live, guard=guard, impl="reference")
+    assert not kernel.not_launched
+    for step, row in (
+        (0, 0),
+        (11, 0),
+        (12, 1),
+        (13, 2),
+        (14, 3),
+        (15, 2),
+        (16, 3),
+        (18, 3),
+        (19, 2),
+    ):
+        by_step.counter[0] = step
+        kernel.run_by_step()
+        if rows[row][0] >= 0.0:
+            if guard:
+                plain.heal(range(len(live)))
+            plain.run(rows[row])
+        for ours, theirs in zip(kernel.shadows, plain.shadows, strict=True):
+            for a, b in zip(ours, theirs, strict=True):
+                assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), (step, a.shape, guard)
+    assert kernel.take_skipped() == plain.take_skipped() == (4 * 3 * guard)
 
 
 def compare_mixed(live: list[Tensor]) -> None:

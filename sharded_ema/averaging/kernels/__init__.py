@@ -27,7 +27,7 @@ from sharded_ema.averaging.kernels.batches import (
     make_batches,
 )
 from sharded_ema.averaging.kernels.fused import FusedTable
-from sharded_ema.averaging.kernels.launches import LaunchTable
+from sharded_ema.averaging.kernels.launches import LaunchTable, StepWeights
 from sharded_ema.averaging.kernels.offload import Offload, comes_over
 from sharded_ema.averaging.kernels.reference import lerp_reference
 from sharded_ema.averaging.kernels.watch import Watch
@@ -49,10 +49,12 @@ class LerpPlan:
         guard: skip and count elements whose parameter is not finite.
         impl: one of :data:`IMPLS`; ``None`` for the first that is there.
         buffer_bytes: of a device, that parameters pass through to a shadow on the host.
+        by_step: weights on the device that :meth:`run_by_step` takes.
 
     Attributes:
         given: the parameters.
         shadows, live: all tensors, of real numbers.
+        not_launched: positions of those with elements that no launch updates.
 
     Raises:
         ConfigError: there is no such implementation, or it was not built.
@@ -66,6 +68,7 @@ class LerpPlan:
         guard: bool,
         impl: str | None = None,
         buffer_bytes: int = OFFLOAD_BUFFER,
+        by_step: StepWeights | None = None,
     ) -> None:
         if impl is not None and impl not in IMPLS:
             raise ConfigError(f"impl {impl!r} is unknown; registered: {', '.join(IMPLS)}")
@@ -73,6 +76,7 @@ class LerpPlan:
         self.shadows = [[real_view(tensor) for tensor in views] for views in shadows]
         self.live = [real_view(tensor) for tensor in live]
         self.guard = guard
+        self._by_step = by_step
         self._reference = impl == "reference"
         self._table: FusedTable | None = None
         self._launches: list[LaunchTable] = []
@@ -82,6 +86,10 @@ class LerpPlan:
         self._sides: list[SideStream] = []  # all that may read or write behind the call
         if not self._reference:
             self._divide(impl, buffer_bytes)
+        launched = {id(t) for table in self._launches for t in table.live}
+        self.not_launched = [
+            i for i, t in enumerate(self.live) if t.numel() and id(t) not in launched
+        ]
         direct = {id(t) for batch in self._batches if batch.stage is None for t in batch.live}
         copied = {id(t) for batch in self._batches if batch.stage is not None for t in batch.live}
         if self._reference:
@@ -89,6 +97,9 @@ class LerpPlan:
         self._watch = Watch(live, direct, copied)
         self._skipped: dict[tuple[torch.device, bool], Tensor] = {}
         self._skipped_by_table = 0
+        if by_step is not None and guard:  # before a graph is recorded, which would own it
+            for table in self._launches:
+                self._counter(table.device)
 
     def _divide(self, impl: str | None, buffer_bytes: int) -> None:
         """Give every tensor to the table of its device, to a batch, or have it come over first."""
@@ -118,11 +129,12 @@ class LerpPlan:
                 self._table = FusedTable(shadows, live)
                 continue
             table = LaunchTable(shadows, live)
-            problem = table.try_out(guard=self.guard)
+            problem = table.try_out(self._by_step, guard=self.guard)
             if problem is None:
                 self._launches.append(table)
-            elif impl == "fused":
-                raise ConfigError(f"impl 'fused' was asked for and fails on {device}: {problem}")
+            elif impl == "fused" or self._by_step is not None:
+                asked = "impl 'fused'" if self._by_step is None else "capturable=True"
+                raise ConfigError(f"{asked} was asked for and fails on {device}: {problem}")
             else:
                 tables = [False if table == found else table for table in tables]
         left = [not (t or over) for t, over in zip(tables, offloaded, strict=True)]
@@ -185,6 +197,16 @@ class LerpPlan:
         if not overlap:
             self.release()
 
+    @torch.no_grad()
+    def run_by_step(self) -> None:
+        """As :meth:`run`, by the weights of the step that the device counts.
+
+        One launch, with nothing that a graph could not record.
+        """
+        assert self._by_step is not None and not self.not_launched
+        for table in self._launches:
+            table.lerp(self._by_step, self._counter(table.device) if self.guard else None)
+
     def _launch_beside(self, table: LaunchTable, weights: Sequence[float]) -> None:
         device = table.device
         counter = self._counter(device, beside=True) if self.guard else None
@@ -233,9 +255,11 @@ class LerpPlan:
 
     def take_skipped(self) -> int:
         """Elements skipped since the last call, once settled. Waits for the device."""
-        total = self._skipped_by_table + sum(int(count) for count in self._skipped.values())
-        self._skipped.clear()
+        total = self._skipped_by_table
         self._skipped_by_table = 0
+        for count in self._skipped.values():
+            total += int(count)
+            count.zero_()  # in its place, which a graph may have recorded
         return total + sum(offload.take_skipped() for offload in self._offloads)
 
     @torch.no_grad()

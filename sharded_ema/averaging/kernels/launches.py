@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import chain
@@ -48,19 +49,49 @@ def triton_module() -> Any | None:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class StepWeights:
+    """Weights of many steps on a device, where a launch finds those of the step counted there.
+
+    Attributes:
+        counter: int64 of shape ``(2,)``: steps, and the one of the first row.
+        rows: fp32 of shape ``(steps, profiles)``; a negative row says that nothing moves then.
+        period: so many of the last rows are repeated behind them.
+    """
+
+    counter: Tensor
+    rows: Tensor
+    period: int
+
+    def __len__(self) -> int:
+        """Profiles."""
+        return self.rows.shape[1]
+
+
 def launch(
-    table: Tensor, skipped: Tensor, weights: Sequence[float], *, guard: bool, kinds: int
+    table: Tensor,
+    skipped: Tensor,
+    weights: Sequence[float] | StepWeights,
+    *,
+    guard: bool,
+    kinds: int,
 ) -> None:
     """Start the kernel on every row of a table, on the current stream of its device."""
     module = triton_module()
     assert module is not None, "no table is made without a kernel"
-    # Rounded here as the device would, so that all that follows is rounded once.
-    padded = array("f", [*weights, *[0.0] * (_MOST_PROFILES - len(weights))])
+    arguments: Sequence[Any]
+    if isinstance(weights, StepWeights):
+        kernel = module.fused_lerp_by_step
+        arguments = (weights.counter, weights.rows, len(weights.rows), weights.period)
+    else:
+        kernel = module.fused_lerp
+        # Rounded here as the device would, so that all that follows is rounded once.
+        arguments = array("f", [*weights, *[0.0] * (_MOST_PROFILES - len(weights))])
     with on(table.device):
-        module.fused_lerp[(len(table),)](
+        kernel[(len(table),)](
             table,
             skipped,
-            *padded,
+            *arguments,
             K=len(weights),
             GUARD=guard,
             KINDS=kinds,
@@ -98,11 +129,11 @@ class LaunchTable:
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.tensors = [self._table, *live, *chain.from_iterable(shadows)]
 
-    def try_out(self, *, guard: bool) -> str | None:
+    def try_out(self, by_step: StepWeights | None = None, *, guard: bool) -> str | None:
         """Compile the kernel and start it on nothing; what went wrong, if anything did."""
         module = triton_module()
         nothing = torch.zeros_like(self._table[:1])
-        weights = [0.0] * (nothing.shape[1] - 3)
+        weights = [0.0] * (nothing.shape[1] - 3) if by_step is None else by_step
         try:
             launch(nothing, nothing, weights, guard=guard, kinds=self._kinds)
         except module.FAILURES as error:  # type: ignore[union-attr]
@@ -115,11 +146,11 @@ class LaunchTable:
             return str(error)
         return None
 
-    def lerp(self, weights: Sequence[float], skipped: Tensor | None) -> None:
+    def lerp(self, weights: Sequence[float] | StepWeights, skipped: Tensor | None) -> None:
         """Move every shadow. Nothing waits for the device.
 
         Args:
-            weights: for each profile.
+            weights: for each profile, here or on the device.
             skipped: int64 on the device, grows by the elements that are left alone because their
                 parameter is NaN or Inf; ``None`` to leave out none.
         """

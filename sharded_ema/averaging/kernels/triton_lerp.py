@@ -39,10 +39,17 @@ def _weight(k: tl.constexpr, w0, w1, w2, w3, w4, w5, w6, w7):
 
 
 @triton.jit
+def _is_nonfinite(value):
+    # As bits, which no compiler can reason about.
+    return (value.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+
+
+@triton.jit
 def _move(
     live, shadows, offsets, mask,
     w0, w1, w2, w3, w4, w5, w6, w7,
-    K: tl.constexpr, GUARD: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
+    ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Move one block of every shadow; returns which elements were left alone, as 0 and 1."""
     # A mask, even one that is always true, makes accesses of 32 bits out of those of 128.
@@ -50,8 +57,7 @@ def _move(
         value = tl.load(live + offsets).to(tl.float32)
     else:
         value = tl.load(live + offsets, mask=mask, other=0.0).to(tl.float32)
-    # As bits, which no compiler can reason about.
-    bad = (value.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    bad = _is_nonfinite(value)
     for k in tl.static_range(K):
         w = _weight(k, w0, w1, w2, w3, w4, w5, w6, w7)
         shadow = tl.load(shadows + k).to(tl.pointer_type(tl.float32))
@@ -65,6 +71,8 @@ def _move(
         near = tl.abs(w) < 0.5
         new = tl.fma(value - old, tl.where(near, w, w - 1.0), tl.where(near, old, value))
         new = tl.where(w == 1.0, value, new)
+        if HEAL:
+            new = tl.where(_is_nonfinite(old), value, new)
         if GUARD:
             new = tl.where(bad, old, new)
         if WHOLE:
@@ -78,7 +86,8 @@ def _move(
 def _row(
     address, shadows, numel, skipped,
     w0, w1, w2, w3, w4, w5, w6, w7,
-    LIVE: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, ALIGNED: tl.constexpr,
+    LIVE: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Move all elements of a row whose parameter has the dtype ``LIVE``."""
     live = address.to(tl.pointer_type(LIVE))
@@ -91,18 +100,49 @@ def _row(
         start = tl.multiple_of(start, BLOCK)
         found += _move(
             live, shadows, start + lanes, lanes < BLOCK,
-            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, ALIGNED, True,
+            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, HEAL, ALIGNED, True,
         )  # fmt: skip
     if whole < numel:
         offsets = whole + lanes
         found += _move(
             live, shadows, offsets, offsets < numel,
-            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, ALIGNED, False,
+            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, HEAL, ALIGNED, False,
         )  # fmt: skip
     if GUARD:
         count = tl.sum(found, axis=0)
         if count > 0:
             tl.atomic_add(skipped, count.to(tl.int64))
+
+
+@triton.jit
+def _row_of_program(
+    table, skipped,
+    w0, w1, w2, w3, w4, w5, w6, w7,
+    K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """Move the row of this program, as its kind says."""
+    row = table + tl.program_id(0).to(tl.int64) * (3 + K)
+    address = tl.load(row)
+    numel = tl.load(row + 1).to(tl.int32)
+    kind = tl.load(row + 2).to(tl.int32)
+    for k in tl.static_range(6):
+        if (KINDS >> k) & 1:
+            if kind == k:
+                if k // 2 == 0:
+                    _row(
+                        address, row + 3, numel, skipped,
+                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float32, K, GUARD, HEAL, k % 2 == 1,
+                    )  # fmt: skip
+                elif k // 2 == 1:
+                    _row(
+                        address, row + 3, numel, skipped,
+                        w0, w1, w2, w3, w4, w5, w6, w7, tl.bfloat16, K, GUARD, HEAL, k % 2 == 1,
+                    )  # fmt: skip
+                else:
+                    _row(
+                        address, row + 3, numel, skipped,
+                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float16, K, GUARD, HEAL, k % 2 == 1,
+                    )  # fmt: skip
 
 
 @triton.jit
@@ -122,25 +162,44 @@ def fused_lerp(
         KINDS: bits of the kinds that are in the table. A kind is twice the number of the dtype
             (fp32, bf16, fp16), and one more where all addresses are multiples of 16.
     """
-    row = table + tl.program_id(0).to(tl.int64) * (3 + K)
-    address = tl.load(row)
-    numel = tl.load(row + 1).to(tl.int32)
-    kind = tl.load(row + 2).to(tl.int32)
-    for k in tl.static_range(6):
-        if (KINDS >> k) & 1:
-            if kind == k:
-                if k // 2 == 0:
-                    _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float32, K, GUARD, k % 2 == 1,
-                    )  # fmt: skip
-                elif k // 2 == 1:
-                    _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.bfloat16, K, GUARD, k % 2 == 1,
-                    )  # fmt: skip
-                else:
-                    _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float16, K, GUARD, k % 2 == 1,
-                    )  # fmt: skip
+    _row_of_program(
+        table, skipped, w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, False, KINDS
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_weight(weights, k: tl.constexpr, K: tl.constexpr):
+    return tl.load(weights + k) if k < K else 0.0
+
+
+@triton.jit
+def fused_lerp_by_step(
+    table, skipped,
+    counter, weights, steps, period,
+    K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """``shadow <- lerp(shadow, live, weight)`` of one row, by the weights of the step counted.
+
+    With the guard, elements of a shadow that are NaN or Inf become the parameter's.
+
+    Args:
+        table, skipped: as above.
+        counter: int64: the step, and that of the first row of ``weights``.
+        weights: fp32 rows of K; a negative one says that nothing moves at this step.
+        steps: rows of ``weights``.
+        period: so many of the last rows are repeated behind them.
+        K, GUARD, KINDS: as above.
+    """
+    # Before anything is counted the kernel is only tried out.
+    index = tl.maximum(tl.load(counter) - tl.load(counter + 1), 0)
+    index = tl.where(index < steps, index, steps - period + (index - steps) % period)
+    row = weights + index * K
+    w0 = _load_weight(row, 0, K)
+    if w0 >= 0.0:
+        _row_of_program(
+            table, skipped,
+            w0, _load_weight(row, 1, K), _load_weight(row, 2, K), _load_weight(row, 3, K),
+            _load_weight(row, 4, K), _load_weight(row, 5, K), _load_weight(row, 6, K),
+            _load_weight(row, 7, K),
+            K, GUARD, GUARD, KINDS,
+        )  # fmt: skip
