@@ -18,7 +18,7 @@ setup(
             [f"{kernels}/fused_cpu.c"],
             depends=[f"{kernels}/fused_cpu_loops.h"],
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-pthread"],
-            extra_link_args=["-pthread"],
+            extra_link_args=["-pthread", "-ldl", "-lm"],
             py_limited_api=limited,
             optional=True,
         )

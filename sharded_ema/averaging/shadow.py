@@ -13,7 +13,7 @@ from sharded_ema.averaging.kernels.launches import ALIGNMENT, StepWeights
 from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import ConfigError, StateError
 from sharded_ema.model.devices import is_accelerator
-from sharded_ema.model.memory import has_memory
+from sharded_ema.model.memory import allocate, has_memory
 from sharded_ema.model.precision import average_dtype
 
 
@@ -111,9 +111,7 @@ class Shadow:
         for tensor, kind in zip(live, kinds, strict=True):
             sizes[kind] = sizes.get(kind, 0) + tensor.numel() + _gap(tensor.numel(), *kind)
         free = {
-            (where, of): torch.empty(
-                n, dtype=of, device=where, pin_memory=pinned and where.type == "cpu"
-            )
+            (where, of): allocate(n, of, where, pinned=pinned and where.type == "cpu")
             for (where, of), n in sizes.items()
         }
         self._memory[profile] = list(free.values())

@@ -7,11 +7,19 @@ in C: a Python call for each of a thousand tensors would be felt.
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from operator import attrgetter, itemgetter
 
+import torch
 from torch import Tensor
+
+# Bytes of a large page of most systems, below which there is nothing to gain.
+_LARGE_PAGE = 1 << 21
+
+_LARGE: int | None = getattr(mmap, "MADV_HUGEPAGE", None)
 
 _dtype = attrgetter("dtype")
 
@@ -36,6 +44,27 @@ def has_memory(tensor: Tensor) -> bool:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
     return not tensor.numel() or tensor.untyped_storage().nbytes() >= needed
+
+
+def allocate(numel: int, dtype: torch.dtype, device: torch.device, *, pinned: bool) -> Tensor:
+    """Memory for a flat tensor that is walked through, beside others, from end to end.
+
+    On a CPU it lies in large pages where the system has them (Linux, unless they are switched
+    off), since finding small ones takes a good part of the time. It starts in the middle of a
+    page, since other large tensors start near the beginning of one: caches that choose a set by
+    the place within a page would have to hold both in the same few.
+
+    Args:
+        pinned: whether copies from and to a device go on beside the host.
+    """
+    num_bytes = numel * dtype.itemsize
+    if pinned or device.type != "cpu" or num_bytes < _LARGE_PAGE or _LARGE is None:
+        return torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
+    half = mmap.PAGESIZE // 2
+    memory = mmap.mmap(-1, half + num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with suppress(OSError):  # of a kernel that was built without
+        memory.madvise(_LARGE)
+    return torch.frombuffer(memory, dtype=dtype, count=numel, offset=half)
 
 
 class Layouts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from collections.abc import Sequence
 from pathlib import Path
@@ -256,6 +257,21 @@ def test_a_loaded_average_heals_in_the_graph(device: Device, tmp_path: Path) -> 
     run.plain.averages["ema"][0][0, 0] = run.weights[0][0, 0].detach()
     run.assert_right()
     run.ema.close()
+
+
+def test_a_copy_counts_for_itself(device: Device) -> None:
+    run = Training()
+    run.step()
+    run.record(device)
+    run.replay(2)
+    copied = copy.deepcopy(run.ema)
+    run.replay(2)
+    assert copied.num_updates == 3
+    copied.update()
+    assert copied.num_updates == 4
+    run.assert_right()
+    run.ema.close()
+    copied.close()
 
 
 def test_a_new_start_counts_from_there(device: Device) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from array import array
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,60 @@ def test_a_forked_process_has_threads_too() -> None:
         assert os.waitpid(child, 0)[1] == 0
     finally:
         torch.set_num_threads(before)
+
+
+TEAM = """
+import os, re, threading, torch
+from pathlib import Path
+from sharded_ema.averaging.kernels import LerpPlan
+
+def slept():
+    texts = [Path(f"/proc/self/task/{name}/status").read_text() for name in team]
+    return [int(re.search(r"^voluntary_ctxt_switches:\\s+(\\d+)", t, re.M)[1]) for t in texts]
+
+torch.set_num_threads(2)
+plan = LerpPlan([[torch.zeros(1 << 20)]], [torch.ones(1 << 20)], guard=True, impl="fused")
+small = LerpPlan([[torch.zeros(1 << 16)]], [torch.ones(1 << 16)], guard=True, impl="fused")
+torch.zeros(1 << 20).add_(1)
+tasks = os.listdir("/proc/self/task")
+team = set(tasks) - {str(os.getpid())}
+before = slept()
+for _ in range(100):
+    plan.run([0.5])
+print("first thread", slept() > before, os.listdir("/proc/self/task") == tasks)
+before = slept()
+for _ in range(100):
+    small.run([0.5])
+print("little work", slept() > before)
+def elsewhere():
+    before = slept()
+    plan.run([0.5])
+    left = set(os.listdir("/proc/self/task")) - set(tasks) - {str(threading.get_native_id())}
+    print("another thread", slept() > before, left)
+thread = threading.Thread(target=elsewhere)
+thread.start()
+thread.join()
+assert plan.shadows[0][0].eq(1.0).all()
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="there is no /proc here")
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch has no OpenMP here")
+def test_pytorchs_own_threads_do_the_work() -> None:
+    """They keep a core busy while they wait for more, unless told to sleep, which is seen here."""
+    done = subprocess.run(
+        [sys.executable, "-c", TEAM],
+        env=os.environ | {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines() == [
+        "first thread True True",
+        "little work False",
+        "another thread False set()",
+    ]
 
 
 COMPARE = """

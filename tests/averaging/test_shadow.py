@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import mmap
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -36,6 +40,37 @@ def test_views_share_one_buffer_and_keep_memory_order() -> None:
             assert view.stride() == parameter.stride() or not view.numel()
     expected = 2 * 4 * sum(t.numel() for t in live)
     assert sum(shadow.allocated.values()) == shadow.num_bytes == expected
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
+def test_a_large_one_asks_for_large_pages_and_starts_within_one() -> None:
+    live = [torch.randn(1 << 20), torch.randn(3), torch.randn(1 << 9, dtype=torch.float64)]
+    shadow = make(live, dtype=None)
+    shadow.copy_live(keep_nonfinite=True)
+    first, second, other = shadow.views["ema"]
+    assert all(map(torch.equal, (first, second, other), live))
+    assert sum(shadow.allocated.values()) == shadow.num_bytes
+    assert first.data_ptr() % mmap.PAGESIZE == mmap.PAGESIZE // 2
+    assert second.data_ptr() == first.data_ptr() + 4 * first.numel()
+    assert [flags_of(t) for t in (first, other)] == [True, False]
+    # A copy is a tensor like any other.
+    copied = copy.deepcopy(shadow)
+    assert all(map(torch.equal, copied.views["ema"], live))
+    first.zero_()
+    assert all(map(torch.equal, copied.views["ema"], live))
+
+
+def flags_of(tensor: Tensor) -> bool:
+    """Whether Linux was asked for large pages of its memory."""
+    within = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        found = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
+        if found:
+            start, end = (int(text, 16) for text in found.groups())
+            within = start <= tensor.data_ptr() < end
+        elif within and line.startswith("VmFlags:"):
+            return "hg" in line.split()
+    raise AssertionError("this memory is not listed")
 
 
 def test_follows_parameters_that_moved() -> None:

@@ -6,10 +6,13 @@
  * torch.lerp on the same machine, bit for bit: -ffp-contract=off, and a * b + c as written below.
  */
 
+#define _GNU_SOURCE /* RTLD_NOLOAD, syscall */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include <dlfcn.h>
+#include <fenv.h>
 #include <float.h>
 #include <math.h>
 #include <pthread.h>
@@ -17,6 +20,10 @@
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
+#include <unistd.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#endif
 
 /* Live dtypes f32, f64, bf16, f16, first with an f32 shadow, then with an f64 one. */
 #define KINDS 8
@@ -27,8 +34,9 @@
 /* Elements that are averaged for one profile after the other: those of the parameter stay in the
  * first-level cache. */
 #define BLOCK (1 << 11)
-/* Elements that are worth a thread. */
+/* Elements that are worth a new thread, and one that is there. */
 #define SHARE (1 << 19)
+#define TEAM_SHARE (1 << 17)
 
 typedef struct {
     int64_t (*lerp)(const void *live, void *shadow, int64_t n, double weight, int guard);
@@ -122,6 +130,7 @@ typedef struct {
     const double *weights; /* NULL to count only */
     int guard;
     const Loops *loops;
+    fenv_t rounding; /* how the caller computes, subnormal numbers included */
     atomic_llong next, skipped;
 } Job;
 
@@ -173,25 +182,69 @@ static void *work(void *argument) {
     return NULL;
 }
 
-/* Threads live for one call. They cost some ten microseconds, are there after a fork, leave no
- * core busy in between, and inherit how the caller treats subnormal numbers. */
-static void share(Job *job, int64_t threads) {
+/* Runs a function on so many threads of OpenMP, the caller's included. */
+typedef void (*Team)(void (*)(void *), void *, unsigned, unsigned);
+
+/* The team that PyTorch computes with, of the OpenMP library that it brings or was linked to. Its
+ * threads keep a core busy for a while after each piece of work, which other threads would have to
+ * wait for. It belongs to the first thread of this process: it is gone after a fork, and another
+ * thread would get a team of its own. */
+static Team find_team(void) {
+#ifdef __linux__
+    void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+    return torch ? (Team)dlsym(torch, "GOMP_parallel") : NULL;
+#else
+    return NULL;
+#endif
+}
+
+static Team team;
+static pid_t process;
+
+static int has_team(void) {
+#ifdef __linux__
+    return team && getpid() == process && syscall(SYS_gettid) == process;
+#else
+    return 0;
+#endif
+}
+
+static void work_in_team(void *argument) {
+    Job *job = argument;
+    fenv_t before;
+    fegetenv(&before);
+    fesetenv(&job->rounding);
+    work(job);
+    fesetenv(&before);
+}
+
+/* Where there is no team, threads live for one call. They cost some ten microseconds, leave no core
+ * busy in between, and inherit how the caller treats subnormal numbers. */
+static void work_on_threads(Job *job, int64_t wanted) {
     pthread_t started[MAX_THREADS];
-    int64_t wanted = job->total / SHARE;
-    if (wanted > threads) wanted = threads;
     if (wanted > MAX_THREADS) wanted = MAX_THREADS;
     int64_t others = 0;
-    if (wanted > 1) {
-        /* Signals are for the threads that Python knows. */
-        sigset_t all, before;
-        sigfillset(&all);
-        pthread_sigmask(SIG_SETMASK, &all, &before);
-        /* Where the system has no thread to give, those that are there do the work. */
-        while (others < wanted - 1 && !pthread_create(&started[others], NULL, work, job)) others++;
-        pthread_sigmask(SIG_SETMASK, &before, NULL);
-    }
+    /* Signals are for the threads that Python knows. */
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    /* Where the system has no thread to give, those that are there do the work. */
+    while (others < wanted - 1 && !pthread_create(&started[others], NULL, work, job)) others++;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
     work(job);
     for (int64_t i = 0; i < others; i++) pthread_join(started[i], NULL);
+}
+
+static void share(Job *job, int64_t threads) {
+    if (threads > 1 && job->total / TEAM_SHARE > 1 && has_team()) {
+        fegetenv(&job->rounding);
+        /* All of them, as PyTorch does: a smaller team would end the others. */
+        team(work_in_team, job, (unsigned)threads, 0);
+    } else if (threads > 1 && job->total / SHARE > 1) {
+        work_on_threads(job, job->total / SHARE < threads ? job->total / SHARE : threads);
+    } else {
+        work(job);
+    }
 }
 
 static int check_table(const Job *job, Py_ssize_t bytes) {
@@ -280,4 +333,8 @@ static struct PyModuleDef module = {
     NULL,
 };
 
-PyMODINIT_FUNC PyInit_fused_cpu(void) { return PyModule_Create(&module); }
+PyMODINIT_FUNC PyInit_fused_cpu(void) {
+    team = find_team();
+    process = getpid();
+    return PyModule_Create(&module);
+}
