@@ -74,16 +74,15 @@ def advance(average: Average, live: Sequence[Tensor]) -> Callable[[], object]:
     return lambda: average.advance(live)
 
 
-def first_views(average: Average) -> list[Tensor]:
-    """The tensors of its first average."""
-    return next(iter(average.shadow.views.values()))
+def own_average(live: Sequence[Tensor]) -> list[Tensor]:
+    """Averages of tensors as others keep them, and as a loop of one's own does."""
+    return [tensor.float().clone() for tensor in live]
 
 
 def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """fp32 parameters: 12 bytes are moved per element, 8 more for each further average."""
     live, total = bench.tensors(sizes, torch.float32), sum(sizes)
-    plain = bench.average(live, guard=False)
-    views = first_views(plain)
+    plain, views = bench.average(live, guard=False), own_average(live)
     swa = get_ema_multi_avg_fn(DECAY)
     foreach, limit = "torch._foreach_lerp_", "stream of the same bytes"
     one, limit_of_3 = "update, guard off", "stream of the bytes of K=3"
@@ -112,8 +111,7 @@ def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
 def bfloat16_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     """bf16 parameters and an fp32 shadow: 10 bytes per element, 8 more for each further average."""
     live, total = bench.tensors(sizes, torch.bfloat16), sum(sizes)
-    plain = bench.average(live, guard=False)
-    views = first_views(plain)
+    plain, views = bench.average(live, guard=False), own_average(live)
 
     def loop() -> None:
         for average, parameter in zip(views, live, strict=True):
@@ -148,7 +146,7 @@ def end_to_end_rows(bench: Bench, sizes: Sequence[int], limit: str | None = None
     """
     model = module_of(bench.tensors(sizes, torch.float32))
     live = [parameter.detach() for parameter in model.parameters()]
-    views = first_views(bench.average(live, guard=False))
+    views = own_average(live)
     foreach = "call: torch._foreach_lerp_"
     rows = [Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit)]
     for nonfinite in ("allow", "skip"):
@@ -176,8 +174,7 @@ def run_on(bench: Bench, report: Report) -> None:
     """All cases on one device."""
     for case, sizes in SIZES.items():
         rows = float32_rows(bench, sizes) + bfloat16_rows(bench, sizes)
-        if len(sizes) == 1000:
-            rows += end_to_end_rows(bench, sizes, "stream of the same bytes")
+        rows += end_to_end_rows(bench, sizes, "stream of the same bytes")
         report.add(case, rows, medians(rows, bench.rounds, wait=bench.wait))
     # So few elements that nearly all of it is the cost of the calls. On a GPU the time to the
     # return of the call: waiting before, but not after.
