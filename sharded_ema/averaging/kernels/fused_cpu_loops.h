@@ -9,23 +9,16 @@
  * left, whatever it holds; the difference might be NaN or overflow. What is not finite is left out by a
  * mask: of a choice compilers make a branch around the store, unless there are masked stores. */
 #define EACH(RESULT)                                                                              \
-    if (guard)                                                                                    \
-        for (int64_t i = 0; i < n; i++) {                                                         \
-            SHADOW v = LOAD(p[i]), x = s[i], r = RESULT;                                          \
-            const BITS keep = -(BITS)!FINITE(v);                                                  \
-            BITS moved, kept;                                                                     \
-            memcpy(&moved, &r, sizeof r);                                                         \
-            memcpy(&kept, &x, sizeof x);                                                          \
-            moved = (moved & ~keep) | (kept & keep);                                              \
-            memcpy(&s[i], &moved, sizeof r);                                                      \
-            skipped -= (COUNT)keep;                                                               \
-        }                                                                                         \
-    else                                                                                          \
-        for (int64_t i = 0; i < n; i++) {                                                         \
-            SHADOW v = LOAD(p[i]), x = s[i];                                                      \
-            (void)x;                                                                              \
-            s[i] = RESULT;                                                                        \
-        }
+    for (int64_t i = 0; i < n; i++) {                                                             \
+        SHADOW v = LOAD(p[i]), x = s[i], r = RESULT;                                              \
+        const BITS keep = -(BITS)!FINITE(v) & guarded;                                            \
+        BITS moved, kept;                                                                         \
+        memcpy(&moved, &r, sizeof r);                                                             \
+        memcpy(&kept, &x, sizeof x);                                                              \
+        moved = (moved & ~keep) | (kept & keep);                                                  \
+        memcpy(&s[i], &moved, sizeof r);                                                          \
+        skipped -= (COUNT)keep;                                                                   \
+    }
 
 #define DEFINE(KIND)                                                                              \
     TARGET static int64_t LEVEL(lerp_##KIND)(const void *live, void *shadow, int64_t n,           \
@@ -33,6 +26,7 @@
         const LIVE *restrict p = live;                                                            \
         SHADOW *restrict s = shadow;                                                              \
         const SHADOW w = (SHADOW)weight, c = w - 1;                                               \
+        const BITS guarded = guard ? ~(BITS)0 : 0;                                                \
         COUNT skipped = 0;                                                                        \
         if (w == 1) {                                                                             \
             EACH(v)                                                                               \
