@@ -51,7 +51,7 @@ class StepsAhead:
         self._profiles = dict(profiles)
         self.weights = StepWeights(
             counter=torch.zeros(2, dtype=torch.int64, device=device),
-            rows=torch.zeros(STEPS_AHEAD, len(profiles), dtype=torch.float32, device=device),
+            rows=torch.zeros(STEPS_AHEAD, len(profiles), dtype=torch.float64, device=device),
             period=clock.update_every,
         )
         self.go_on_from(clock)
@@ -63,9 +63,9 @@ class StepsAhead:
         decays = [self._step(ahead) for _ in range(STEPS_AHEAD)]
         self._first = clock.applied_steps + 1
         self._last = decays[-self.weights.period :]
-        # Rounded once, as for a launch.
+        # Rounded once, in the kernel.
         rows = [[1.0 - decay for decay in each.values()] or nothing for each in decays]
-        self.weights.rows.copy_(torch.tensor(rows, dtype=torch.float32, device="cpu"))
+        self.weights.rows.copy_(torch.tensor(rows, dtype=torch.float64, device="cpu"))
         counter = torch.tensor([clock.applied_steps, self._first], device="cpu")
         self.weights.counter.copy_(counter)
 

@@ -155,10 +155,10 @@ class Shadow:
         if self._by_step is not None and plan.not_launched:
             left = [self._names[i] for i in plan.not_launched]
             raise ConfigError(
-                f"capturable=True takes what one launch of a kernel updates, and {len(left)} "
-                f"parameters are not of that kind, among them {left[:3]}: it takes fp32, bf16 and "
-                "fp16 without gaps, an fp32 shadow on their GPU, at most 8 profiles, and Triton. "
-                "Leave capturable or these parameters out"
+                f"capturable=True takes what the Triton kernel updates, and {len(left)} "
+                f"parameters are not of that kind, among them {left[:3]}: it takes tensors "
+                "without gaps, an fp32 or fp64 shadow on their GPU and at most 8 profiles, where "
+                "there is Triton. Leave capturable or these parameters out"
             )
         return plan
 

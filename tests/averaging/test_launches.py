@@ -29,7 +29,7 @@ needs_triton = pytest.mark.skipif(
 
 
 @needs_triton
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16", "float64"])
 def test_interpreted_it_equals_the_plain_loop(dtype: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", "tests.helpers.interpreted", dtype],
@@ -45,7 +45,13 @@ def test_interpreted_it_equals_the_plain_loop(dtype: str) -> None:
 
 
 def ptx(
-    capability: int, kinds: int, profiles: int, *, guard: bool = True, by_step: bool = False
+    capability: int,
+    kinds: int,
+    profiles: int,
+    *,
+    guard: bool = True,
+    by_step: bool = False,
+    double: bool = False,
 ) -> str:
     """The kernel as it is compiled for a GPU that need not be there."""
     import triton
@@ -56,13 +62,17 @@ def ptx(
 
     constants = {"K": profiles, "GUARD": guard, "KINDS": kinds}
     signature = {"table": "*i64", "skipped": "*i64"}
+    kernel = triton_lerp.fused_lerp_double if double else triton_lerp.fused_lerp
     if by_step:
-        signature |= {"counter": "*i64", "weights": "*fp32", "steps": "i32", "period": "i32"}
+        kernel, constants = triton_lerp.fused_lerp_by_step, {"DOUBLE": double, **constants}
+        signature |= {"counter": "*i64", "weights": "*fp64", "steps": "i32", "period": "i32"}
+    elif double:
+        signature |= {f"b{k}": "i64" for k in range(8)}
     else:
         signature |= {f"w{k}": "fp32" for k in range(8)}
     signature |= dict.fromkeys(constants, "constexpr")
     source = ASTSource(
-        fn=triton_lerp.fused_lerp_by_step if by_step else triton_lerp.fused_lerp,
+        fn=kernel,
         signature=signature,
         constexprs=constants,
         attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
@@ -79,8 +89,8 @@ def ptx(
 def accesses(text: str, what: str) -> tuple[int, int]:
     """Accesses of global memory of 128 bits, and all others."""
     found = re.findall(rf"\b{what}\.global[\w.:]*", text)
-    wide = [access for access in found if ".v4" in access]
-    assert all(re.search(r"\.v4\.[bfu]32$", access) for access in wide), wide
+    wide = [access for access in found if re.search(r"\.v4\.[bfu]32$|\.v2\.[bfu]64$", access)]
+    assert not [access for access in found if ".v" in access and access not in wide]
     return len(wide), len(found) - len(wide)
 
 
@@ -106,6 +116,24 @@ def test_whole_blocks_move_in_128_bits(
     # What starts anywhere has no wide accesses to memory that it might not be aligned for.
     unaligned = ptx(capability, 1 << (2 * number), profiles, by_step=by_step)
     assert accesses(unaligned, "st")[0] == 0
+
+
+@needs_triton
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("by_step", [False, True], ids=["", "by_step"])
+@pytest.mark.parametrize(("number", "size"), [(0, 4), (3, 8)], ids=["fp32", "fp64"])
+def test_whole_blocks_of_fp64_shadows_too(
+    number: int, size: int, by_step: bool, capability: int, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    text = ptx(capability, 1 << (2 * number + 1), 1, by_step=by_step, double=True)
+    wide, narrow = accesses(text, "ld")
+    assert wide == 16 * size // 16 + 16 * 8 // 16
+    assert narrow <= 16 * 2 + 3 + 2 + by_step * 3
+    assert accesses(text, "st") == (16 * 8 // 16, 16)
+    assert ".local" not in text
+    assert len(re.findall(r"\bfma\.rn\.f64", text)) >= 2 * 16
 
 
 @needs_triton
@@ -136,15 +164,15 @@ class Launches:
         self.seen: list[tuple[Tensor, int]] = []
 
     def __call__(
-        self, table: Tensor, skipped: Tensor, weights: Any, *, guard: bool, kinds: int
+        self, table: Tensor, skipped: Tensor, weights: Any, *, guard: bool, kinds: int, double: bool
     ) -> None:
         assert guard and skipped.dtype is torch.int64
-        self.seen.append((table, len(weights)))
+        self.seen.append((table, len(weights) * (2 if double else 1)))
 
     @property
     def bytes(self) -> list[int]:
         """What each launch would move."""
-        size = torch.tensor([4, 4, 2, 2, 2, 2])
+        size = torch.tensor([4, 4, 2, 2, 2, 2, 8, 8])
         return [int((t[:, 1] * (size[t[:, 2]] + 8 * k)).sum()) for t, k in self.seen]
 
 
@@ -187,12 +215,13 @@ def test_an_update_is_one_launch_of_the_least_bytes(
 
 def test_each_kind_goes_its_way(started: Launches) -> None:
     live = [torch.ones(5), torch.ones(6).bfloat16(), torch.ones(3, dtype=torch.float64)]
-    live.append(torch.ones(8, 8)[:, :3])
-    plan = LerpPlan([[torch.zeros(t.shape) for t in live]], live, guard=True)
+    live += [torch.ones(8, 8)[:, :3], torch.ones(7, dtype=torch.float64)]
+    shadows = [torch.zeros(t.shape) for t in live[:-1]] + [torch.zeros(7, dtype=torch.float64)]
+    plan = LerpPlan([shadows], live, guard=True)
     started.seen.clear()
     plan.run([0.5])
-    assert started.bytes == [5 * 12 + 6 * 10]
-    assert [float(s.sum()) for s in plan.shadows[0]] == [0.0, 0.0, 1.5, 12.0]
+    assert started.bytes == [5 * 12 + 6 * 10 + 3 * 16, 7 * 24]
+    assert [float(s.sum()) for s in plan.shadows[0]] == [0.0, 0.0, 0.0, 12.0, 0.0]
     assert plan.nonfinite() == []
     live[1][0] = float("nan")
     assert plan.nonfinite() == [1]

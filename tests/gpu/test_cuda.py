@@ -144,7 +144,9 @@ def test_equals_plain_loop_on_the_gpu(mesh: DeviceMesh, mode: str, nonfinite: st
 
 @pytest.mark.parametrize("profiles", [1, 3, 8])
 @pytest.mark.parametrize("guard", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
 def test_one_launch_equals_the_plain_loop(dtype: torch.dtype, guard: bool, profiles: int) -> None:
     """Around the ends of blocks and rows, and from addresses that are no multiples of 16."""
     torch.manual_seed(0)
@@ -154,7 +156,8 @@ def test_one_launch_equals_the_plain_loop(dtype: torch.dtype, guard: bool, profi
     if guard:
         live[2][5], live[-1][-1] = float("nan"), float("inf")
     weights = [1e-3, 0.3, 0.4999, 0.5, 0.75, 1.0, 0.0, 1 - 2.0**-24][:profiles]
-    seeds = [[torch.randn(t.shape, device=DEVICE) for t in live] for _ in weights]
+    wide = torch.promote_types(dtype, torch.float32)
+    seeds = [[torch.randn(t.shape, dtype=wide, device=DEVICE) for t in live] for _ in weights]
     fused, plain = (
         LerpPlan([[t.clone() for t in s] for s in seeds], live, guard=guard, impl=impl)
         for impl in ("fused", "reference")

@@ -26,7 +26,7 @@ from sharded_ema.averaging.kernels.reference import lerp_reference
 
 # Operators that read a number of the device.
 WAITS = ("_local_scalar_dense", "equal", "is_nonzero", "nonzero")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Recorder(TorchDispatchMode):
@@ -103,51 +103,61 @@ class Device:
         assert self.graph is None, "the host waits while a graph is recorded"
 
     def launch(
-        self, table: Tensor, skipped: Tensor, weights: Any, *, guard: bool, kinds: int
+        self, table: Tensor, skipped: Tensor, weights: Any, *, guard: bool, kinds: int, double: bool
     ) -> None:
         """Note the kernel, or run it."""
-        work = run_guarded if guard else run
-        start = [t.data_ptr() for t in (table, skipped)]
-        if isinstance(weights, StepWeights):
-            start += [weights.counter.data_ptr(), weights.rows.data_ptr(), *weights.rows.shape]
-            start.append(weights.period)
-        rows = len(table)
+        kernel = Kernel(table, skipped, weights, guard=guard, double=double)
         if self.graph is None:
-            work(rows, start, weights)
+            kernel.run()
         else:
             self.graph.launches += 1
-            self.graph.work.append(lambda: work(rows, start, weights))
+            self.graph.work.append(kernel.run)
 
 
-def run_guarded(rows: int, start: list[int], weights: Any) -> None:
-    run(rows, start, weights, guard=True)
+class Kernel:
+    """What the kernel does, which knows all memory by its address."""
 
+    def __init__(
+        self, table: Tensor, skipped: Tensor, weights: Any, *, guard: bool, double: bool
+    ) -> None:
+        self.rows, self.table, self.skipped = len(table), table.data_ptr(), skipped.data_ptr()
+        self.guard, self.dtype = guard, torch.float64 if double else torch.float32
+        self.by_step = isinstance(weights, StepWeights)
+        if self.by_step:
+            self.counter, self.weights = weights.counter.data_ptr(), weights.rows.data_ptr()
+            self.steps, self.profiles = weights.rows.shape
+            self.period = weights.period
+        else:
+            self.profiles, self.fixed = len(weights), list(weights)
 
-def run(rows: int, start: list[int], weights: Any, *, guard: bool = False) -> None:
-    """The kernel, by the addresses that it was started with."""
-    values = weights
-    if isinstance(weights, StepWeights):
-        counter, table, steps, profiles, period = start[2:]
-        step, first = memory(counter, 2, torch.int64).tolist()
+    def values(self) -> list[float]:
+        """Weights of the step."""
+        if not self.by_step:
+            return self.fixed
+        step, first = memory(self.counter, 2, torch.int64).tolist()
         index = step - first
-        if index >= steps:
-            index = steps - period + (index - steps) % period
-        values = memory(table, steps * profiles, torch.float32).view(steps, profiles)[index]
-        values = values.tolist()
+        if index >= self.steps:
+            index = self.steps - self.period + (index - self.steps) % self.period
+        found = memory(self.weights, self.steps * self.profiles, torch.float64)
+        values: list[float] = found.view(self.steps, -1)[max(index, 0)].tolist()
+        return values
+
+    def run(self) -> None:
+        values = self.values()
         if values[0] < 0.0:
             return
-    profiles = len(values)
-    for row in memory(start[0], rows * (3 + profiles), torch.int64).view(rows, -1).tolist():
-        address, numel, kind, *targets = row
-        if not numel:
-            continue
-        live = memory(address, numel, DTYPES[kind // 2])
-        shadows = [[memory(target, numel, torch.float32)] for target in targets]
-        if isinstance(weights, StepWeights) and guard:
-            for (shadow,) in shadows:
-                shadow.copy_(torch.where(torch.isfinite(shadow), shadow, live.float()))
-        found = lerp_reference(shadows, [live], values, guard=guard)
-        memory(start[1], 1, torch.int64).add_(int(found) if guard else 0)
+        table = memory(self.table, self.rows * (3 + self.profiles), torch.int64)
+        for address, numel, kind, *targets in table.view(self.rows, -1).tolist():
+            if not numel:
+                continue
+            live = memory(address, numel, DTYPES[kind // 2])
+            shadows = [[memory(target, numel, self.dtype)] for target in targets]
+            if self.by_step and self.guard:
+                for (shadow,) in shadows:
+                    healed = torch.where(torch.isfinite(shadow), shadow, live.to(self.dtype))
+                    shadow.copy_(healed)
+            found = lerp_reference(shadows, [live], values, guard=self.guard)
+            memory(self.skipped, 1, torch.int64).add_(int(found) if self.guard else 0)
 
 
 def memory(address: int, numel: int, dtype: torch.dtype) -> Tensor:

@@ -31,9 +31,11 @@ def parameters(dtype: torch.dtype) -> list[Tensor]:
     return live
 
 
-def compare(live: list[Tensor], weights: list[float], *, guard: bool) -> None:
+def compare(
+    live: list[Tensor], weights: list[float], *, guard: bool, shadow: torch.dtype = torch.float32
+) -> None:
     """One update by the kernel, whose rows are short, and one by the loop."""
-    seeds = [[torch.randn(t.shape) for t in live] for _ in weights]
+    seeds = [[torch.randn(t.shape, dtype=shadow) for t in live] for _ in weights]
     if not guard:
         live = [t.nan_to_num(0.0, 1.0, -1.0) for t in live]
     kernel = LerpPlan([[t.clone() for t in s] for s in seeds], live, guard=guard, impl="fused")
@@ -54,21 +56,27 @@ def main(dtype: torch.dtype) -> None:
     for profiles, guard in ((1, True), (1, False), (3, True), (8, False)):
         compare(parameters(dtype), list(WEIGHTS[:profiles]), guard=guard)
     compare(parameters(dtype), [1.0], guard=True)
+    compare(parameters(dtype), list(WEIGHTS[-3:]), guard=True, shadow=torch.float64)
+    compare(parameters(dtype), [0.3], guard=False, shadow=torch.float64)
     mixed = parameters(torch.float32)[:6] + parameters(dtype)[-6:] + parameters(torch.half)[4:5]
     mixed[0] = torch.full((2,), float("nan"))
     compare_mixed(mixed)
-    for profiles, guard in ((1, True), (3, False), (8, True)):
-        compare_by_step(parameters(dtype)[4:], profiles, guard=guard)
+    live = parameters(dtype)
+    few = [live[4], live[7], *live[-2:]]
+    for profiles, guard, shadow in (
+        (8, True, torch.float32), (3, False, torch.float32), (3, True, torch.float64),
+    ):  # fmt: skip
+        compare_by_step(few, profiles, guard=guard, shadow=shadow)
 
 
-def compare_by_step(live: list[Tensor], profiles: int, *, guard: bool) -> None:
+def compare_by_step(live: list[Tensor], profiles: int, *, guard: bool, shadow: torch.dtype) -> None:
     """Weights that lie where the kernel counts steps, also past their end."""
     if not guard:
         live = [t.nan_to_num(0.0, 1.0, -1.0) for t in live]
     rows = [[-1.0] * profiles, list(WEIGHTS[:profiles]), [-1.0] * profiles]
     rows.append([0.25 / (k + 1) for k in range(profiles)])
-    by_step = StepWeights(torch.tensor([0, 11]), torch.tensor(rows), period=2)
-    seeds = [[torch.randn(t.shape) for t in live] for _ in range(profiles)]
+    by_step = StepWeights(torch.tensor([0, 11]), torch.tensor(rows, dtype=torch.float64), 2)
+    seeds = [[torch.randn(t.shape, dtype=shadow) for t in live] for _ in range(profiles)]
     seeds[0][2][0] = float("nan")  # which heals
     fused = [[t.clone() for t in s] for s in seeds]
     kernel = LerpPlan(fused, live, guard=guard, by_step=by_step)

@@ -123,7 +123,7 @@ class LerpPlan:
             for over, (t, *views) in zip(offloaded, rows, strict=True)
         ]
         for found in {table: None for table in tables if table}:
-            kind, device = found
+            kind, device, _ = found
             shadows, live = self._choose([table == found for table in tables])
             if kind == "extension":
                 self._table = FusedTable(shadows, live)
@@ -287,12 +287,17 @@ class LerpPlan:
                 heal(views[i], self.live[i])
 
 
-def _table_of(live: Tensor, views: Sequence[Tensor]) -> tuple[str, torch.device] | None:
-    """The table that a parameter and its shadows go into; ``None`` for none."""
+def _table_of(
+    live: Tensor, views: Sequence[Tensor]
+) -> tuple[str, torch.device, torch.dtype | None] | None:
+    """The table that a parameter and its shadows go into; ``None`` for none.
+
+    One launch is for one dtype of shadows, and a call of the extension for all.
+    """
     if launches.takes(live, views) and launches.triton_module() is not None:
-        return "launch", live.device
+        return "launch", live.device, views[0].dtype
     if fused.takes(live, views) and fused.extension() is not None:
-        return "extension", live.device
+        return "extension", live.device, None
     return None
 
 

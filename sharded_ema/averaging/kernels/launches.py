@@ -35,7 +35,8 @@ ALIGNMENT = 16
 # Elements of a row: enough for the table to be small, and for all processors to have some.
 ROW_NUMEL = 1 << 16
 # The kinds of triton_lerp.py.
-_LIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_LIVE = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float64: 3}
+_SHADOW = (torch.float32, torch.float64)
 _MOST_PROFILES = 8
 
 
@@ -55,7 +56,7 @@ class StepWeights:
 
     Attributes:
         counter: int64 of shape ``(2,)``: steps, and the one of the first row.
-        rows: fp32 of shape ``(steps, profiles)``; a negative row says that nothing moves then.
+        rows: fp64 of shape ``(steps, profiles)``; a negative row says that nothing moves then.
         period: so many of the last rows are repeated behind them.
     """
 
@@ -75,18 +76,27 @@ def launch(
     *,
     guard: bool,
     kinds: int,
+    double: bool,
 ) -> None:
-    """Start the kernel on every row of a table, on the current stream of its device."""
+    """Start the kernel on every row of a table, on the current stream of its device.
+
+    Args:
+        double: whether shadows are in fp64.
+    """
     module = triton_module()
     assert module is not None, "no table is made without a kernel"
     arguments: Sequence[Any]
+    options: dict[str, Any] = {}
     if isinstance(weights, StepWeights):
-        kernel = module.fused_lerp_by_step
+        kernel, options = module.fused_lerp_by_step, {"DOUBLE": double}
         arguments = (weights.counter, weights.rows, len(weights.rows), weights.period)
     else:
-        kernel = module.fused_lerp
+        kernel = module.fused_lerp_double if double else module.fused_lerp
         # Rounded here as the device would, so that all that follows is rounded once.
-        arguments = array("f", [*weights, *[0.0] * (_MOST_PROFILES - len(weights))])
+        arguments = array("d" if double else "f", weights)
+        arguments.extend([0.0] * (_MOST_PROFILES - len(weights)))
+        if double:
+            arguments = array("q", arguments.tobytes())
     with on(table.device):
         kernel[(len(table),)](
             table,
@@ -95,6 +105,7 @@ def launch(
             K=len(weights),
             GUARD=guard,
             KINDS=kinds,
+            **options,
             num_warps=module.NUM_WARPS,
         )
 
@@ -103,7 +114,7 @@ class LaunchTable:
     """The tensors of one launch, as addresses. Whoever runs it knows that they are still right.
 
     Args:
-        shadows: for each profile one tensor per parameter.
+        shadows: for each profile one tensor per parameter, all of one dtype.
         live: parameters of one device that :func:`takes` takes.
 
     Attributes:
@@ -114,7 +125,8 @@ class LaunchTable:
 
     def __init__(self, shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor]) -> None:
         self.device, self.live = live[0].device, list(live)
-        self._kinds = 0
+        dtype = shadows[0][0].dtype
+        self._double, self._kinds = dtype is torch.float64, 0
         rows: list[list[int]] = []
         for parameter, *views in zip(live, *shadows, strict=True):
             address, targets = parameter.data_ptr(), [view.data_ptr() for view in views]
@@ -124,7 +136,7 @@ class LaunchTable:
             self._kinds |= 1 << kind
             for start in range(0, parameter.numel(), ROW_NUMEL):
                 numel = min(ROW_NUMEL, parameter.numel() - start)
-                at = [target + 4 * start for target in targets]
+                at = [target + dtype.itemsize * start for target in targets]
                 rows.append([address + size * start, numel, kind, *at])
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.tensors = [self._table, *live, *chain.from_iterable(shadows)]
@@ -135,7 +147,7 @@ class LaunchTable:
         nothing = torch.zeros_like(self._table[:1])
         weights = [0.0] * (nothing.shape[1] - 3) if by_step is None else by_step
         try:
-            launch(nothing, nothing, weights, guard=guard, kinds=self._kinds)
+            self._launch(nothing, nothing, weights, guard=guard)
         except module.FAILURES as error:  # type: ignore[union-attr]
             logger.warning(
                 "averages on %s go through PyTorch's kernels, in many launches, since Triton's "
@@ -155,7 +167,17 @@ class LaunchTable:
                 parameter is NaN or Inf; ``None`` to leave out none.
         """
         counter = self._table if skipped is None else skipped
-        launch(self._table, counter, weights, guard=skipped is not None, kinds=self._kinds)
+        self._launch(self._table, counter, weights, guard=skipped is not None)
+
+    def _launch(
+        self,
+        table: Tensor,
+        counter: Tensor,
+        weights: Sequence[float] | StepWeights,
+        *,
+        guard: bool,
+    ) -> None:
+        launch(table, counter, weights, guard=guard, kinds=self._kinds, double=self._double)
 
 
 def takes(live: Tensor, views: Sequence[Tensor]) -> bool:
@@ -171,6 +193,7 @@ def takes(live: Tensor, views: Sequence[Tensor]) -> bool:
         and live.dtype in _LIVE
         and not live.is_neg()
         and not keeps_elements_elsewhere(live)
-        and all(v.device == live.device and v.dtype is torch.float32 for v in views)
+        and views[0].dtype in _SHADOW
+        and all(v.device == live.device and v.dtype == views[0].dtype for v in views)
         and is_laid_out_alike(live, views)
     )

@@ -41,26 +41,30 @@ def _weight(k: tl.constexpr, w0, w1, w2, w3, w4, w5, w6, w7):
 @triton.jit
 def _is_nonfinite(value):
     # As bits, which no compiler can reason about.
-    return (value.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    if value.dtype == tl.float64:
+        found = (value.to(tl.int64, bitcast=True) & 0x7FF0000000000000) == 0x7FF0000000000000
+    else:
+        found = (value.to(tl.int32, bitcast=True) & 0x7F800000) == 0x7F800000
+    return found
 
 
 @triton.jit
 def _move(
     live, shadows, offsets, mask,
     w0, w1, w2, w3, w4, w5, w6, w7,
-    K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
+    SHADOW: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
     ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Move one block of every shadow; returns which elements were left alone, as 0 and 1."""
     # A mask, even one that is always true, makes accesses of 32 bits out of those of 128.
     if WHOLE:
-        value = tl.load(live + offsets).to(tl.float32)
+        value = tl.load(live + offsets).to(SHADOW)
     else:
-        value = tl.load(live + offsets, mask=mask, other=0.0).to(tl.float32)
+        value = tl.load(live + offsets, mask=mask, other=0.0).to(SHADOW)
     bad = _is_nonfinite(value)
     for k in tl.static_range(K):
         w = _weight(k, w0, w1, w2, w3, w4, w5, w6, w7)
-        shadow = tl.load(shadows + k).to(tl.pointer_type(tl.float32))
+        shadow = tl.load(shadows + k).to(tl.pointer_type(SHADOW))
         if ALIGNED:
             shadow = tl.multiple_of(shadow, 16)
         if WHOLE:
@@ -86,8 +90,8 @@ def _move(
 def _row(
     address, shadows, numel, skipped,
     w0, w1, w2, w3, w4, w5, w6, w7,
-    LIVE: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    LIVE: tl.constexpr, SHADOW: tl.constexpr,
+    K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Move all elements of a row whose parameter has the dtype ``LIVE``."""
     live = address.to(tl.pointer_type(LIVE))
@@ -100,13 +104,13 @@ def _row(
         start = tl.multiple_of(start, BLOCK)
         found += _move(
             live, shadows, start + lanes, lanes < BLOCK,
-            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, HEAL, ALIGNED, True,
+            w0, w1, w2, w3, w4, w5, w6, w7, SHADOW, K, GUARD, HEAL, ALIGNED, True,
         )  # fmt: skip
     if whole < numel:
         offsets = whole + lanes
         found += _move(
             live, shadows, offsets, offsets < numel,
-            w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, HEAL, ALIGNED, False,
+            w0, w1, w2, w3, w4, w5, w6, w7, SHADOW, K, GUARD, HEAL, ALIGNED, False,
         )  # fmt: skip
     if GUARD:
         count = tl.sum(found, axis=0)
@@ -118,30 +122,36 @@ def _row(
 def _row_of_program(
     table, skipped,
     w0, w1, w2, w3, w4, w5, w6, w7,
-    K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr, KINDS: tl.constexpr,
+    SHADOW: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, HEAL: tl.constexpr,
+    KINDS: tl.constexpr,
 ):  # fmt: skip
     """Move the row of this program, as its kind says."""
     row = table + tl.program_id(0).to(tl.int64) * (3 + K)
     address = tl.load(row)
     numel = tl.load(row + 1).to(tl.int32)
     kind = tl.load(row + 2).to(tl.int32)
-    for k in tl.static_range(6):
+    for k in tl.static_range(8):
         if (KINDS >> k) & 1:
             if kind == k:
                 if k // 2 == 0:
                     _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float32, K, GUARD, HEAL, k % 2 == 1,
+                        address, row + 3, numel, skipped, w0, w1, w2, w3, w4, w5, w6, w7,
+                        tl.float32, SHADOW, K, GUARD, HEAL, k % 2 == 1,
                     )  # fmt: skip
                 elif k // 2 == 1:
                     _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.bfloat16, K, GUARD, HEAL, k % 2 == 1,
+                        address, row + 3, numel, skipped, w0, w1, w2, w3, w4, w5, w6, w7,
+                        tl.bfloat16, SHADOW, K, GUARD, HEAL, k % 2 == 1,
+                    )  # fmt: skip
+                elif k // 2 == 2:
+                    _row(
+                        address, row + 3, numel, skipped, w0, w1, w2, w3, w4, w5, w6, w7,
+                        tl.float16, SHADOW, K, GUARD, HEAL, k % 2 == 1,
                     )  # fmt: skip
                 else:
                     _row(
-                        address, row + 3, numel, skipped,
-                        w0, w1, w2, w3, w4, w5, w6, w7, tl.float16, K, GUARD, HEAL, k % 2 == 1,
+                        address, row + 3, numel, skipped, w0, w1, w2, w3, w4, w5, w6, w7,
+                        tl.float64, SHADOW, K, GUARD, HEAL, k % 2 == 1,
                     )  # fmt: skip
 
 
@@ -151,55 +161,81 @@ def fused_lerp(
     w0, w1, w2, w3, w4, w5, w6, w7,
     K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """``shadow <- lerp(shadow, live, weight)`` of one row.
+    """``shadow <- lerp(shadow, live, weight)`` of one row, with shadows in fp32.
 
     Args:
         table: int64 rows: address of the parameter, elements, kind, addresses of K shadows.
         skipped: int64, grows by the elements left alone.
         w0, ..., w7: weights of the profiles, fp32.
         K: number of profiles.
-        GUARD: leave elements alone whose parameter is NaN or Inf.
+        GUARD: leave elements alone whose parameter is NaN or Inf in the shadow's dtype.
         KINDS: bits of the kinds that are in the table. A kind is twice the number of the dtype
-            (fp32, bf16, fp16), and one more where all addresses are multiples of 16.
+            (fp32, bf16, fp16, fp64), and one more where all addresses are multiples of 16.
     """
     _row_of_program(
-        table, skipped, w0, w1, w2, w3, w4, w5, w6, w7, K, GUARD, False, KINDS
+        table, skipped, w0, w1, w2, w3, w4, w5, w6, w7, tl.float32, K, GUARD, False, KINDS
     )  # fmt: skip
 
 
 @triton.jit
-def _load_weight(weights, k: tl.constexpr, K: tl.constexpr):
-    return tl.load(weights + k) if k < K else 0.0
+def _double(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+# Numbers that differ at every step would be compiled in as they are.
+@triton.jit(do_not_specialize=["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7"])
+def fused_lerp_double(
+    table, skipped,
+    b0, b1, b2, b3, b4, b5, b6, b7,
+    K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
+):  # fmt: skip
+    """As :func:`fused_lerp`, with shadows in fp64.
+
+    Args:
+        b0, ..., b7: bits of the weights in fp64, as which no number is passed.
+    """
+    _row_of_program(
+        table, skipped,
+        _double(b0), _double(b1), _double(b2), _double(b3),
+        _double(b4), _double(b5), _double(b6), _double(b7),
+        tl.float64, K, GUARD, False, KINDS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _load_weight(weights, k: tl.constexpr, K: tl.constexpr, SHADOW: tl.constexpr):
+    return tl.load(weights + k).to(SHADOW) if k < K else tl.full([], 0.0, SHADOW)
 
 
 @triton.jit
 def fused_lerp_by_step(
     table, skipped,
     counter, weights, steps, period,
-    K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
+    DOUBLE: tl.constexpr, K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
-    """``shadow <- lerp(shadow, live, weight)`` of one row, by the weights of the step counted.
+    """As the others, by the weights of the step that is counted on the device.
 
     With the guard, elements of a shadow that are NaN or Inf become the parameter's.
 
     Args:
-        table, skipped: as above.
         counter: int64: the step, and that of the first row of ``weights``.
-        weights: fp32 rows of K; a negative one says that nothing moves at this step.
+        weights: fp64 rows of K; a negative one says that nothing moves at this step.
         steps: rows of ``weights``.
         period: so many of the last rows are repeated behind them.
-        K, GUARD, KINDS: as above.
+        DOUBLE: whether shadows are in fp64.
     """
     # Before anything is counted the kernel is only tried out.
     index = tl.maximum(tl.load(counter) - tl.load(counter + 1), 0)
     index = tl.where(index < steps, index, steps - period + (index - steps) % period)
     row = weights + index * K
-    w0 = _load_weight(row, 0, K)
-    if w0 >= 0.0:
+    SHADOW: tl.constexpr = tl.float64 if DOUBLE else tl.float32
+    first = tl.load(row)
+    if first >= 0.0:
         _row_of_program(
             table, skipped,
-            w0, _load_weight(row, 1, K), _load_weight(row, 2, K), _load_weight(row, 3, K),
-            _load_weight(row, 4, K), _load_weight(row, 5, K), _load_weight(row, 6, K),
-            _load_weight(row, 7, K),
-            K, GUARD, GUARD, KINDS,
+            first.to(SHADOW), _load_weight(row, 1, K, SHADOW), _load_weight(row, 2, K, SHADOW),
+            _load_weight(row, 3, K, SHADOW), _load_weight(row, 4, K, SHADOW),
+            _load_weight(row, 5, K, SHADOW), _load_weight(row, 6, K, SHADOW),
+            _load_weight(row, 7, K, SHADOW),
+            SHADOW, K, GUARD, GUARD, KINDS,
         )  # fmt: skip
