@@ -31,6 +31,7 @@ from sharded_ema.errors import (
     CheckpointWriteError,
     ConfigError,
     StateError,
+    SwapError,
     caller_among,
     is_called_from,
     warn,
@@ -331,8 +332,8 @@ class ShardedEMA:
 
         Raises:
             SwapError: a swap is active already, of this average or another of the same weights;
-                adapters are merged; or, under ZeRO 1 to 3, another rank left the block with an
-                exception.
+                adapters are merged; a recorded step was replayed in the block; or, under ZeRO 1 to
+                3, another rank left the block with an exception.
             StateError: from within a forward or backward of a module under ``fully_shard``.
             AbsentRankError: a rank did not come to a collective entry or exit.
         """
@@ -353,7 +354,14 @@ class ShardedEMA:
         with self._model.replaced(
             name, lambda: average.shadow.views[name], prepare, average.counted
         ):
+            before = average.clock.applied_steps
             yield
+            if average.clock.applied_steps != before:  # all other steps are refused as they come
+                raise SwapError(
+                    "a recorded step was replayed within swap(): it has moved the weights that "
+                    "stood in for the model's, which are now back as they were, and the average "
+                    "has taken those in. Load a checkpoint, and replay outside of the block"
+                )
 
     def copy_to(
         self,
@@ -448,6 +456,7 @@ class ShardedEMA:
                 keeps its weights in a list, too (pass ``shard_replicas=False``).
             BindError: the model cannot be copied, or ``build`` returned another one.
             ConfigError: a module of this average was made with other arguments.
+            StateError: a graph has recorded updates of the average.
             SwapError: inside :meth:`swap`.
             AbsentRankError: a rank did not come.
         """
@@ -471,6 +480,11 @@ class ShardedEMA:
                 raise ConfigError(
                     "ema.module() needs the average where the model is; make the ShardedEMA "
                     "without device="
+                )
+            if average.shadow.is_recorded:
+                raise StateError(
+                    "ema.module() may move the average to other memory, and a graph has recorded "
+                    "updates of the one that it has; call it before the step is recorded"
                 )
             views = average.shadow.views[name]
             return Twin(

@@ -282,6 +282,11 @@ class Shadow:
             self._refuse_changed(plan.given)
             raise
 
+    @property
+    def is_recorded(self) -> bool:
+        """Whether a graph has recorded updates of this memory."""
+        return bool(self._kept)
+
     def lerp_by_step(self, *, keep: bool) -> None:
         """As :meth:`lerp`, by weights of the device. Elements that are NaN or Inf heal in it.
 

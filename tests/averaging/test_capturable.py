@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from sharded_ema import ShardedEMA, Warmup
 from sharded_ema.averaging import ahead
 from sharded_ema.averaging.schedules import Power, Schedule, as_profiles
-from sharded_ema.errors import ConfigError, EMAWarning, StateError
+from sharded_ema.errors import ConfigError, EMAWarning, StateError, SwapError
 from tests.helpers.graph import Device, Graph, stand_in
 
 WARMUP = 3
@@ -422,6 +422,31 @@ def test_unasked_for_it_is_refused(device: Device) -> None:
     ema.update()
     assert ema.num_updates == 1
     ema.close()
+
+
+def test_an_average_that_is_recorded_stays_where_it_is(device: Device) -> None:
+    run = Training()
+    run.step()
+    run.record(device)
+    with pytest.raises(StateError, match="a graph has recorded updates of the one that it has"):
+        run.ema.module()
+    run.replay()
+    run.assert_right()
+    run.ema.close()
+
+
+@pytest.mark.filterwarnings("ignore::sharded_ema.errors.EMAWarning")
+def test_a_replay_within_a_swap_is_told_of(device: Device) -> None:
+    run = Training(0.5)
+    run.step()
+    run.record(device)
+    before = [w.detach().clone() for w in run.weights]
+    with pytest.raises(SwapError, match="replayed within swap"), run.ema.swap():
+        run.graph.replay()
+    assert all(map(torch.equal, before, run.weights))
+    with run.ema.swap():
+        pass
+    run.ema.close()
 
 
 # ---------------------------------------------------------------------- refused
