@@ -94,8 +94,7 @@ class ShardedEMA:
             optimizers. The device counts the steps and has the decays of the next 65,536 of them,
             so that each replay is an update; ``num_updates``, metrics and saves read the count from
             there, and bring further decays there. Take a step with its update before the capture.
-            For parameters of one GPU that one launch of the Triton kernel takes; all else is
-            refused by name.
+            For parameters of one GPU that the Triton kernel takes; all else is refused by name.
         shard_replicas: of parameters that R ranks hold alike (DDP, DeepSpeed without ZeRO, axes of
             a mesh that replicate, plain parameters beside DTensors) keep 1/R on each.
         nonfinite: NaN and Inf in parameters: ``"skip"`` these elements and count them, ``"raise"``

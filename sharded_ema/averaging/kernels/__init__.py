@@ -201,7 +201,7 @@ class LerpPlan:
     def run_by_step(self) -> None:
         """As :meth:`run`, by the weights of the step that the device counts.
 
-        One launch, with nothing that a graph could not record.
+        One launch for each dtype of shadows, and nothing that a graph could not record.
         """
         assert self._by_step is not None and not self.not_launched
         for table in self._launches:
