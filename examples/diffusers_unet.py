@@ -51,6 +51,7 @@ for step in range(saved + 1, args.steps + 1):
     ema_unet.step(model.parameters())
     if step % args.save_every == 0:
         accelerator.save_state(f"{args.out}/saving")
+        accelerator.wait_for_everyone()  # each rank has written its random state
         if accelerator.is_main_process:
             (args.out / "saving").rename(args.out / f"checkpoint-{step}")
     average = ema_unet.shadow_params[0].norm()

@@ -424,6 +424,8 @@ def test_the_example_goes_on_after_a_kill(unet_class: Any, tmp_path: Path) -> No
     before, after = killed_and_resumed(
         "diffusers_unet.py", tmp_path, "--steps", "7", "--save-every", "3", at_step=6
     )
+    randomness = {path.name for path in (tmp_path / "checkpoint-3").glob("random_states_*")}
+    assert randomness == {"random_states_0.pkl", "random_states_1.pkl"}
     repeated = before[3:]
     assert repeated and all("average" in line for line in repeated)
     assert [line for line in after if line.startswith("step")][: len(repeated)] == repeated
