@@ -19,6 +19,7 @@ setup(
             depends=[f"{kernels}/fused_cpu_loops.h"],
             extra_compile_args=["-std=gnu11", "-O3", "-g0", "-ffp-contract=off", "-pthread"],
             extra_link_args=["-pthread", "-ldl", "-lm"],
+            define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
             py_limited_api=limited,
             optional=True,
         )

@@ -353,9 +353,19 @@ class ShardedEMA:
         with self._model.replaced(
             name, lambda: average.shadow.views[name], prepare, average.counted
         ):
-            before = average.clock.applied_steps
-            yield
-            if average.clock.applied_steps != before:  # all other steps are refused as they come
+            before, replayed = average.clock.applied_steps, False
+            try:
+                yield
+            finally:
+                # All other steps are refused as they come.
+                replayed = average.clock.applied_steps != before
+                if replayed:
+                    average.broken = (
+                        "a recorded step was replayed within swap(), so that it has taken in the "
+                        "weights that stood in for the model's; load a checkpoint, or start it "
+                        "anew from the weights with ema.reseed()"
+                    )
+            if replayed:
                 raise SwapError(
                     "a recorded step was replayed within swap(): it has moved the weights that "
                     "stood in for the model's, which are now back as they were, and the average "
@@ -508,7 +518,13 @@ class ShardedEMA:
         """The module of an average is about to compute with it."""
         self._require_open()
         self._average.settle()
-        if self._average.clock.seed_step is None:  # the average is what the parameters are now
+        if not self._average.has_started:  # it is what the parameters are now
+            if self._model.is_recorded:
+                raise StateError(
+                    "a forward of the module of an average is recorded in a graph before "
+                    "start_step, where the average is the parameters: replayed, it would be them "
+                    "for ever. Record it once ema.num_updates is above 0"
+                )
             self._look()
 
     def _pairs(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
@@ -874,9 +890,10 @@ class ShardedEMA:
         if not self._begun:
             if self._capturable and self._model.is_recorded:
                 raise StateError(
-                    "the first step since this ShardedEMA was made is recorded in a graph, and "
-                    "whether the weights are still those that it started from cannot be seen "
-                    "meanwhile; take a step with its update before, as a warm-up"
+                    "the first step since this ShardedEMA was made, or the first outside of a "
+                    "graph since reseed(), is recorded in one, and whether the weights are still "
+                    "those that it started from cannot be seen meanwhile; take a step with its "
+                    "update before, as a warm-up"
                 )
             self._begun = True
             self._start_from_what_trains()

@@ -25,7 +25,8 @@ STEPS_AHEAD = 1 << 16
 class StepsAhead:
     """Counts applied steps on a device, and has the weights of the next of them there.
 
-    Its memory stays where it is, since a graph knows it by address.
+    It has them once :meth:`go_on_from` was called. Its memory stays where it is, since a graph
+    knows it by address.
 
     Args:
         profiles: schedules by name.
@@ -49,12 +50,13 @@ class StepsAhead:
                 f"{clock.update_every} must lie"
             )
         self._profiles = dict(profiles)
-        self.weights = StepWeights(
-            counter=torch.zeros(2, dtype=torch.int64, device=device),
-            rows=torch.zeros(STEPS_AHEAD, len(profiles), dtype=torch.float64, device=device),
-            period=clock.update_every,
-        )
-        self.go_on_from(clock)
+        with torch.inference_mode(False):  # whose tensors could never be counted up
+            self.weights = StepWeights(
+                counter=torch.zeros(2, dtype=torch.int64, device=device),
+                rows=torch.zeros(STEPS_AHEAD, len(profiles), dtype=torch.float64, device=device),
+                period=clock.update_every,
+            )
+        self._first, self._last = 1, list[dict[str, float]]()
 
     @torch.no_grad()
     def go_on_from(self, clock: Clock) -> None:

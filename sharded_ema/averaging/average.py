@@ -222,7 +222,7 @@ class Average:
             clock = self.clock
             if clock.seed_step is not None or clock.start_step == 0:
                 clock.seeded()
-                self._recount()
+            self._recount()
             self._fresh = clock.seed_step is not None
             return self.copy_live()
 
@@ -234,8 +234,16 @@ class Average:
 
     @property
     def is_fresh(self) -> bool:
-        """Whether it is still the weights that it was seeded with, and no step was counted."""
-        return self._fresh
+        """Whether it is still the weights that it was seeded with, and no step was counted.
+
+        Where the device counts, this waits for it.
+        """
+        return self._fresh and self.num_updates == 0
+
+    @property
+    def has_started(self) -> bool:
+        """Whether averaging has begun. Where the device counts, this waits for it until it has."""
+        return self._clock.seed_step is not None or self.clock.seed_step is not None
 
     def is_seed(self, live: Sequence[Tensor], positions: Sequence[int]) -> bool:
         """Whether these tensors are still what a fresh average was seeded with. Waits for them."""
@@ -250,7 +258,7 @@ class Average:
 
     def mirror(self) -> None:
         """Before ``start_step`` the average is the parameters, NaN included."""
-        if self.clock.seed_step is None:
+        if not self.has_started:
             self.shadow.copy_live(keep_nonfinite=True)
 
     # ------------------------------------------------------------------ looking

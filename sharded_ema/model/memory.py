@@ -50,7 +50,8 @@ def allocate(numel: int, dtype: torch.dtype, device: torch.device, *, pinned: bo
     """Memory for a flat tensor that is walked through, beside others, from end to end.
 
     On a CPU it lies in large pages where the system has them (Linux, unless they are switched
-    off), since finding small ones takes a good part of the time. It starts in the middle of a
+    off), since finding small ones takes a good part of the time; what is written while a forked
+    process lives, as of a DataLoader, goes to small ones. It starts in the middle of a
     page, since other large tensors start near the beginning of one: caches that choose a set by
     the place within a page would have to hold both in the same few.
 
@@ -61,7 +62,9 @@ def allocate(numel: int, dtype: torch.dtype, device: torch.device, *, pinned: bo
     if pinned or device.type != "cpu" or num_bytes < _LARGE_PAGE or _LARGE is None:
         return torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
     half = mmap.PAGESIZE // 2
-    memory = mmap.mmap(-1, half + num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # Whole pages, for which alone newer systems choose an address where large ones fit.
+    length = -(-(half + num_bytes) // _LARGE_PAGE) * _LARGE_PAGE
+    memory = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # of a kernel that was built without
         memory.madvise(_LARGE)
     return torch.frombuffer(memory, dtype=dtype, count=numel, offset=half)

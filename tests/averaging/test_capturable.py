@@ -295,6 +295,50 @@ def test_a_new_start_counts_from_there(device: Device) -> None:
     run.ema.close()
 
 
+def test_after_a_new_start_a_step_outside_goes_on_with_what_was_replayed(device: Device) -> None:
+    run = Training()
+    run.step()
+    run.record(device)
+    run.ema.reseed()
+    run.plain.averages["ema"] = [widened(w).clone() for w in run.weights]
+    run.plain.num_updates, run.plain.left["ema"] = 0, 1.0
+    run.replay(3)
+    run.step()
+    assert run.ema.num_updates == 4
+    run.assert_right()
+    run.ema.close()
+
+
+def test_made_in_inference_mode_it_counts(device: Device) -> None:
+    model = nn.Linear(2, 2)
+    with torch.inference_mode():
+        ema = ShardedEMA(model, 0.5, capturable=True)
+    with device.recording() as graph:
+        ema.update()
+    graph.replay()
+    assert ema.num_updates == 1
+    ema.close()
+
+
+def test_a_teacher_that_is_the_weights_is_not_recorded(device: Device) -> None:
+    """Replayed, its forward would have made the average of them each time."""
+    model, batch = nn.Linear(2, 2), torch.ones(1, 2)
+    ema = ShardedEMA(model, 0.5, capturable=True, start_step=2)
+    teacher = ema.module()
+    ema.update()
+    with pytest.raises(StateError, match="before start_step"), device.recording():
+        teacher(batch)
+    ema.update()
+    with torch.no_grad():
+        model.weight.add_(1.0)
+    before = ema.state_dict()["ema.weight"].clone()
+    with device.recording() as graph:
+        teacher(batch)
+    graph.replay()
+    assert torch.equal(ema.state_dict()["ema.weight"], before)
+    ema.close()
+
+
 # ---------------------------------------------------------------------- the table's end
 
 
@@ -444,7 +488,13 @@ def test_a_replay_within_a_swap_is_told_of(device: Device) -> None:
     with pytest.raises(SwapError, match="replayed within swap"), run.ema.swap():
         run.graph.replay()
     assert all(map(torch.equal, before, run.weights))
-    with run.ema.swap():
+    with pytest.raises(StateError, match="replayed within swap"):
+        run.ema.update()
+    run.ema.reseed()
+    with pytest.raises(KeyboardInterrupt), run.ema.swap():
+        run.graph.replay()
+        raise KeyboardInterrupt
+    with pytest.raises(StateError, match="replayed within swap"), run.ema.swap():
         pass
     run.ema.close()
 

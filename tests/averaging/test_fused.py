@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from array import array
@@ -171,6 +172,26 @@ def test_a_forked_process_has_threads_too() -> None:
         torch.set_num_threads(before)
 
 
+FORKED = """
+import os, torch
+from sharded_ema.averaging.kernels import LerpPlan
+torch.set_num_threads(2)
+torch.zeros(1 << 20).add_(1)  # by threads that the child has not
+live, shadow = torch.ones(1 << 20), torch.zeros(1 << 20)
+child = os.fork()
+if not child:
+    plan = LerpPlan([[shadow]], [live], guard=True, impl="fused")
+    plan.run([0.5])
+    os._exit(0 if shadow[:: 1 << 12].tolist() == [0.5] * (1 << 8) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@needs_extension
+def test_a_forked_process_may_be_the_first_to_average() -> None:
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
+
+
 TEAM = """
 import os, re, threading, torch
 from pathlib import Path
@@ -224,6 +245,44 @@ def test_pytorchs_own_threads_do_the_work() -> None:
         "another thread False",
         "left 0",
     ]
+
+
+PRELOADED = r"""
+#include <unistd.h>
+void GOMP_parallel(void (*work)(void *), void *data, unsigned threads, unsigned flags) {
+    (void)threads, (void)flags;
+    (void)!write(1, "asked\n", 6);
+    work(data);
+}
+"""
+ASK = """
+import os, torch
+from sharded_ema.averaging.kernels import LerpPlan
+torch.set_num_threads(2)
+plan = LerpPlan([[torch.zeros(1 << 20)]], [torch.ones(1 << 20)], guard=True, impl="fused")
+os.write(1, b"an update\\n")
+plan.run([0.5])
+assert plan.shadows[0][0][:: 1 << 12].tolist() == [0.5] * (1 << 8)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(not torch.backends.openmp.is_available(), reason="PyTorch has no OpenMP here")
+@pytest.mark.skipif(sys.platform != "linux", reason="the team is asked for on Linux alone")
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here")
+def test_the_team_is_of_the_library_that_was_loaded_before_all_else(tmp_path: Path) -> None:
+    """As Intel's OpenMP in the place of GNU's, which PyTorch is then bound to."""
+    (tmp_path / "openmp.c").write_text(PRELOADED)
+    library = tmp_path / "openmp.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, tmp_path / "openmp.c"], check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", ASK],
+        env=os.environ | {"LD_PRELOAD": str(library)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "an update\nasked\n" in done.stdout
 
 
 COMPARE = """
@@ -371,6 +430,27 @@ def test_no_update_reads_an_address_that_was(
         ema.update()
         assert used[-1] == {t.data_ptr() for t in ema._model.live()}
         assert all(torch.equal(*pair) for pair in zip(views, expected, strict=True)), index
+    ema.close()
+
+
+@pytest.mark.parametrize("impl", ["fused", "foreach"])
+def test_an_average_that_is_shared_with_a_process_goes_on_there(impl: str) -> None:
+    """As through a queue of torch.multiprocessing, which moves it into shared memory."""
+    if impl == "fused" and extension() is None:
+        pytest.skip("the C extension was not built, as where there is no C compiler")
+    model = nn.Linear(1024, 1024)
+    ema = ShardedEMA(model, 0.5, impl=impl)
+    ema.update()
+    before = ema.state_dict()["ema.bias"]
+    pointer = before.data_ptr()
+    before.share_memory_()
+    assert before.data_ptr() != pointer
+    with torch.no_grad():
+        model.bias.add_(1.0)
+    expected = torch.lerp(before, model.bias.detach(), 0.5)
+    ema.update()
+    assert torch.equal(ema.state_dict()["ema.bias"], expected)
+    assert torch.equal(before, expected)
     ema.close()
 
 

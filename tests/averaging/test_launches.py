@@ -137,6 +137,17 @@ def test_whole_blocks_of_fp64_shadows_too(
 
 
 @needs_triton
+def test_weights_of_fp64_shadows_are_of_one_type() -> None:
+    """A weight of 0, with which the kernel is tried out, would be an int32 and compile another."""
+    from sharded_ema.averaging.kernels import triton_lerp
+
+    parameters = triton_lerp.fused_lerp_double.params
+    types = {p.name: p.annotation_type for p in parameters if p.name.startswith("b")}
+    assert types == {f"b{k}": "i64" for k in range(8)}
+    assert all(p.do_not_specialize for p in parameters if p.name in types)
+
+
+@needs_triton
 def test_subnormal_numbers_are_not_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     assert ".ftz" not in ptx(90, 0b10, 1)
@@ -211,6 +222,14 @@ def test_an_update_is_one_launch_of_the_least_bytes(
         assert started.bytes == [elements * (size + 8 * profiles)]
         assert operators.seen == []
     ema.close()
+
+
+@pytest.mark.usefixtures("started")
+def test_what_overflows_in_the_shadow_is_not_finite() -> None:
+    live = [torch.full((9,), 1e40, dtype=torch.float64), torch.ones(9, dtype=torch.float64)]
+    plan = LerpPlan([[torch.zeros(9), torch.zeros(9)]], live, guard=True)
+    assert plan.num_pieces == 2 and not plan.not_launched
+    assert plan.nonfinite() == [0]
 
 
 def test_each_kind_goes_its_way(started: Launches) -> None:

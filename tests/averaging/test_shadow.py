@@ -60,6 +60,21 @@ def test_a_large_one_asks_for_large_pages_and_starts_within_one() -> None:
     assert all(map(torch.equal, copied.views["ema"], live))
 
 
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no large pages")
+def test_the_memory_of_a_large_one_is_of_whole_large_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else newer systems choose an address where one of 3 MiB has no room for any."""
+    taken, right = [], mmap.mmap
+
+    def noted(fileno: int, length: int, **options: int) -> mmap.mmap:
+        taken.append(length)
+        return right(fileno, length, **options)
+
+    monkeypatch.setattr(mmap, "mmap", noted)
+    for numel in ((3 << 18) - 512, (3 << 18) + 7, (4 << 18) - 511):
+        make([torch.randn(numel)])
+    assert taken == [4 << 20, 4 << 20, 6 << 20]
+
+
 def flags_of(tensor: Tensor) -> bool:
     """Whether Linux was asked for large pages of its memory."""
     within = False

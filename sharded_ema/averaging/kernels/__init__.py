@@ -12,7 +12,7 @@ then go on behind the call, as it may beside the training on a GPU: :meth:`LerpP
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from itertools import compress
+from itertools import chain, compress
 
 import torch
 from torch import Tensor
@@ -95,6 +95,10 @@ class LerpPlan:
         if self._reference:
             copied = set(map(id, self.live))
         self._watch = Watch(live, direct, copied)
+        views = chain.from_iterable(self.shadows)
+        stored = {view.untyped_storage().data_ptr(): view for view in views if view.numel()}
+        self._homes = list(stored.values())
+        self._addresses = list(map(Tensor.data_ptr, self._homes))
         self._skipped: dict[tuple[torch.device, bool], Tensor] = {}
         self._skipped_by_table = 0
         if by_step is not None and guard:  # before a graph is recorded, which would own it
@@ -147,8 +151,13 @@ class LerpPlan:
         )
 
     def reads(self, live: Sequence[Tensor]) -> bool:
-        """Whether a run would read these tensors as they are now. Takes next to no time."""
-        return self._watch.holds(live)
+        """Whether a run would read these tensors as they are now, and write where shadows are.
+
+        A shadow gets other memory where it is shared with another process. Takes next to no time.
+        """
+        return self._watch.holds(live) and self._addresses == list(
+            map(Tensor.data_ptr, self._homes)
+        )
 
     @property
     def num_pieces(self) -> int:
@@ -212,7 +221,9 @@ class LerpPlan:
         counter = self._counter(device, beside=True) if self.guard else None
         if device not in self._beside:
             side = self._beside[device] = SideStream(device)
-            side.hold(table.tensors)
+            for each in self._launches:
+                if each.device == device:
+                    side.hold(each.tensors)
             self._sides.append(side)
         if counter is not None:
             self._beside[device].hold([counter])
@@ -273,7 +284,9 @@ class LerpPlan:
     def _is_finite(self) -> bool:
         if self._table is not None and not (self.reads(self.given) and self._table.is_finite()):
             return False
-        if any(offload.narrows for offload in self._offloads):
+        if any(table.narrows for table in self._launches) or any(
+            offload.narrows for offload in self._offloads
+        ):
             return False  # which is found out tensor by tensor
         seen = [Batch(table.live, []) for table in self._launches]
         seen += [Batch(offload.live, []) for offload in self._offloads]

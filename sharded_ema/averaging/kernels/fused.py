@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from itertools import chain
@@ -35,6 +36,11 @@ _MOST_PROFILES = 64
 _NUMEL = 2  # the column of it
 # Instructions that PyTorch chose for this machine. With those it rounds as it does.
 _LEVELS = {"AVX2": 1, "AVX512": 2}
+
+# Not with the first plan: a process that was forked in between would take the threads of its
+# parent, which it does not have, for those of its own PyTorch.
+with suppress(ImportError):
+    import_module(EXTENSION)
 
 
 @cache

@@ -7,8 +7,7 @@
  */
 
 #define _GNU_SOURCE /* RTLD_NOLOAD, syscall */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030B0000
+#define PY_SSIZE_T_CLEAN /* and Py_LIMITED_API, of setup.py */
 #include <Python.h>
 
 #include <dlfcn.h>
@@ -185,14 +184,18 @@ static void *work(void *argument) {
 /* Runs a function on so many threads of OpenMP, the caller's included. */
 typedef void (*Team)(void (*)(void *), void *, unsigned, unsigned);
 
-/* The team that PyTorch computes with, of the OpenMP library that it brings or was linked to. Its
- * threads keep a core busy for a while after each piece of work, which other threads would have to
- * wait for. It belongs to the first thread of this process: it is gone after a fork, and another
- * thread would get a team of its own. */
+/* The team that PyTorch computes with. Its threads keep a core busy for a while after each piece of
+ * work, which other threads would have to wait for. It belongs to the first thread of this process:
+ * it is gone after a fork, and another thread would get a team of its own.
+ *
+ * It is of the OpenMP library that PyTorch itself was bound to: one that was loaded before all else
+ * (LD_PRELOAD), or that which it brings. */
 static Team find_team(void) {
 #ifdef __linux__
     void *torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
-    return torch ? (Team)dlsym(torch, "GOMP_parallel") : NULL;
+    if (!torch) return NULL;
+    void *found = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    return (Team)(found ? found : dlsym(torch, "GOMP_parallel"));
 #else
     return NULL;
 #endif

@@ -121,6 +121,7 @@ class LaunchTable:
         device: theirs.
         live: the parameters.
         tensors: all that a launch reads and writes, but for the counter.
+        narrows: whether a parameter is finite that is not in its shadow's dtype.
     """
 
     def __init__(self, shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor]) -> None:
@@ -140,6 +141,7 @@ class LaunchTable:
                 rows.append([address + size * start, numel, kind, *at])
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.tensors = [self._table, *live, *chain.from_iterable(shadows)]
+        self.narrows = any(each.dtype.itemsize > dtype.itemsize for each in live)
 
     def try_out(self, by_step: StepWeights | None = None, *, guard: bool) -> str | None:
         """Compile the kernel and start it on nothing; what went wrong, if anything did."""

@@ -179,14 +179,16 @@ def fused_lerp(
 
 @triton.jit
 def _double(bits):
+    # The type that it has already, but for the interpreter.
     return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
-# Numbers that differ at every step would be compiled in as they are.
+# Numbers that differ at every step would be compiled in as they are, and small ones as int32.
 @triton.jit(do_not_specialize=["b0", "b1", "b2", "b3", "b4", "b5", "b6", "b7"])
 def fused_lerp_double(
     table, skipped,
-    b0, b1, b2, b3, b4, b5, b6, b7,
+    b0: tl.int64, b1: tl.int64, b2: tl.int64, b3: tl.int64,
+    b4: tl.int64, b5: tl.int64, b6: tl.int64, b7: tl.int64,
     K: tl.constexpr, GUARD: tl.constexpr, KINDS: tl.constexpr,
 ):  # fmt: skip
     """As :func:`fused_lerp`, with shadows in fp64.
