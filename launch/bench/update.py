@@ -22,6 +22,7 @@ from measure import ROOT, Report, Row, medians, nothing
 from peers import PEERS
 from sharded_ema import Constant, ShardedEMA
 from sharded_ema.averaging.average import Average  # timed without hooks and checks around it
+from sharded_ema.model.memory import allocate
 
 DECAY = 0.999
 # Elements of ten tensors, from a matrix down to a bias; a hundred times over 21 M in 1,000 tensors.
@@ -62,10 +63,18 @@ class Bench:
         average.start()
         return average
 
-    def stream(self, num_bytes: int) -> Callable[[], object]:
-        """An in-place pass that reads two thirds of ``num_bytes`` and writes one third."""
-        target = torch.zeros(num_bytes // 12, device=self.device)
-        source = torch.ones(num_bytes // 12, device=self.device)
+    def stream(self, num_bytes: int, *, into_shadow: bool = False) -> Callable[[], object]:
+        """An in-place pass that reads two thirds of ``num_bytes`` and writes one third.
+
+        Args:
+            into_shadow: it writes to memory as a shadow has it: on a CPU, in large pages.
+        """
+        numel = num_bytes // 12
+        target = torch.empty(numel, device=self.device)
+        if into_shadow:
+            target = allocate(numel, torch.float32, self.device, pinned=False)
+        target.zero_()
+        source = torch.ones(numel, device=self.device)
         return lambda: target.add_(source, alpha=1 - DECAY)
 
 
@@ -89,6 +98,7 @@ def float32_rows(bench: Bench, sizes: Sequence[int]) -> list[Row]:
     return [
         Row(foreach, lambda: torch._foreach_lerp_(views, live, 1 - DECAY), None, limit),
         Row(limit, bench.stream(12 * total)),
+        Row(f"{limit} into a shadow", bench.stream(12 * total, into_shadow=True), None, limit),
         Row(limit_of_3, bench.stream(28 * total)),
         Row(one, advance(plain, live), foreach, limit),
         Row("update, guard on", advance(bench.average(live, guard=True), live), foreach, limit),
