@@ -32,7 +32,7 @@
 #define CHUNK (1 << 16)
 /* Elements that are averaged for one profile after the other: those of the parameter stay in the
  * first-level cache. */
-#define BLOCK (1 << 11)
+#define BLOCK (1 << 10)
 /* Elements that are worth a new thread, and one that is there. */
 #define SHARE (1 << 19)
 #define TEAM_SHARE (1 << 17)
