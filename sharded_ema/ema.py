@@ -522,8 +522,9 @@ class ShardedEMA:
             if self._model.is_recorded:
                 raise StateError(
                     "a forward of the module of an average is recorded in a graph before "
-                    "start_step, where the average is the parameters: replayed, it would be them "
-                    "for ever. Record it once ema.num_updates is above 0"
+                    "start_step, as far as was looked: there the average is the parameters, and "
+                    "would be them for ever. Record it once ema.num_updates is above 0, and read "
+                    "that number before"
                 )
             self._look()
 
@@ -890,10 +891,10 @@ class ShardedEMA:
         if not self._begun:
             if self._capturable and self._model.is_recorded:
                 raise StateError(
-                    "the first step since this ShardedEMA was made, or the first outside of a "
-                    "graph since reseed(), is recorded in one, and whether the weights are still "
-                    "those that it started from cannot be seen meanwhile; take a step with its "
-                    "update before, as a warm-up"
+                    "a step is recorded in a graph, and none was taken outside of one since this "
+                    "ShardedEMA was made or reseeded: whether the weights are still those that it "
+                    "started from cannot be seen meanwhile; take a step with its update before, "
+                    "as a warm-up"
                 )
             self._begun = True
             self._start_from_what_trains()

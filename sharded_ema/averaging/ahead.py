@@ -30,7 +30,7 @@ class StepsAhead:
 
     Args:
         profiles: schedules by name.
-        clock: how far the average is.
+        clock: whose settings count; how far it is :meth:`go_on_from` takes up.
         device: where.
 
     Attributes:

@@ -163,7 +163,7 @@ class Shadow:
         return plan
 
     def reads(self, live: Sequence[Tensor]) -> bool:
-        """Whether an update would read these tensors as they are now."""
+        """Whether an update would read these tensors, and write the shadow, where they are now."""
         return self._plan is not None and self._plan.reads(live)
 
     def follow(self, live: Sequence[Tensor]) -> None:

@@ -114,7 +114,7 @@ class Twin:
         self.is_running = False
         self._refuse, self._moment = refuse, moment
         self._places = [
-            (module, attribute, home.data_ptr(), s.name.fqn)
+            (module, attribute, home, s.name.fqn)
             for s, home, (module, attribute) in zip(reader.shards, self.homes, places, strict=True)
             if s.name.is_parameter
         ]
@@ -143,9 +143,9 @@ class Twin:
 
     def _enter(self, module: nn.Module, arguments: Any) -> None:
         self._refuse()
-        for owner, attribute, pointer, name in self._places:
+        for owner, attribute, home, name in self._places:
             parameter = own_parameters(owner)[attribute]
-            if parameter is None or _local(parameter).data_ptr() != pointer:
+            if parameter is None or _local(parameter).data_ptr() != home.data_ptr():
                 raise StateError(
                     f"parameter {name} of the module of an average lies elsewhere than the "
                     "average, which it would not follow: it was moved, replaced, gathered with "

@@ -280,6 +280,7 @@ def test_the_team_is_of_the_library_that_was_loaded_before_all_else(tmp_path: Pa
         env=os.environ | {"LD_PRELOAD": str(library)},
         capture_output=True,
         text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert "an update\nasked\n" in done.stdout

@@ -230,6 +230,18 @@ def test_what_overflows_in_the_shadow_is_not_finite() -> None:
     plan = LerpPlan([[torch.zeros(9), torch.zeros(9)]], live, guard=True)
     assert plan.num_pieces == 2 and not plan.not_launched
     assert plan.nonfinite() == [0]
+    live[0].fill_(3e38)
+    assert plan.nonfinite() == []
+
+
+@pytest.mark.usefixtures("started")
+def test_whether_all_is_finite_is_asked_of_all_tensors_at_once() -> None:
+    """Also of fp64 over fp32, where it is looked for what overflows."""
+    live = [torch.ones(9, dtype=torch.float64) for _ in range(50)] + [torch.ones(9).bfloat16()]
+    plan = LerpPlan([[torch.zeros(9) for _ in live]], live, guard=True)
+    with Operators() as operators:
+        assert plan.nonfinite() == []
+    assert sum("_local_scalar_dense" in name for name in operators.seen) == 1
 
 
 def test_each_kind_goes_its_way(started: Launches) -> None:

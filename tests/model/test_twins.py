@@ -430,6 +430,29 @@ def test_hooks_are_told_of() -> None:
         ShardedEMA(net, 0.9).module()
 
 
+@pytest.mark.parametrize("of", ["average", "teacher"])
+def test_shared_with_another_process_it_goes_on_there(of: str) -> None:
+    """As a target network that is sent to actors: its memory moves, and the average with it."""
+    net = Net()
+    ema = ShardedEMA(net, 0.5)
+    teacher = ema.module()
+    ema.update()
+    state = ema.state_dict() if of == "average" else teacher.state_dict()
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            tensor.share_memory_()
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1.0)
+    before = teacher.out.weight.detach().clone()
+    ema.update()
+    expected = torch.lerp(before, net.out.weight.detach(), 0.5)
+    teacher(data(0))
+    assert torch.equal(teacher.out.weight, expected)
+    assert torch.equal(ema.state_dict()["ema.out.weight"], expected)
+    ema.close()
+
+
 # ---------------------------------------------------------------------- what is refused
 
 

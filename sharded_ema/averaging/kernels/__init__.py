@@ -284,12 +284,11 @@ class LerpPlan:
     def _is_finite(self) -> bool:
         if self._table is not None and not (self.reads(self.given) and self._table.is_finite()):
             return False
-        if any(table.narrows for table in self._launches) or any(
-            offload.narrows for offload in self._offloads
-        ):
+        if any(offload.narrows for offload in self._offloads):
             return False  # which is found out tensor by tensor
-        seen = [Batch(table.live, []) for table in self._launches]
-        seen += [Batch(offload.live, []) for offload in self._offloads]
+        if not all(is_finite(Batch(t.live, []), largest=t.largest) for t in self._launches):
+            return False
+        seen = [Batch(offload.live, []) for offload in self._offloads]
         return all(map(is_finite, [*seen, *self._batches]))
 
     @torch.no_grad()

@@ -212,15 +212,22 @@ def lerp_batch_guarded(batch: Batch, weights: Sequence[float], skipped: Tensor) 
             _lerp_list([shadow[i]], [target], weight)
 
 
-def is_finite(batch: Batch, source: Sequence[Tensor] | None = None) -> bool:
+def is_finite(
+    batch: Batch, source: Sequence[Tensor] | None = None, *, largest: float | None = None
+) -> bool:
     """Whether all parameters of the batch are finite. Waits for the device.
 
     A norm may overflow although every element is finite; the answer is then a cautious "no".
+
+    Args:
+        source: in place of the parameters.
+        largest: what is still finite in a less precise shadow.
     """
     source = _fill_stage(batch) if source is None else source
     if batch.buffer is not None:
         return bool(torch.isfinite(batch.buffer.sum()))
-    return bool(torch.isfinite(torch.stack(foreach_norm(list(source), 2))).all())
+    norms = torch.stack(foreach_norm(list(source), 2))
+    return bool((torch.isfinite(norms) if largest is None else norms <= largest).all())
 
 
 def _fill_stage(batch: Batch) -> list[Tensor]:

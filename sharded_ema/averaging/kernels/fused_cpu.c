@@ -7,7 +7,8 @@
  */
 
 #define _GNU_SOURCE /* RTLD_NOLOAD, syscall */
-#define PY_SSIZE_T_CLEAN /* and Py_LIMITED_API, of setup.py */
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
 #include <dlfcn.h>

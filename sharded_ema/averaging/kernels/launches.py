@@ -121,7 +121,7 @@ class LaunchTable:
         device: theirs.
         live: the parameters.
         tensors: all that a launch reads and writes, but for the counter.
-        narrows: whether a parameter is finite that is not in its shadow's dtype.
+        largest: what is still finite in a shadow, where some parameters are more precise.
     """
 
     def __init__(self, shadows: Sequence[Sequence[Tensor]], live: Sequence[Tensor]) -> None:
@@ -141,7 +141,8 @@ class LaunchTable:
                 rows.append([address + size * start, numel, kind, *at])
         self._table = torch.tensor(rows, dtype=torch.int64, device=self.device)
         self.tensors = [self._table, *live, *chain.from_iterable(shadows)]
-        self.narrows = any(each.dtype.itemsize > dtype.itemsize for each in live)
+        narrows = any(each.dtype.itemsize > dtype.itemsize for each in live)
+        self.largest = torch.finfo(dtype).max if narrows else None
 
     def try_out(self, by_step: StepWeights | None = None, *, guard: bool) -> str | None:
         """Compile the kernel and start it on nothing; what went wrong, if anything did."""
