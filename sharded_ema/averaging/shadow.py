@@ -13,7 +13,7 @@ from sharded_ema.averaging.kernels.launches import ALIGNMENT, StepWeights
 from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import ConfigError, StateError
 from sharded_ema.model.devices import is_accelerator
-from sharded_ema.model.memory import allocate, has_memory
+from sharded_ema.model.memory import allocate, has_memory, one_of_each_storage
 from sharded_ema.model.precision import average_dtype
 
 
@@ -138,8 +138,7 @@ class Shadow:
         """
         self.collect_skipped()
         self._views[profile] = list(homes)
-        stored = {home.untyped_storage().data_ptr(): home for home in homes if home.numel()}
-        self._memory[profile] = list(stored.values())
+        self._memory[profile] = one_of_each_storage(homes)
         self._plan = self._make_plan(live)
 
     @torch.inference_mode(False)

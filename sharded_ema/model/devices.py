@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sharded_ema.errors import ConfigError
+from sharded_ema.model.memory import one_of_each_storage
 
 
 def is_accelerator(device: torch.device) -> bool:
@@ -57,8 +58,7 @@ class SideStream:
 
     def hold(self, tensors: Iterable[Tensor]) -> None:
         """Memory of these tensors that is given back is not used again while work is under way."""
-        storages = {t.untyped_storage().data_ptr(): t for t in tensors if t.numel()}
-        for tensor in storages.values():
+        for tensor in one_of_each_storage(tensors):
             record_use(tensor, self._stream)
 
     @contextmanager

@@ -8,7 +8,7 @@ in C: a Python call for each of a thousand tensors would be felt.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from operator import attrgetter, itemgetter
@@ -44,6 +44,11 @@ def has_memory(tensor: Tensor) -> bool:
     last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
     needed = (tensor.storage_offset() + last + 1) * tensor.element_size()
     return not tensor.numel() or tensor.untyped_storage().nbytes() >= needed
+
+
+def one_of_each_storage(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Of those with elements that share memory, the last."""
+    return list({t.untyped_storage().data_ptr(): t for t in tensors if t.numel()}.values())
 
 
 def allocate(numel: int, dtype: torch.dtype, device: torch.device, *, pinned: bool) -> Tensor:

@@ -34,6 +34,7 @@ from sharded_ema.averaging.kernels.watch import Watch
 from sharded_ema.config import OFFLOAD_BUFFER
 from sharded_ema.errors import ConfigError
 from sharded_ema.model.devices import SideStream
+from sharded_ema.model.memory import one_of_each_storage
 from sharded_ema.model.precision import real_view
 
 IMPLS = ("fused", "foreach", "reference")
@@ -95,9 +96,7 @@ class LerpPlan:
         if self._reference:
             copied = set(map(id, self.live))
         self._watch = Watch(live, direct, copied)
-        views = chain.from_iterable(self.shadows)
-        stored = {view.untyped_storage().data_ptr(): view for view in views if view.numel()}
-        self._homes = list(stored.values())
+        self._homes = one_of_each_storage(chain.from_iterable(self.shadows))
         self._addresses = list(map(Tensor.data_ptr, self._homes))
         self._skipped: dict[tuple[torch.device, bool], Tensor] = {}
         self._skipped_by_table = 0
