@@ -353,7 +353,7 @@ class ShardedEMA:
         with self._model.replaced(
             name, lambda: average.shadow.views[name], prepare, average.counted
         ):
-            before, replayed = average.clock.applied_steps, False
+            before = average.clock.applied_steps
             try:
                 yield
             finally:
